@@ -1,0 +1,55 @@
+"The package as a user gets it: what it imports, where it comes from, what it installs"
+import json, re, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+
+root = Path(__file__).parents[1]
+parser = ConfigParser(delimiters=['='])
+parser.read(root/'settings.ini', encoding='utf-8')
+cfg = parser['DEFAULT']
+modules = sorted(p.stem for p in (root/'eva').glob('*.py') if not p.stem.startswith('_'))
+
+def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+
+def test_imports_nothing_that_users_do_not_have():
+    "Developers' tools and pictures stay unimported until they are used"
+    all_of_it = '\n'.join(f'import eva.{m}' for m in modules)
+    done = python(f'{all_of_it}\nimport sys\nprint([m for m in ("nbdev", "IPython", "matplotlib", "transformers", "execnb") if m in sys.modules])')
+    assert done.returncode == 0 and done.stdout.strip() == '[]', done.stdout + done.stderr
+
+def exported_by(nb):
+    src = [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    return next((m[1] for s in src if (m := re.match(r'#\|\s*default_exp (\w+)', s))), None)
+
+def test_every_module_has_its_notebook():
+    "A module whose notebook is gone would still be imported; nbdev does not notice"
+    assert modules == sorted(filter(None, map(exported_by, (root/'nbs').glob('*.ipynb'))))
+
+def test_modules_import_only_what_stands_above_them():
+    order = [m for m in map(exported_by, sorted((root/'nbs').glob('[0-9]*.ipynb'))) if m]
+    for i, m in enumerate(order):
+        used = set(re.findall(r'^\s*from eva\.(\w+) import', (root/'eva'/f'{m}.py').read_text(encoding='utf-8'), flags=re.M))
+        assert used <= set(order[:i]), (m, used)
+
+def test_chapters_store_outputs_and_no_errors():
+    for nb in (root/'nbs').glob('*.ipynb'):
+        cells = [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+        assert not any(o['output_type'] == 'error' for c in cells for o in c['outputs']), nb.name
+        silent = [c['source'] for c in cells if re.search(r'^\s*print\(', ''.join(c['source']), flags=re.M) and not c['outputs'] and not ''.join(c['source']).startswith('#|')]
+        assert not silent, (nb.name, silent)
+
+def test_readme_is_the_index():
+    assert subprocess.run([sys.executable, root/'tools'/'readme.py', '--check']).returncode == 0
+
+@pytest.mark.parametrize('command', [o.split('=')[0] for o in cfg['console_scripts'].split()])
+def test_commands_are_installed_and_answer(command):
+    exe = Path(sys.executable).with_name(command)
+    assert exe.exists()
+    done = subprocess.run([exe, '--help'], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and command in done.stdout
+    assert subprocess.run([exe, '--nonsense'], capture_output=True, text=True, timeout=60).returncode == 2
+
+def test_extras():
+    assert 'transformer-engine' in cfg['te_requirements'] and 'datasets' in cfg['data_requirements']
+    assert 'torch>=2.11,<2.14' in cfg['requirements'] and 'nbdev==2.4.14' in cfg['dev_requirements']
