@@ -38,7 +38,7 @@ def _text(path):
     try: return raw.decode('utf-8')
     except UnicodeDecodeError: return None
 
-# %% ../nbs/10_data.ipynb #6834aff2
+# %% ../nbs/10_data.ipynb #8af188f2
 def find_documents(
     source:str|Path|list='stdlib', # 'stdlib', a file, a folder, or a list of files and folders
 )->tuple[list[Document],int]:      # the documents, and how many files were no text
@@ -56,6 +56,7 @@ def find_documents(
                                   'text must be UTF-8 and not empty')
     return docs,binary
 
+# %% ../nbs/10_data.ipynb #5b731a51
 def hold_out(
     docs:list[Document], # all documents
 )->tuple[list[Document],list[Document],bool]: # to train on, to test on, were whole files held out?
@@ -106,7 +107,7 @@ def replacing(
         if tmp.is_dir(): shutil.rmtree(tmp)
         else: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/10_data.ipynb #69c9ffff
+# %% ../nbs/10_data.ipynb #42e91eaf
 class TokenStream:
     "A memory-mapped row of tokens, cut into shuffled windows"
     def __init__(self,
@@ -125,6 +126,7 @@ class TokenStream:
 
     def __len__(self): return len(self.tokens)
 
+# %% ../nbs/10_data.ipynb #157edec0
 def write_tokens(
     path:str|Path,        # the .npy file to be
     docs:list[Document],  # what to write

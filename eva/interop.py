@@ -56,7 +56,7 @@ def save_pretrained(
                  model_max_length=model.cfg.max_position_embeddings)
     with replacing(path/'tokenizer_config.json') as t: t.write_text(json.dumps(about, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
 
-# %% ../nbs/13_interop.ipynb #9a9b84dd
+# %% ../nbs/13_interop.ipynb #144858d9
 def _where(path):
     "Published name -> file, from the index or from the files themselves"
     index = path/'model.safetensors.index.json'
@@ -74,6 +74,7 @@ def _opened(f):
     try: return safe_open(f, 'pt')
     except (OSError, SafetensorError) as e: raise ValueError(f'{f}: not a readable safetensors file ({e}); fetch it again') from None
 
+# %% ../nbs/13_interop.ipynb #48184790
 def load_pretrained(
     path:str|Path, # a folder with config.json and safetensors
     dtype:torch.dtype|None=None, # of the weights, None as they are stored
@@ -95,6 +96,7 @@ def load_pretrained(
     if cfg.tie_word_embeddings: model.lm_head.weight = model.model['embed_tokens'].weight
     return model.eval()
 
+# %% ../nbs/13_interop.ipynb #253c4442
 def _read(pieces, want, where, files, dtype):
     "Assemble one of our tensors from its published pieces"
     out = None

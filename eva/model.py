@@ -91,7 +91,7 @@ class DeepSeekV3(nn.Module):
         "Logits of the token after each given one"
         return self.lm_head(self.hidden(input_ids, cache, attention_mask))
 
-# %% ../nbs/09_model.ipynb #6731394f
+# %% ../nbs/09_model.ipynb #055b68be
 @patch
 def hidden(self:DeepSeekV3,
     input_ids:Tensor,                # new tokens (batch, seq), int64
@@ -112,6 +112,7 @@ def hidden(self:DeepSeekV3,
     if cache is not None: cache.advance(seq)
     return self.model['norm'](h)
 
+# %% ../nbs/09_model.ipynb #aad8f810
 @patch
 def _check(self:DeepSeekV3, input_ids, cache, attention_mask)->int:
     "Refuse what cannot be meant; return the number of cached positions"

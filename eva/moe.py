@@ -75,7 +75,7 @@ def grouped_linear(
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([F.linear(rows, w) for rows,w in zip(x.split(sizes), W.unbind(0))])
 
-# %% ../nbs/05_moe.ipynb #6b4e5cc9
+# %% ../nbs/05_moe.ipynb #f4adfdb9
 class Dispatch(torch.autograd.Function):
     "Copy tokens to their places"
     @staticmethod
@@ -99,6 +99,7 @@ class Collect(torch.autograd.Function):
         place, = ctx.saved_tensors
         return g.new_zeros(ctx.rows, g.shape[-1]).index_copy_(0, place.flatten(), g.flatten(0, 1)),None
 
+# %% ../nbs/05_moe.ipynb #49a73453
 def layout(
     indices:Tensor, # chosen experts (tokens, num_experts_per_tok)
     experts:int,    # how many there are
