@@ -74,7 +74,7 @@ class LoadMeter:
         for h in self.hooks: h.remove()
         self.hooks,self.count,self.routings = [],{},[]
 
-# %% ../nbs/06_balance.ipynb #639912e2
+# %% ../nbs/06_balance.ipynb #278a7250
 @patch
 def balance_loss(self:LoadMeter)->Tensor: # scalar, summed over layers
     "The sequence-wise loss of the forward passes since the last call"
@@ -89,8 +89,9 @@ def step(self:LoadMeter,
     "Close a step: move the biases by its load, and start counting anew"
     load,self.count,self.routings = self.count,{},[]
     if speed:
-        for name,l in load.items(): update_bias(self.gates[name], l, speed)
-    if keep: self.history.append(load)
+        for name,l in load.items():
+            if hasattr(self.gates[name], 'e_score_correction_bias'): update_bias(self.gates[name], l, speed) # V2's routers have none
+    if keep and load: self.history.append(load)
     return load
 
 @patch
@@ -99,5 +100,6 @@ def figures(self:LoadMeter,
 )->dict:                # figure -> Tensor (layers,), utilisation (layers, experts)
     "What the load of the last steps looks like, layer by layer"
     if not self.history: raise ValueError('no step was counted yet: call step() after each training step')
+    if last is not None and last<1: raise ValueError(f'last={last}: must be a positive number of steps, or None for all')
     window = self.history[-(last or len(self.history)):]
     return load_figures(torch.stack([sum(h[name] for h in window) for name in window[-1]]))

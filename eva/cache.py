@@ -37,7 +37,7 @@ class LatentCache:
     def nbytes(self): return self.rows.untyped_storage().nbytes()
     def __repr__(self): return f'LatentCache({self.length} of {self.max_len} positions, batch {self.batch}, {self.nbytes:,} bytes)'
 
-# %% ../nbs/03_cache.ipynb #39086797
+# %% ../nbs/03_cache.ipynb #ba67500b
 @patch
 def check_room(self:LatentCache,
     batch:int, # sequences about to be written
@@ -55,8 +55,10 @@ def write(self:LatentCache,
 )->Tensor:       # everything so far, a view (batch, length + seq, kv_lora_rank + qk_rope_head_dim)
     "Put new rows after the old ones"
     self.check_room(*rows.shape[:2])
+    if rows.shape[2]!=self.rows.shape[3] or not 0<=layer<len(self.rows): raise ValueError(
+        f'layer {layer}, rows of width {rows.shape[2]}: this cache has layers 0..{len(self.rows)-1} of width {self.rows.shape[3]}')
     end = self.length+rows.shape[1]
-    self.rows[layer,:,self.length:end] = rows
+    self.rows[layer,:,self.length:end] = rows.detach() # a cache is memory, not a path for gradients
     return self.rows[layer,:,:end]
 
 @patch
@@ -64,6 +66,7 @@ def advance(self:LatentCache,
     seq:int, # positions that all layers have written
 ):
     "Make the rows just written part of the past"
+    if not 0<=seq<=self.max_len-self.length: raise ValueError(f'advance by {seq}: {self.length} of {self.max_len} positions are taken')
     self.length += seq
 
 # %% ../nbs/03_cache.ipynb #1d4290c2

@@ -38,17 +38,18 @@ def _text(path):
     try: return raw.decode('utf-8')
     except UnicodeDecodeError: return None
 
-# %% ../nbs/10_data.ipynb #8af188f2
+# %% ../nbs/10_data.ipynb #8e952189
 def find_documents(
     source:str|Path|list='stdlib', # 'stdlib', a file, a folder, or a list of files and folders
 )->tuple[list[Document],int]:      # the documents, and how many files were no text
     "Read every text there is"
-    if source=='stdlib': files = _listed(Path(sysconfig.get_paths()['stdlib']), True)
+    if source in ('stdlib', ['stdlib']): files = _listed(Path(sysconfig.get_paths()['stdlib']), True)
     else:
         files = []
         for p in map(Path, source if isinstance(source, (list, tuple)) else [source]):
             if not p.exists(): raise ValueError(f"{p}: no such file or folder; give text files, folders of them, or 'stdlib'")
             files += _listed(p, False) if p.is_dir() else [(p.name, p)]
+        files = list({p.resolve(): (name, p) for name,p in reversed(files)}.values())[::-1] # given twice, read once
     found = [(name, _text(p)) for name,p in files]
     docs = [Document(name, text) for name,text in found if text]
     binary = sum(text is None for _,text in found)
@@ -56,36 +57,40 @@ def find_documents(
                                   'text must be UTF-8 and not empty')
     return docs,binary
 
-# %% ../nbs/10_data.ipynb #5b731a51
+# %% ../nbs/10_data.ipynb #341326bd
 def hold_out(
     docs:list[Document], # all documents
 )->tuple[list[Document],list[Document],bool]: # to train on, to test on, were whole files held out?
     "Hold out about one file in twenty, or the ends of files where there are too few"
-    out = [d for d in docs if hashlib.sha256(d.name.encode()).digest()[0]%20==0]
-    if out and len(out)<len(docs): return [d for d in docs if d not in out],out,True
+    is_out = [hashlib.sha256(d.name.encode()).digest()[0]%20==0 for d in docs]
+    train,out = ([d for d,o in zip(docs, is_out) if o==which] for which in (False, True))
+    size = lambda ds: sum(len(d.text) for d in ds)
+    if 0<size(out)<.2*size(docs): return train,out,True
     cut = lambda d: max(1, int(.95*len(d.text)))
-    return ([Document(d.name, d.text[:cut(d)]) for d in docs],
-            [Document(d.name, d.text[cut(d):]) for d in docs if d.text[cut(d):]], False)
+    out = [Document(d.name, d.text[cut(d):]) for d in docs if d.text[cut(d):]]
+    if not out: raise ValueError(f'{size(docs)} characters of text: too few to hold any out; give more')
+    return [Document(d.name, d.text[:cut(d)]) for d in docs],out,False
 
-# %% ../nbs/10_data.ipynb #75f36a05
+# %% ../nbs/10_data.ipynb #e4089c86
 BOS,EOS = '<｜begin▁of▁sentence｜>','<｜end▁of▁sentence｜>'
 
 def train_tokenizer(
     texts:list[str],      # what to learn from
     vocab_size:int=4096,  # entries, special tokens and the 256 bytes included
 )->Tokenizer:             # with at most so many entries: a small corpus has fewer merges
-    "Byte-level BPE; token 0 starts a document, token 1 ends one"
+    "Byte-level BPE; token 0 starts a document, token 1 is there for whoever wants to end one"
     if vocab_size<258: raise ValueError(f'vocab_size={vocab_size}: must be at least 258, 256 bytes and 2 special tokens')
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer,tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False),decoders.ByteLevel()
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[BOS, EOS], show_progress=False,
                                                        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tok.encode_special_tokens = True # what looks like a special token in a text is text
     return tok
 
-# %% ../nbs/10_data.ipynb #f89f6fa7
+# %% ../nbs/10_data.ipynb #cb2d6c7f
 def sync(path:Path):
     "Flush a file, or a folder with the files in it, to the disk"
-    for p in sorted(path.rglob('*')) + [path] if path.is_dir() else [path, path.parent]:
+    for p in [*sorted(path.rglob('*')), path, path.parent] if path.is_dir() else [path, path.parent]:
         fd = os.open(p, os.O_RDONLY)
         try: os.fsync(fd)
         finally: os.close(fd)
@@ -126,14 +131,14 @@ class TokenStream:
 
     def __len__(self): return len(self.tokens)
 
-# %% ../nbs/10_data.ipynb #157edec0
+# %% ../nbs/10_data.ipynb #3495d5b7
 def write_tokens(
     path:str|Path,        # the .npy file to be
     docs:list[Document],  # what to write
     tok:Tokenizer,        # how to cut it
 )->TokenStream:           # opened
     "Encode documents, each after a start token"
-    path,vocab = Path(path),tok.get_vocab_size()
+    path,vocab,tok.encode_special_tokens = Path(path),tok.get_vocab_size(),True # the setting is not in tokenizer.json
     rows = [np.array([0, *e.ids]) for i in range(0, len(docs), 64) for e in tok.encode_batch([d.text for d in docs[i:i+64]])]
     tokens = np.concatenate(rows).astype(np.uint16 if vocab<=65536 else np.uint32) if rows else np.empty(0, np.uint16)
     meta = dict(tokens=len(tokens), bytes=sum(len(d.text.encode()) for d in docs), documents=len(docs), vocab_size=vocab)

@@ -33,7 +33,7 @@ def sample(
         z = torch.empty_like(z).scatter_(-1, order, best)
     return torch.multinomial(z.softmax(-1), 1, generator=generator)[:,0]
 
-# %% ../nbs/12_generate.ipynb #d32f09f2
+# %% ../nbs/12_generate.ipynb #95fa5d7d
 @torch.inference_mode()
 def stream(
     model:DeepSeekV3,          # to speak
@@ -44,7 +44,7 @@ def stream(
     top_p:float|None=None,     # keep the likeliest up to this much probability
     seed:int|None=None,        # for the same text again
     attention_mask:Tensor|None=None, # 0 for padding (batch, seq)
-    eos_token_id:int|None=None, # ends a row
+    eos_token_id:int|tuple|None=None, # what ends a row: a token, or any of several
 )->Iterator[Tensor]:           # yields one token per row (batch,)
     "New tokens as they come"
     _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
@@ -54,18 +54,19 @@ def stream(
     cache = LatentCache(model.cfg, b, seq+max_new_tokens, dtype=model.lm_head.weight.dtype, device=device)
     mask = None if attention_mask is None or attention_mask.all() else torch.cat(
         (attention_mask.long(), attention_mask.new_ones(b, max_new_tokens)), 1)
+    ends = torch.tensor(() if eos_token_id is None else eos_token_id, dtype=torch.long, device=device).flatten()
     ended,new = torch.zeros(b, dtype=torch.bool, device=device),input_ids
     for i in range(max_new_tokens):
         h = model.hidden(new, cache, None if mask is None else mask[:,:cache.length+new.shape[1]])
         token = sample(model.lm_head(h[:,-1]), temperature, top_k, top_p, generator)
-        if eos_token_id is not None:
-            token = token.masked_fill(ended, eos_token_id)
-            ended |= token==eos_token_id
+        if len(ends):
+            token = token.masked_fill(ended, ends[0])
+            ended |= torch.isin(token, ends)
         yield token
         if ended.all(): return
         new = token[:,None]
 
-# %% ../nbs/12_generate.ipynb #4532de30
+# %% ../nbs/12_generate.ipynb #c44b02c1
 def generate(
     model:DeepSeekV3,          # to speak
     input_ids:Tensor,          # prompts (batch, seq), int64, padded on the left
@@ -75,7 +76,7 @@ def generate(
     top_p:float|None=None,     # keep the likeliest up to this much probability
     seed:int|None=None,        # for the same text again
     attention_mask:Tensor|None=None, # 0 for padding (batch, seq)
-    eos_token_id:int|None=None, # ends a row
+    eos_token_id:int|tuple|None=None, # what ends a row: a token, or any of several
 )->Tensor:                     # prompts and what follows (batch, seq + new)
     "Continue each prompt"
     new = stream(model, input_ids, max_new_tokens, temperature, top_k, top_p, seed, attention_mask, eos_token_id)

@@ -38,7 +38,7 @@ def published_state(
         if name=='lm_head.weight' and model.cfg.tie_word_embeddings: continue
         for pub,index in published(name, model.cfg): yield pub,t[index].contiguous()
 
-# %% ../nbs/13_interop.ipynb #55840fcc
+# %% ../nbs/13_interop.ipynb #83d0d94a
 def save_pretrained(
     model:DeepSeekV3, # in any dtype
     path:str|Path,    # folder, made if it is not there
@@ -47,6 +47,8 @@ def save_pretrained(
     "Write a folder that `load_pretrained` and other software open"
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    if (path/'model.safetensors.index.json').exists(): raise ValueError(
+        f'{path}: holds a sharded checkpoint, whose index would go on to be read; save to another folder')
     with replacing(path/'model.safetensors') as t: save_file(dict(published_state(model)), t, metadata=dict(format='pt'))
     dtype = str(model.lm_head.weight.dtype).removeprefix('torch.')
     with replacing(path/'config.json') as t: t.write_text(json.dumps(model.cfg.to_json() | dict(dtype=dtype), indent=2)+'\n', encoding='utf-8')
@@ -74,7 +76,7 @@ def _opened(f):
     try: return safe_open(f, 'pt')
     except (OSError, SafetensorError) as e: raise ValueError(f'{f}: not a readable safetensors file ({e}); fetch it again') from None
 
-# %% ../nbs/13_interop.ipynb #48184790
+# %% ../nbs/13_interop.ipynb #6e879fbf
 def load_pretrained(
     path:str|Path, # a folder with config.json and safetensors
     dtype:torch.dtype|None=None, # of the weights, None as they are stored
@@ -82,21 +84,31 @@ def load_pretrained(
     "Build a model from a folder that `save_pretrained` or other software wrote"
     path = Path(path)
     cfg,where = Config.from_json(path),_where(path)
-    if 'quantization_config' in json.loads((path/'config.json').read_text(encoding='utf-8')): raise ValueError(
+    if json.loads((path/'config.json').read_text(encoding='utf-8')).get('quantization_config') is not None: raise ValueError(
         f'{path}/config.json: quantization_config is set, but quantised weights cannot be read; convert them to bf16 first')
     if cfg.num_nextn_predict_layers and not any(n.startswith(f'model.layers.{cfg.num_hidden_layers}.') for n in where):
         warnings.warn(f'{path}: config.json promises {cfg.num_nextn_predict_layers} MTP module(s), the files hold none; loading without')
         cfg = replace(cfg, num_nextn_predict_layers=0)
     with torch.device('meta'): model = DeepSeekV3(cfg)
-    files,state = {},{}
+    files,state,used = {},{},set()
     for name,want in model.state_dict().items():
         source = 'model.embed_tokens.weight' if name=='lm_head.weight' and cfg.tie_word_embeddings else name
-        state[name] = _read(published(source, cfg), want, where, files, dtype)
+        pieces = published(source, cfg)
+        used.update(pub for pub,_ in pieces)
+        state[name] = _read(pieces, want, where, files, dtype)
+    _left_over(set(where)-used, cfg)
     model.load_state_dict(state, assign=True)
     if cfg.tie_word_embeddings: model.lm_head.weight = model.model['embed_tokens'].weight
     return model.eval()
 
-# %% ../nbs/13_interop.ipynb #253c4442
+# %% ../nbs/13_interop.ipynb #841354ef
+def _left_over(names, cfg):
+    "Refuse tensors that the model has no place for; the MTP layer may repeat embedding and head"
+    repeated = ('embed_tokens.weight', 'shared_head.head.weight')
+    extra = sorted(n for n in names if not n.endswith(repeated) and not (cfg.tie_word_embeddings and n=='lm_head.weight'))
+    if extra: raise ValueError(f'{extra[0]}: config.json has no place for it{f", nor for {len(extra)-1} more" if extra[1:] else ""}; '
+                               'check num_hidden_layers, n_routed_experts and num_nextn_predict_layers')
+
 def _read(pieces, want, where, files, dtype):
     "Assemble one of our tensors from its published pieces"
     out = None
@@ -107,6 +119,8 @@ def _read(pieces, want, where, files, dtype):
         try: t = files[f].get_tensor(pub)
         except SafetensorError as e: raise ValueError(f'{pub}: not in {f} where the index promises it ({e}); fetch the files again') from None
         shape = want[index].shape
+        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64): raise ValueError(
+            f'{pub}: {t.dtype} in {f.name}; weights are fp32, bf16 or fp16, convert others first')
         if t.shape!=shape: raise ValueError(f'{pub}: {tuple(t.shape)} in {f.name}, but config.json makes it {tuple(shape)}')
         keep = pub.endswith('e_score_correction_bias') # float32 in every model: its steps are too small for less
         t = t.float() if keep else t if dtype is None else t.to(dtype)

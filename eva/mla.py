@@ -69,7 +69,7 @@ def latents(self:MLA,
     c_KV,k_R = self.kv_a_proj_with_mqa(h).split((self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim), -1)
     return torch.cat((self.kv_a_layernorm(c_KV), rotate(k_R, *rope)), -1)
 
-# %% ../nbs/04_mla.ipynb #22ae594c
+# %% ../nbs/04_mla.ipynb #a9a06592
 def attend(
     q:Tensor, # queries (batch, heads, seq, width)
     k:Tensor, # keys (batch, heads, cached + seq, width)
@@ -81,7 +81,8 @@ def attend(
     s,t = q.shape[-2],k.shape[-2]
     if mask is None and s==t and s<=SLICED_UP_TO and q.device.type=='cpu': return CausalSlices.apply(q, k, v, scale)
     if mask is None and 1<s<t: mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t-s) # new positions come last
-    o = F.scaled_dot_product_attention(q, k, F.pad(v, (0, q.shape[-1]-v.shape[-1])), attn_mask=mask,
+    width = max(q.shape[-1], v.shape[-1])
+    o = F.scaled_dot_product_attention(*(F.pad(x, (0, width-x.shape[-1])) for x in (q, k, v)), attn_mask=mask,
                                        is_causal=mask is None and s>1, scale=scale)
     return o[...,:v.shape[-1]]
 
@@ -154,7 +155,7 @@ def absorbed(self:MLA,
     o = (probs.flatten(1, 2) @ rows[...,:c.kv_lora_rank]).view(b, s, n, -1)
     return torch.einsum('bsnc,nvc->bsnv', o, W_UV)
 
-# %% ../nbs/04_mla.ipynb #1bf0c3eb
+# %% ../nbs/04_mla.ipynb #7359e460
 def absorbing_pays(
     cfg:Config, # widths
     s:int,      # new positions
@@ -162,5 +163,6 @@ def absorbing_pays(
 )->bool:        # is the absorbed evaluation cheaper?
     "Compare multiply-adds of both evaluations"
     c,r,lift = cfg.kv_lora_rank,cfg.qk_rope_head_dim,cfg.kv_lora_rank*(cfg.qk_nope_head_dim+cfg.v_head_dim)
-    expanded = t*lift + s*t*(cfg.qk_nope_head_dim+r+cfg.v_head_dim)
+    pairs = s*t/2 if s==t else s*t # with nothing cached, the future is skipped and not only masked
+    expanded = t*lift + pairs*(cfg.qk_nope_head_dim+r+cfg.v_head_dim)
     return s*lift + s*t*(2*c+r) < expanded

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Block', 'MTP', 'DeepSeekV3', 'HeadLoss', 'head_loss']
 
-# %% ../nbs/09_model.ipynb #517d6c2b
+# %% ../nbs/09_model.ipynb #71f28876
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from .cache import LatentCache
 from .config import Config
 from .mla import MLA
@@ -129,7 +130,7 @@ def _check(self:DeepSeekV3, input_ids, cache, attention_mask)->int:
         f'attention_mask of shape {tuple(attention_mask.shape)}: must be (batch, cached + seq)={(len(input_ids), end)}')
     return past
 
-# %% ../nbs/09_model.ipynb #f3a7c9dd
+# %% ../nbs/09_model.ipynb #7b0a5861
 class HeadLoss(torch.autograd.Function):
     "Summed cross-entropy of a linear head, its gradient made along the way"
     @staticmethod
@@ -145,6 +146,7 @@ class HeadLoss(torch.autograd.Function):
         ctx.save_for_backward(dh, dW)
         return total
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         dh,dW = ctx.saved_tensors
         return (dh*g).to(dh.dtype),(dW*g).to(dW.dtype),None,None
@@ -161,7 +163,7 @@ def head_loss(
     wide = torch.promote_types(h.dtype, torch.float32)
     return sum(F.cross_entropy((a @ W.T).to(wide), t, reduction='sum') for a,t in zip(h.split(chunk), targets.split(chunk)))
 
-# %% ../nbs/09_model.ipynb #10e72047
+# %% ../nbs/09_model.ipynb #4c900ca3
 @patch
 def losses(self:DeepSeekV3,
     tokens:Tensor,      # windows (batch, seq + 1 + depths), int64
@@ -173,7 +175,7 @@ def losses(self:DeepSeekV3,
     if seq<1: raise ValueError(f'tokens of shape {tuple(tokens.shape)}: a window needs at least {2+D} tokens, one more than {1+D} predictions ahead')
     W,h = self.lm_head.weight,self.hidden(tokens[:,:seq])
     out = [head_loss(h, W, tokens[:,1:seq+1])/tokens[:,:seq].numel()]
-    rows = len(tokens) if mtp_rows is None else mtp_rows
+    rows = len(tokens) if mtp_rows is None else min(mtp_rows, len(tokens))
     if D==0 or rows==0: return out
     h,tokens = h[:rows],tokens[:rows]
     rope = rope_tables(self.cfg, torch.arange(seq, device=h.device)[None], h.dtype)

@@ -74,12 +74,12 @@ def halves(
     view.grad = w.grad.view_as(view)
     return view
 
-# %% ../nbs/11a_optim.ipynb #e6e99624
+# %% ../nbs/11a_optim.ipynb #234369d0
 class MasterOptimizer:
     "Muon and AdamW on float32 masters of a model's weights"
     def __init__(self,
         model:nn.Module,          # whose parameters are trained
-        lr:float=5e-3,            # of AdamW
+        lr:float=0.01,            # of AdamW
         muon_lr:float=0.03,       # of Muon; 0 gives everything to AdamW
         betas:tuple=(0.9, 0.95),  # of AdamW
         momentum:float=0.95,      # of Muon
@@ -140,7 +140,7 @@ def publish(self:MasterOptimizer):
     for n,p in self.params.items():
         if p.data_ptr()!=self.masters[n].data_ptr(): p.copy_(self.masters[n])
 
-# %% ../nbs/11a_optim.ipynb #8baa5368
+# %% ../nbs/11a_optim.ipynb #7e40e611
 @patch
 def state_dict(self:MasterOptimizer)->dict[str,Tensor]: # masters by name, and what the optimizers remember of each
     "Everything needed to go on"
@@ -166,6 +166,7 @@ def load_state_dict(self:MasterOptimizer,
         for g in o.param_groups:
             for p in g['params']:
                 keys = ('momentum_buffer',) if isinstance(o, Muon) else ('step', 'exp_avg', 'exp_avg_sq')
-                found = {k: state[f'{k}.{names[p.data_ptr()]}'].clone() for k in keys if f'{k}.{names[p.data_ptr()]}' in state}
+                found = {k: state[f'{k}.{names[p.data_ptr()]}'].to(p.device, copy=True) for k in keys if f'{k}.{names[p.data_ptr()]}' in state}
+                if found and len(found)<len(keys): raise ValueError(f'{names[p.data_ptr()]}: the checkpoint has only {", ".join(found)} of {", ".join(keys)}')
                 if found: o.state[p] = {k: v.view_as(p) if v.dim() else v for k,v in found.items()}
     self.publish()

@@ -21,7 +21,7 @@ def balance_summary(
     if not good: raise ValueError('no step with experts in these metrics: a dense model has no load')
     return load_figures(torch.tensor(good).sum(0))
 
-# %% ../nbs/11c_report.ipynb #76e7d414
+# %% ../nbs/11c_report.ipynb #35425101
 def draw_report(
     rows:list[dict],       # lines of metrics.jsonl
     path:Path,             # the picture
@@ -30,7 +30,8 @@ def draw_report(
 ):
     "Draw loss, held-out bits per byte and expert load"
     from matplotlib.figure import Figure
-    good = [r for r in rows if r['loss'] is not None]
+    good = [r for r in rows if not r.get('skipped')]
+    if not good: raise ValueError('no finished step in these metrics: nothing to draw')
     load = torch.tensor([r['expert_load'] for r in good if r['expert_load']], dtype=torch.float)
     layers = load.shape[1] if load.numel() else 0
     fig = Figure(figsize=(10, 4+1.2*layers), layout='constrained')
@@ -48,18 +49,18 @@ def draw_report(
     if final is not None: right.plot(x[-1], final, '*', ms=12, color='C3', label=f'held out, all: {final:.3f}')
     for (name,b),style in zip((baselines or {}).items(), (':', '-.', '--')): right.axhline(b, ls=style, color='grey', label=f'{name}: {b:.3f}')
     right.set(xlabel='million tokens', ylabel='bits per byte', title='Held-out text'); right.legend(fontsize=8)
-    if layers: _draw_load(below[0], load, x[-1])
+    if layers: _draw_load(below[0], load)
     fig.savefig(path, dpi=110, format='png')
 
-# %% ../nbs/11c_report.ipynb #8b7915b8
-def _draw_load(fig, load, tokens):
+# %% ../nbs/11c_report.ipynb #8ddc55fd
+def _draw_load(fig, load):
     "One strip a layer: experts up, time along, colour for utilisation"
-    n = max(1, len(load)//200)
+    n,steps = max(1, len(load)//200),len(load)
     u = load[:len(load)//n*n].unflatten(0, (-1, n)).sum(1)
     u = u/u.mean(-1, keepdim=True)
     axes = np.atleast_1d(fig.subplots(load.shape[1], 1, sharex=True))
     for i,ax in enumerate(axes):
-        im = ax.imshow(u[:,i].T, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2, extent=(0, tokens, load.shape[2]-.5, -.5), interpolation='nearest')
+        im = ax.imshow(u[:,i].T, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2, extent=(0, steps, load.shape[2]-.5, -.5), interpolation='nearest')
         ax.set(ylabel=f'MoE layer {i+1}', yticks=[0, load.shape[2]-1])
-    axes[0].set_title('Load of each expert, 1 = its fair share'); axes[-1].set_xlabel('million tokens')
+    axes[0].set_title('Load of each expert, 1 = its fair share'); axes[-1].set_xlabel('step')
     fig.colorbar(im, ax=axes, label='utilisation')

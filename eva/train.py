@@ -21,16 +21,16 @@ from .data import TokenStream, replacing
 from .model import DeepSeekV3, head_loss
 from .optim import MasterOptimizer
 
-# %% ../nbs/11b_train.ipynb #a6446783
+# %% ../nbs/11b_train.ipynb #1e2cd4fc
 @dataclass
 class TrainConfig:
     "Everything that decides how a run goes, apart from the model and the data"
-    steps:int = 360             # optimizer steps
+    steps:int = 350             # optimizer steps
     batch_size:int = 16         # sequences per step, once grown to its full size (V3: 15360)
     ramp:float = 0.             # share of steps with a quarter, then half of the batch (V3: from 3072, over 469 B tokens)
     micro_batch:int = 4         # sequences per forward pass
     seq_len:int = 512           # tokens per sequence (V3: 4096)
-    lr:float = 5e-3             # peak of AdamW, for tables and vectors (V3, for everything: 2.2e-4)
+    lr:float = 0.01             # peak of AdamW, for tables and vectors (V3, for everything: 2.2e-4)
     muon_lr:float = 0.03        # peak of Muon, for matrices; 0 leaves all to AdamW, as V3 did
     warmup:float = 0.02         # share of the run over which the rates rise
     decay:float = 0.8           # share of the run over which they fall at the end
@@ -55,6 +55,7 @@ class TrainConfig:
             if not 0<=getattr(self, o)<=1: raise ValueError(f'{o}={getattr(self, o)}: must lie between 0 and 1')
         for o in ('lr', 'muon_lr', 'weight_decay', 'clip', 'mtp_weight', 'bias_speed', 'balance_weight'):
             if not (math.isfinite(v := getattr(self, o)) and v>=0): raise ValueError(f'{o}={v}: must be 0 or more, and finite')
+        if not isinstance(self.seed, int) or self.seed<0: raise ValueError(f'seed={self.seed!r}: must be an integer, 0 or more')
         if self.precision not in ('fp32', 'bf16'): raise ValueError(f'precision={self.precision!r}: must be fp32 or bf16')
 
 # %% ../nbs/11b_train.ipynb #71faa0ad
@@ -83,7 +84,7 @@ def mtp_weight_at(self:TrainConfig,
     "The weight of the MTP loss"
     return self.mtp_weight if 3*self.sequences(step)<2*self.sequences(self.steps) else self.mtp_weight/3
 
-# %% ../nbs/11b_train.ipynb #cfcda451
+# %% ../nbs/11b_train.ipynb #03f77412
 @torch.no_grad()
 def bits_per_byte(
     model:DeepSeekV3,   # to be judged
@@ -95,6 +96,7 @@ def bits_per_byte(
     "Summed loss of all tokens but the first, over the bytes they stand for"
     n,stride = len(stream)-1,stride or max(1, window//4)
     if n<1: raise ValueError(f'{stream.path}: {len(stream)} tokens held out; give more text')
+    if not 0<stride<=window: raise ValueError(f'stride={stride}: must lie between 1 and window={window}')
     device = model.lm_head.weight.device
     spans = [(max(0, min(s+stride, n)-window), s, min(s+stride, n)) for s in range(0, n, stride)]
     groups,total = {},0.
@@ -110,7 +112,7 @@ def bits_per_byte(
             if progress: progress(done/len(spans))
     return total/math.log(2)/stream.bytes
 
-# %% ../nbs/11b_train.ipynb #bf83154a
+# %% ../nbs/11b_train.ipynb #8af2e4b2
 def _sha(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
@@ -140,12 +142,12 @@ def checkpoints(
     folder:Path, # where they are
 )->list[Path]:   # oldest first
     "All checkpoints of a run"
-    return sorted(p for p in folder.glob('step-*') if p.is_dir())
+    return sorted((p for p in folder.glob('step-*') if p.is_dir() and p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
 # %% ../nbs/11b_train.ipynb #6a638c46
 class Diverged(RuntimeError): "Training gave up after several steps in a row that were not finite"
 
-# %% ../nbs/11b_train.ipynb #c693310e
+# %% ../nbs/11b_train.ipynb #18bda974
 class Trainer:
     "Trains a model on a token stream; watch it from outside through `metrics`"
     def __init__(self,
@@ -164,12 +166,12 @@ class Trainer:
             f'seq_len={cfg.seq_len}: the model has max_position_embeddings={model.cfg.max_position_embeddings}')
         if len(train)<window: raise ValueError(f'{len(train)} tokens to train on: one sequence needs {window}; give more text or a shorter seq_len')
         if len(held_out)<2: raise ValueError(f'{len(held_out)} tokens held out: nothing to judge by; give more text')
+        self.opt = MasterOptimizer(model, cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay) # masters of the exact weights
         if cfg.precision=='bf16': model.to(torch.bfloat16)
-        self.opt = MasterOptimizer(model, cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay)
         self.meter,self.device = LoadMeter(model),model.lm_head.weight.device
         self.step,self.tokens,self.seconds,self.bad,self.bad_row,self.stop = 0,0,0.,0,0,None
 
-# %% ../nbs/11b_train.ipynb #4d314582
+# %% ../nbs/11b_train.ipynb #d499da9f
 @patch
 def train_step(self:Trainer)->dict: # one line of metrics.jsonl
     "Learn from one batch"
@@ -177,14 +179,18 @@ def train_step(self:Trainer)->dict: # one line of metrics.jsonl
     rate,weight,seen = c.rate(self.step),c.mtp_weight_at(self.step),c.sequences(self.step)
     size = c.sequences(self.step+1)-seen
     batch = self.train.batch(seen, size, c.seq_len, 1+len(self.model.mtp), c.seed).to(self.device)
-    total = torch.zeros(1+len(self.model.mtp))
+    total,depths = torch.zeros(1+len(self.model.mtp)),len(self.model.mtp)
+    ahead = left = max(1, round(c.mtp_share*size)) if c.mtp_share and depths else 0 # rows that MTP learns from: the first ones
     for tokens in batch.split(c.micro_batch):
-        part,rows = len(tokens)/size,max(1, round(c.mtp_share*len(tokens))) if c.mtp_share else 0
+        part,rows = len(tokens)/size,min(left, len(tokens))
+        left -= rows
         losses = self.model.losses(tokens, mtp_rows=rows)
-        loss = losses[0] + (weight/len(losses[1:])*sum(losses[1:]) if losses[1:] else 0)
-        (part*(loss + c.balance_weight*self.meter.balance_loss())).backward()
+        loss = part*(losses[0] + c.balance_weight*self.meter.balance_loss())
+        if rows: loss = loss + weight/depths*rows/ahead*sum(losses[1:])
+        loss.backward()
         self.opt.collect()
-        total[:len(losses)] += part*torch.stack([o.detach() for o in losses]).cpu()
+        total[0] += part*losses[0].item()
+        if rows: total[1:] += rows/ahead*torch.stack([o.detach() for o in losses[1:]]).cpu()
     finite = bool(total.isfinite().all())
     norm = self.opt.step(rate, c.clip) if finite else self.opt.forget()
     good = finite and math.isfinite(norm)
@@ -193,11 +199,11 @@ def train_step(self:Trainer)->dict: # one line of metrics.jsonl
     seconds = time.perf_counter()-start
     self.step,self.tokens,self.seconds = self.step+1,self.tokens+size*c.seq_len,self.seconds+seconds
     main = [l.tolist() for n,l in load.items() if int(n.split('.')[2])<self.model.cfg.num_hidden_layers]
-    ahead = [l.tolist() for n,l in load.items() if int(n.split('.')[2])>=self.model.cfg.num_hidden_layers]
+    further = [l.tolist() for n,l in load.items() if int(n.split('.')[2])>=self.model.cfg.num_hidden_layers]
     number = lambda x: x if math.isfinite(x) else None
     row = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 3), loss=number(total[0].item()), lr=c.lr*rate, grad_norm=number(norm),
                tokens_per_second=round(size*c.seq_len/seconds), expert_load=main)
-    if rows and len(total)>1: row |= dict(mtp_loss=number(total[1:].mean().item()), mtp_expert_load=ahead)
+    if ahead: row |= dict(mtp_loss=number(total[1:].mean().item()), mtp_expert_load=further)
     return row if good else row | dict(skipped=True)
 
 # %% ../nbs/11b_train.ipynb #2bb9025a
@@ -236,7 +242,7 @@ def stop_on_interrupt(trainer):
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/11b_train.ipynb #da8520af
+# %% ../nbs/11b_train.ipynb #6548556f
 @patch
 def save(self:Trainer):
     "Write a checkpoint of this step and remove the oldest beyond `keep`"
@@ -244,26 +250,39 @@ def save(self:Trainer):
     buffers = {f'buffer.{n}': b for n,b in self.model.named_buffers()}
     counters = {o: getattr(self, o) for o in ('step', 'tokens', 'seconds', 'bad')}
     save_checkpoint(path, self.opt.state_dict() | buffers, counters | dict(train=asdict(self.cfg), model=asdict(self.model.cfg)))
-    for old in checkpoints(path.parent)[:-self.cfg.keep]: shutil.rmtree(old)
+    for old in [p for p in checkpoints(path.parent) if p!=path][:-self.cfg.keep+1 or None]: shutil.rmtree(old)
 
-# %% ../nbs/11b_train.ipynb #982accaa
+# %% ../nbs/11b_train.ipynb #d8e5feef
 @patch
 def resume(self:Trainer)->str: # what was done, in one sentence
     "Go on from the newest checkpoint that is whole"
     said = ''
     for path in reversed(checkpoints(self.out/'checkpoints')):
         try: tensors,state = load_checkpoint(path)
-        except ValueError as e: said += f'{e}; '; continue
+        except ValueError as e:
+            said += f'{e}; '
+            path.rename(path.with_name(f'damaged-{path.name}-{time.time_ns()}')) # out of the way, and not deleted
+            continue
+        for name,now in dict(train=asdict(self.cfg), model=asdict(self.model.cfg)).items():
+            if other := {k: (state[name].get(k), v) for k,v in now.items() if state[name].get(k)!=v}: raise ValueError(
+                f'{path}: was written by a run with other settings, {", ".join(f"{k}={a!r} and not {b!r}" for k,(a,b) in other.items())}; resume with those')
         self.opt.load_state_dict(tensors)
         for n,b in self.model.named_buffers(): b.copy_(tensors[f'buffer.{n}'])
         for o in ('step', 'tokens', 'seconds', 'bad'): setattr(self, o, state[o])
-        log = self.out/'metrics.jsonl'
-        rows = [r for r in read_metrics(log) if r['step']<=self.step]
-        with replacing(log) as t: t.write_text(''.join(json.dumps(r)+'\n' for r in rows))
+        self._cut_log()
         return f'{said}going on from step {self.step} of {self.cfg.steps}'
+    self._cut_log()
     return f'{said}nothing to resume from in {self.out}: starting at the beginning'
 
-# %% ../nbs/11b_train.ipynb #5c7bb5e1
+@patch
+def _cut_log(self:Trainer):
+    "Keep the lines up to this step"
+    log = self.out/'metrics.jsonl'
+    if not log.exists(): return
+    rows = [r for r in read_metrics(log) if r['step']<=self.step]
+    with replacing(log) as t: t.write_text(''.join(json.dumps(r)+'\n' for r in rows))
+
+# %% ../nbs/11b_train.ipynb #e721a2fc
 def read_metrics(
     path:Path, # metrics.jsonl
 )->list[dict]: # one entry a step; a last line that was cut off is left out
@@ -281,9 +300,20 @@ def fit(self:Trainer,
     "Train to the last step, or until asked to stop; then leave float32 weights in the model"
     keep_freed_memory()
     self.out.mkdir(parents=True, exist_ok=True)
-    c,saved = self.cfg,self.step
     self.model.train()
+    if self.cfg.precision=='bf16': self.model.to(torch.bfloat16); self.opt.publish()
+    self.stop = None
     self.meter.attach()
+    try: self._loop(watch)
+    finally:
+        self.meter.detach()
+        self.model.float().eval()
+        self.opt.publish()
+
+@patch
+def _loop(self:Trainer, watch):
+    "Step, log, save"
+    c,saved = self.cfg,self.step
     with stop_on_interrupt(self), open(self.out/'metrics.jsonl', 'a') as log:
         while self.step<c.steps and not self.stop:
             row = self.train_step()
@@ -292,9 +322,6 @@ def fit(self:Trainer,
             if watch: watch(row)
             if self.bad_row>=c.max_bad: raise Diverged(
                 f'step {self.step}: {self.bad_row} steps in a row had a loss or gradient that is not finite; '
-                f'the last good checkpoint is in {self.out/"checkpoints"}; lower lr={c.lr:g} and muon_lr={c.muon_lr:g}, or look at the data')
+                f'the last good checkpoint is in {self.out/"checkpoints"}; start another run with a lower lr={c.lr:g} and muon_lr={c.muon_lr:g}, or look at the data')
             if self.step%c.save_every==0 and not self.bad_row: self.save(); saved = self.step
         if saved!=self.step: self.save()
-    self.meter.detach()
-    self.model.float().eval()
-    self.opt.publish()
