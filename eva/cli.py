@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LEAVES', 'SETTINGS', 'train_parser', 'new_run', 'old_run', 'prepare', 'settings', 'device_of', 'check_memory',
-           'train_with_bar', 'finish', 'summary', 'guarded', 'eva_train', 'generate_parser', 'eva_generate']
+           'train_with_bar', 'sample_text', 'finish', 'summary', 'guarded', 'eva_train', 'generate_parser',
+           'eva_generate']
 
 # %% ../nbs/19_cli.ipynb #2909e24a
 import argparse, sys, time
 from pathlib import Path
 
-# %% ../nbs/19_cli.ipynb #be6fded0
+# %% ../nbs/19_cli.ipynb #719171d2
 def train_parser()->argparse.ArgumentParser: # of eva_train
     "What eva_train understands"
     p = argparse.ArgumentParser('eva_train', description='Train a small DeepSeek-V3 on text, and leave a checkpoint, a report and a sample.')
@@ -23,8 +24,8 @@ def train_parser()->argparse.ArgumentParser: # of eva_train
     add('--vocab_size', type=int, help='entries of the tokenizer that is trained on the text (default: 4096)')
     add('--seq_len', type=int, help='tokens per sequence (default: 512)')
     add('--batch_size', type=int, help='sequences per step (default: 16)')
-    add('--lr', type=float, help='peak rate of AdamW, for embedding, head, routers and norms (default: 0.01)')
-    add('--muon_lr', type=float, help='peak rate of Muon, for matrices; 0 gives everything to AdamW (default: 0.03)')
+    add('--lr', type=float, help='peak rate of AdamW, for embedding, head, routers and norms (default: 0.02)')
+    add('--muon_lr', type=float, help='peak rate of Muon, for matrices; 0 gives everything to AdamW (default: 0.02)')
     add('--seed', type=int, help='of weights and order of data (default: 0)')
     add('--resume', action='store_true', help='go on with the run in --out, as it was started')
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to train (default: cuda where there is one, else cpu)')
@@ -149,7 +150,24 @@ def train_with_bar(
         watch.val = None
         trainer.fit(watch)
 
-# %% ../nbs/19_cli.ipynb #2110a479
+# %% ../nbs/19_cli.ipynb #51bf74db
+def sample_text(
+    trainer,        # after fit
+    tok,            # its tokenizer
+    given:int=32,   # tokens of the beginning
+    more:int=192,   # tokens to be written
+)->str:             # three pieces
+    "Beginnings of held-out documents, continued by the model"
+    import numpy as np, torch
+    from eva.generate import generate
+    tokens = np.asarray(trainer.held_out.tokens[:10**6], np.int64)
+    starts = [i for i in np.flatnonzero(tokens==0) if i+given<=len(tokens) and not (tokens[i+1:i+given]==0).any()][:3] or [0]
+    prompts = torch.from_numpy(np.stack([tokens[i:i+given] for i in starts])).to(trainer.device)
+    ids = generate(trainer.model, prompts, more, temperature=.7, top_p=.95, seed=trainer.cfg.seed, eos_token_id=(0, 1)) # token 0 begins another document
+    return '\n'.join(f'----- held-out beginning {n}\n{tok.decode(p.tolist())}\n----- continued by the model\n{tok.decode(i[given:].tolist())}\n'
+                     for n,(p,i) in enumerate(zip(prompts, ids), 1))
+
+# %% ../nbs/19_cli.ipynb #9040799e
 def finish(
     trainer, # after fit
     tok,     # its tokenizer
@@ -160,13 +178,10 @@ def finish(
     import torch
     from tqdm.auto import tqdm
     from eva.data import replacing
-    from eva.generate import generate
     from eva.report import balance_summary, draw_report
     from eva.train import bits_per_byte, read_metrics
     out,rows,model = trainer.out,read_metrics(trainer.out/'metrics.jsonl'),trainer.model
-    ids = generate(model, torch.tensor([[0]], device=trainer.device), min(256, model.cfg.max_position_embeddings-1), temperature=.7, top_p=.95,
-                   seed=trainer.cfg.seed, eos_token_id=(0, 1)) # a new document begins with token 0: the text is over
-    with replacing(out/'sample.txt') as f: f.write_text(tok.decode(ids[0].tolist()).strip('\n')+'\n', encoding='utf-8')
+    with replacing(out/'sample.txt') as f: f.write_text(sample_text(trainer, tok), encoding='utf-8')
     half = trainer.cfg.precision=='bf16' and trainer.device.type=='cpu' # judged as it was trained: the weights rounded, in half the time
     with tqdm(total=100, desc='evaluating', unit='%', leave=False, dynamic_ncols=True) as bar:
         if half: model.to(torch.bfloat16)

@@ -38,7 +38,7 @@ def _text(path):
     try: return raw.decode('utf-8')
     except UnicodeDecodeError: return None
 
-# %% ../nbs/10_data.ipynb #8e952189
+# %% ../nbs/10_data.ipynb #01d2087a
 def find_documents(
     source:str|Path|list='stdlib', # 'stdlib', a file, a folder, or a list of files and folders
 )->tuple[list[Document],int]:      # the documents, and how many files were no text
@@ -51,10 +51,10 @@ def find_documents(
             files += _listed(p, False) if p.is_dir() else [(p.name, p)]
         files = list({p.resolve(): (name, p) for name,p in reversed(files)}.values())[::-1] # given twice, read once
     found = [(name, _text(p)) for name,p in files]
-    docs = [Document(name, text) for name,text in found if text]
+    docs = [Document(name, text) for name,text in found if text is not None]
     binary = sum(text is None for _,text in found)
-    if not docs: raise ValueError(f'{source}: no text in {len(files)} file{"s"*(len(files)!=1)} ({binary} binary, {len(files)-binary} empty); '
-                                  'text must be UTF-8 and not empty')
+    if not any(d.text for d in docs): raise ValueError(f'{source}: no text in {len(files)} file{"s"*(len(files)!=1)} ({binary} binary, {len(files)-binary} empty); '
+                                  'text must be UTF-8, and there must be some')
     return docs,binary
 
 # %% ../nbs/10_data.ipynb #341326bd

@@ -74,13 +74,13 @@ def halves(
     view.grad = w.grad.view_as(view)
     return view
 
-# %% ../nbs/11a_optim.ipynb #234369d0
+# %% ../nbs/11a_optim.ipynb #8f516102
 class MasterOptimizer:
     "Muon and AdamW on float32 masters of a model's weights"
     def __init__(self,
         model:nn.Module,          # whose parameters are trained
-        lr:float=0.01,            # of AdamW
-        muon_lr:float=0.03,       # of Muon; 0 gives everything to AdamW
+        lr:float=0.02,            # of AdamW
+        muon_lr:float=0.02,       # of Muon; 0 gives everything to AdamW
         betas:tuple=(0.9, 0.95),  # of AdamW
         momentum:float=0.95,      # of Muon
         weight_decay:float=0.1,   # per unit of AdamW's lr, on its matrices and tables

@@ -21,7 +21,7 @@ from .data import TokenStream, replacing
 from .model import DeepSeekV3, head_loss
 from .optim import MasterOptimizer
 
-# %% ../nbs/11b_train.ipynb #1e2cd4fc
+# %% ../nbs/11b_train.ipynb #c0c6e33e
 @dataclass
 class TrainConfig:
     "Everything that decides how a run goes, apart from the model and the data"
@@ -30,8 +30,8 @@ class TrainConfig:
     ramp:float = 0.             # share of steps with a quarter, then half of the batch (V3: from 3072, over 469 B tokens)
     micro_batch:int = 4         # sequences per forward pass
     seq_len:int = 512           # tokens per sequence (V3: 4096)
-    lr:float = 0.01             # peak of AdamW, for tables and vectors (V3, for everything: 2.2e-4)
-    muon_lr:float = 0.03        # peak of Muon, for matrices; 0 leaves all to AdamW, as V3 did
+    lr:float = 0.02             # peak of AdamW, for tables and vectors (V3, for everything: 2.2e-4)
+    muon_lr:float = 0.02        # peak of Muon, for matrices; 0 leaves all to AdamW, as V3 did
     warmup:float = 0.02         # share of the run over which the rates rise
     decay:float = 0.8           # share of the run over which they fall at the end
     final_lr:float = 0.02       # where they end, as a share of the peak
@@ -39,7 +39,7 @@ class TrainConfig:
     clip:float = 1.0            # norm to which gradients are clipped
     mtp_weight:float = 0.3      # lambda of the MTP loss; a third of it from two thirds of the run on
     mtp_share:float = 0.25      # share of each batch that MTP learns from (V3: 1)
-    bias_speed:float = 0.01     # gamma of the routing biases, falls with the rates (V3: 0.001, at the end 0)
+    bias_speed:float = 0.02     # gamma of the routing biases, falls with the rates (V3: 0.001, at the end 0)
     balance_weight:float = 1e-4 # alpha of the sequence-wise balance loss
     precision:str = 'fp32'      # of the products: fp32 or bf16; master weights are float32
     seed:int = 0                # of the order of the data
