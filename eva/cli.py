@@ -127,7 +127,7 @@ def check_memory(
     have = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
     if need>have: raise ValueError(f'this model needs about {need/1e9:,.0f} GB to train, the machine has {have/1e9:,.0f}; use --preset mini')
 
-# %% ../nbs/19_cli.ipynb #a4a76807
+# %% ../nbs/19_cli.ipynb #b972c373
 def train_with_bar(
     trainer, # from prepare
 )->None:
@@ -137,8 +137,7 @@ def train_with_bar(
     c,recent = trainer.cfg,[]
     with tqdm(total=c.steps, initial=trainer.step, unit='step', dynamic_ncols=True, smoothing=.05) as bar:
         def watch(row):
-            bar.update()
-            if row.get('skipped'): tqdm.write(f'step {row["step"]}: loss or gradient not finite, skipped ({trainer.bad} so far)'); return
+            if row.get('skipped'): bar.update(); tqdm.write(f'step {row["step"]}: loss or gradient not finite, skipped ({trainer.bad} so far)'); return
             recent.append(row); del recent[:-20]
             shown = dict(loss=f'{sum(r["loss"] for r in recent)/len(recent):.3f}', tok_s=round(sum(r['tokens_per_second'] for r in recent)/len(recent)))
             if row['expert_load']:
@@ -146,7 +145,8 @@ def train_with_bar(
                 shown['busiest_expert'] = f'{(load.amax(-1)/load.mean(-1)).max():.2f}x'
             if 'val_bits_per_byte' in row: watch.val = f'{row["val_bits_per_byte"]:.3f}'
             if watch.val: shown['val_bpb'] = watch.val
-            bar.set_postfix(shown)
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
         watch.val = None
         trainer.fit(watch)
 
