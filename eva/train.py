@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'bits_per_byte', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'Diverged', 'Trainer',
-           'keep_freed_memory', 'stop_on_interrupt', 'read_metrics']
+           'stop_on_interrupt', 'read_metrics']
 
-# %% ../nbs/11b_train.ipynb #673fc65e
-import ctypes, hashlib, json, math, shutil, signal, threading, time
+# %% ../nbs/11b_train.ipynb #35c3b0e7
+import hashlib, json, math, shutil, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from .balance import LoadMeter
 from .data import TokenStream, replacing
+from .mla import keep_freed_memory
 from .model import DeepSeekV3, head_loss
 from .optim import MasterOptimizer
 
@@ -219,14 +220,6 @@ def quick_eval(self:Trainer)->dict: # val_loss in nats per token, val_bits_per_b
     self.meter.count = {}
     loss = total/rows[:,1:].numel()
     return dict(val_loss=loss, val_bits_per_byte=loss/math.log(2)*(len(s)-1)/s.bytes)
-
-# %% ../nbs/11b_train.ipynb #ea238c37
-def keep_freed_memory():
-    "Let the C library reuse freed blocks of up to 32 MB instead of returning them"
-    try:
-        libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(-3, 2**25); libc.mallopt(-1, 2**31-1) # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    except (OSError, AttributeError): pass                 # another C library: it works, only slower
 
 # %% ../nbs/11b_train.ipynb #22ace46a
 @contextmanager
