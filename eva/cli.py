@@ -11,7 +11,7 @@ __all__ = ['LEAVES', 'SETTINGS', 'train_parser', 'new_run', 'old_run', 'prepare'
 import argparse, sys, time
 from pathlib import Path
 
-# %% ../nbs/19_cli.ipynb #719171d2
+# %% ../nbs/19_cli.ipynb #1f6b6672
 def train_parser()->argparse.ArgumentParser: # of eva_train
     "What eva_train understands"
     p = argparse.ArgumentParser('eva_train', description='Train a small DeepSeek-V3 on text, and leave a checkpoint, a report and a sample.')
@@ -19,7 +19,7 @@ def train_parser()->argparse.ArgumentParser: # of eva_train
     add('--preset', help='size of the model: mini, v2-lite, v2 or v3 (default: mini)')
     add('--data', nargs='+', metavar='PATH', help="text files and folders (default: stdlib, Python's own source)")
     add('--out', type=Path, help='folder for everything the run leaves (default: runs/PRESET)')
-    add('--steps', type=int, help='optimizer steps (default: 350, about five minutes for mini on two cores)')
+    add('--steps', type=int, help='optimizer steps (default: 320, about five minutes for mini on two cores)')
     add('--precision', choices=('fp32', 'bf16'), help='of the products (default: bf16 where the processor computes in it, else fp32)')
     add('--vocab_size', type=int, help='entries of the tokenizer that is trained on the text (default: 4096)')
     add('--seq_len', type=int, help='tokens per sequence (default: 512)')

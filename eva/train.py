@@ -22,11 +22,11 @@ from .mla import keep_freed_memory
 from .model import DeepSeekV3, head_loss
 from .optim import MasterOptimizer
 
-# %% ../nbs/11b_train.ipynb #c0c6e33e
+# %% ../nbs/11b_train.ipynb #ff6095b4
 @dataclass
 class TrainConfig:
     "Everything that decides how a run goes, apart from the model and the data"
-    steps:int = 350             # optimizer steps
+    steps:int = 320             # optimizer steps
     batch_size:int = 16         # sequences per step, once grown to its full size (V3: 15360)
     ramp:float = 0.             # share of steps with a quarter, then half of the batch (V3: from 3072, over 469 B tokens)
     micro_batch:int = 4         # sequences per forward pass
