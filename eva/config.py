@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from fastcore.basics import patch
 
-# %% ../nbs/01_config.ipynb #6aee4cdd
+# %% ../nbs/01_config.ipynb #c98268f1
 @dataclass
 class Config:
     "Sizes of one model, under the names of its published `config.json`; defaults are DeepSeek-V3"
@@ -45,6 +45,7 @@ class Config:
     tie_word_embeddings:bool = False   # one matrix for embedding and head?
     bos_token_id:int = 0               # starts a document
     eos_token_id:int = 1               # ends a document
+    hidden_act:str = 'silu'            # activation of the feed-forward layers
     model_type:str = 'deepseek_v3'     # deepseek_v3 or deepseek_v2
 
     def __post_init__(self): self.check()

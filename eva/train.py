@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'bits_per_byte', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'Diverged', 'Trainer',
            'stop_on_interrupt', 'read_metrics']
 
-# %% ../nbs/11b_train.ipynb #35c3b0e7
+# %% ../nbs/11b_train.ipynb #6f82ce73
 import hashlib, json, math, shutil, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,13 +16,13 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from .balance import LoadMeter
+from .balance import BALANCE_LOSSES, LoadMeter
 from .data import TokenStream, replacing
 from .mla import keep_freed_memory
 from .model import DeepSeekV3, head_loss
 from .optim import MasterOptimizer
 
-# %% ../nbs/11b_train.ipynb #ff6095b4
+# %% ../nbs/11b_train.ipynb #bf856cb1
 @dataclass
 class TrainConfig:
     "Everything that decides how a run goes, apart from the model and the data"
@@ -40,8 +40,10 @@ class TrainConfig:
     clip:float = 1.0            # norm to which gradients are clipped
     mtp_weight:float = 0.3      # lambda of the MTP loss; a third of it from two thirds of the run on
     mtp_share:float = 0.25      # share of each batch that MTP learns from (V3: 1)
-    bias_speed:float = 0.02     # gamma of the routing biases, falls with the rates (V3: 0.001, at the end 0)
-    balance_weight:float = 1e-4 # alpha of the sequence-wise balance loss
+    bias_speed:float = 0.02     # gamma of the routing biases, falls with the rates (V3: 0.001)
+    bias_rest:float = 0.034     # share of the run at its end over which the biases rest (V3: 500 B of 14.8 T tokens)
+    balance_weight:float = 1e-4 # alpha of the balance loss
+    balance_over:str = 'sequence' # what that loss evens: each 'sequence' (V3) or the 'batch', the classic auxiliary loss
     precision:str = 'fp32'      # of the products: fp32 or bf16; master weights are float32
     seed:int = 0                # of the order of the data
     eval_every:int = 50         # steps between quick evaluations
@@ -52,14 +54,15 @@ class TrainConfig:
     def __post_init__(self):
         for o in ('steps', 'batch_size', 'micro_batch', 'seq_len', 'eval_every', 'save_every', 'keep', 'max_bad'):
             if not isinstance(v := getattr(self, o), int) or v<1: raise ValueError(f'{o}={v!r}: must be a positive integer')
-        for o in ('warmup', 'decay', 'final_lr', 'mtp_share', 'ramp'):
+        for o in ('warmup', 'decay', 'final_lr', 'mtp_share', 'ramp', 'bias_rest'):
             if not 0<=getattr(self, o)<=1: raise ValueError(f'{o}={getattr(self, o)}: must lie between 0 and 1')
         for o in ('lr', 'muon_lr', 'weight_decay', 'clip', 'mtp_weight', 'bias_speed', 'balance_weight'):
             if not (math.isfinite(v := getattr(self, o)) and v>=0): raise ValueError(f'{o}={v}: must be 0 or more, and finite')
         if not isinstance(self.seed, int) or self.seed<0: raise ValueError(f'seed={self.seed!r}: must be an integer, 0 or more')
+        if self.balance_over not in BALANCE_LOSSES: raise ValueError(f"balance_over={self.balance_over!r}: must be {' or '.join(BALANCE_LOSSES)}")
         if self.precision not in ('fp32', 'bf16'): raise ValueError(f'precision={self.precision!r}: must be fp32 or bf16')
 
-# %% ../nbs/11b_train.ipynb #71faa0ad
+# %% ../nbs/11b_train.ipynb #c1d8d5b6
 @patch
 def sequences(self:TrainConfig,
     step:int, # counted from 0
@@ -84,6 +87,13 @@ def mtp_weight_at(self:TrainConfig,
 )->float:     # lambda
     "The weight of the MTP loss"
     return self.mtp_weight if 3*self.sequences(step)<2*self.sequences(self.steps) else self.mtp_weight/3
+
+@patch
+def bias_speed_at(self:TrainConfig,
+    step:int, # counted from 0
+)->float:     # gamma
+    "The speed of the routing biases: with the rates, at rest for the last steps"
+    return self.bias_speed*max(self.rate(step), .05) if self.sequences(step+1)<=(1-self.bias_rest)*self.sequences(self.steps) else 0.
 
 # %% ../nbs/11b_train.ipynb #03f77412
 @torch.no_grad()
@@ -172,30 +182,43 @@ class Trainer:
         self.meter,self.device = LoadMeter(model),model.lm_head.weight.device
         self.step,self.tokens,self.seconds,self.bad,self.bad_row,self.stop = 0,0,0.,0,0,None
 
-# %% ../nbs/11b_train.ipynb #d499da9f
+# %% ../nbs/11b_train.ipynb #13f4929f
 @patch
-def train_step(self:Trainer)->dict: # one line of metrics.jsonl
-    "Learn from one batch"
-    c,start = self.cfg,time.perf_counter()
-    rate,weight,seen = c.rate(self.step),c.mtp_weight_at(self.step),c.sequences(self.step)
-    size = c.sequences(self.step+1)-seen
-    batch = self.train.batch(seen, size, c.seq_len, 1+len(self.model.mtp), c.seed).to(self.device)
-    total,depths = torch.zeros(1+len(self.model.mtp)),len(self.model.mtp)
-    ahead = left = max(1, round(c.mtp_share*size)) if c.mtp_share and depths else 0 # rows that MTP learns from: the first ones
+def gradients(self:Trainer,
+    batch:Tensor,    # windows (sequences, seq_len + 1 + depths)
+    ahead:int,       # sequences that MTP learns from: the first ones
+    mtp_weight:float, # lambda
+)->Tensor:           # the main loss, then one for each MTP depth; not a number where a router met one
+    "Forward and backward, a micro-batch at a time"
+    c,left,depths = self.cfg,ahead,len(self.model.mtp)
+    total = torch.zeros(1+depths)
     for tokens in batch.split(c.micro_batch):
-        part,rows = len(tokens)/size,min(left, len(tokens))
+        part,rows = len(tokens)/len(batch),min(left, len(tokens))
         left -= rows
-        losses = self.model.losses(tokens, mtp_rows=rows)
-        loss = part*(losses[0] + c.balance_weight*self.meter.balance_loss())
-        if rows: loss = loss + weight/depths*rows/ahead*sum(losses[1:])
+        try: losses = self.model.losses(tokens, mtp_rows=rows)
+        except FloatingPointError: return total.fill_(math.nan)
+        loss = part*(losses[0] + c.balance_weight*self.meter.balance_loss(c.balance_over))
+        if rows: loss = loss + mtp_weight/depths*rows/ahead*sum(losses[1:])
         loss.backward()
         self.opt.collect()
         total[0] += part*losses[0].item()
         if rows: total[1:] += rows/ahead*torch.stack([o.detach() for o in losses[1:]]).cpu()
+    return total
+
+# %% ../nbs/11b_train.ipynb #54f2cb66
+@patch
+def train_step(self:Trainer)->dict: # one line of metrics.jsonl
+    "Learn from one batch"
+    c,start = self.cfg,time.perf_counter()
+    rate,seen = c.rate(self.step),c.sequences(self.step)
+    size = c.sequences(self.step+1)-seen
+    batch = self.train.batch(seen, size, c.seq_len, 1+len(self.model.mtp), c.seed).to(self.device)
+    ahead = max(1, round(c.mtp_share*size)) if c.mtp_share and len(self.model.mtp) else 0
+    total = self.gradients(batch, ahead, c.mtp_weight_at(self.step))
     finite = bool(total.isfinite().all())
     norm = self.opt.step(rate, c.clip) if finite else self.opt.forget()
     good = finite and math.isfinite(norm)
-    load = self.meter.step(c.bias_speed*max(rate, .05) if good else 0., keep=good)
+    load = self.meter.step(c.bias_speed_at(self.step) if good else 0., keep=good)
     self.bad,self.bad_row = self.bad+(not good),0 if good else self.bad_row+1
     seconds = time.perf_counter()-start
     self.step,self.tokens,self.seconds = self.step+1,self.tokens+size*c.seq_len,self.seconds+seconds
