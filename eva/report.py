@@ -21,15 +21,17 @@ def balance_summary(
     if not good: raise ValueError('no step with experts in these metrics: a dense model has no load')
     return load_figures(torch.tensor(good).sum(0))
 
-# %% ../nbs/11c_report.ipynb #35425101
+# %% ../nbs/11c_report.ipynb #85166b8e
 def draw_report(
     rows:list[dict],       # lines of metrics.jsonl
     path:Path,             # the picture
     baselines:dict|None=None, # name -> bits per byte
     final:float|None=None, # bits per byte at the end, over all held-out tokens
+    optimum:float|None=None, # of a task, bits per token; then all of the above is bits per token too
 ):
     "Draw loss, held-out bits per byte and expert load"
     from matplotlib.figure import Figure
+    unit,what = ('bits per byte', 'text') if optimum is None else ('bits per token', 'documents')
     good = [r for r in rows if not r.get('skipped')]
     if not good: raise ValueError('no finished step in these metrics: nothing to draw')
     load = torch.tensor([r['expert_load'] for r in good if r['expert_load']], dtype=torch.float)
@@ -48,7 +50,8 @@ def draw_report(
     if val: right.plot(*zip(*val), 'o-', ms=3, label='held out, estimate')
     if final is not None: right.plot(x[-1], final, '*', ms=12, color='C3', label=f'held out, all: {final:.3f}')
     for (name,b),style in zip((baselines or {}).items(), (':', '-.', '--')): right.axhline(b, ls=style, color='grey', label=f'{name}: {b:.3f}')
-    right.set(xlabel='million tokens', ylabel='bits per byte', title='Held-out text'); right.legend(fontsize=8)
+    if optimum is not None: right.axhline(optimum, color='C2', lw=1.5, label=f'optimum: {optimum:.3f}')
+    right.set(xlabel='million tokens', ylabel=unit, title=f'Held-out {what}'); right.legend(fontsize=8)
     if layers: _draw_load(below[0], load)
     fig.savefig(path, dpi=110, format='png')
 
