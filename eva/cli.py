@@ -58,7 +58,7 @@ def new_run(
     return cfg,tcfg,tok,train,held,dict(data=data, preset=preset, model=cfg.to_json(), train=asdict(tcfg),
                                         baselines=dict(sorted(bits.items(), key=lambda o: -o[1])))
 
-# %% ../nbs/19_cli.ipynb #992f8a24
+# %% ../nbs/19_cli.ipynb #b2366a41
 MOST = 200_000_000 # tokens of a task that are drawn at most, 400 MB; longer runs see them again
 
 def new_task_run(
@@ -75,10 +75,10 @@ def new_task_run(
     from eva.train import TrainConfig
     if len(data)>1: raise ValueError(f'--data {" ".join(data)}: a task is not mixed with anything else; give synthetic:NAME alone')
     if args.vocab_size is not None: raise ValueError(f'--vocab_size {args.vocab_size}: a task brings its own vocabulary; leave this out')
-    name,length = data[0].removeprefix('synthetic:'),0
+    name = data[0].removeprefix('synthetic:')
     test = synthetic(name, 512, args.seed or 0, held_out=True)
     length = test.tokens.shape[1]
-    tcfg = TrainConfig(**dict(seq_len=length*max(1, round(512/length))) | settings(args))
+    tcfg = TrainConfig(**dict(seq_len=length*max(1, round(512/length)), bias_speed=.001) | settings(args))
     if tcfg.seq_len%length: raise ValueError(f'--seq_len {tcfg.seq_len}: documents of {name} have {length} tokens and are not cut; use a multiple, such as {length}')
     cfg = Config.preset(preset, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
     check_memory(cfg)

@@ -181,7 +181,7 @@ def batch(self:TokenStream,
     starts = [start(g) for g in range(first, first+count)]
     return torch.from_numpy(np.stack([self.tokens[s:s+seq+extra] for s in starts]).astype(np.int64))
 
-# %% ../nbs/10_data.ipynb #36ae704e
+# %% ../nbs/10_data.ipynb #87e8d4e9
 class Task:
     "A source of documents of one length: what it draws, and what each token costs"
     sizes = {}    # what can be set, and to what by default
@@ -206,6 +206,7 @@ class Task:
         "What a document costs on average, given its start token"
         return float(np.log(self.options).sum())
 
+# %% ../nbs/10_data.ipynb #980939a2
 def _rows(*parts):
     "A start token and the parts, side by side; a number stands in every row"
     n = next(len(p) for p in parts if not isinstance(p, int))
@@ -255,10 +256,10 @@ class Recall(Task):
         asked = np.stack([same[...,0].any(-1)&_fresh(b[...,0]), same.all(-1).any(-1)], -1)
         return np.hstack([x[:,:1]==0, told.reshape(n, -1), x[:,2*k+1:2*k+2]==self.separator, asked.reshape(n, -1)])
 
-# %% ../nbs/10_data.ipynb #976f0b5d
+# %% ../nbs/10_data.ipynb #e1796521
 class Induction(Task):
     "A string without repetition, then a piece of it again"
-    sizes = dict(symbols=40, string=20, again=11)
+    sizes = dict(symbols=20, string=12, again=10)
     def setup(self):
         if self.string>self.symbols: raise ValueError(f'string={self.string}: its symbols are distinct; at most symbols={self.symbols}')
         if self.again>self.string: raise ValueError(f'again={self.again}: is a piece of the string; at most string={self.string}')
