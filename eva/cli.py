@@ -58,7 +58,7 @@ def new_run(
     return cfg,tcfg,tok,train,held,dict(data=data, preset=preset, model=cfg.to_json(), train=asdict(tcfg),
                                         baselines=dict(sorted(bits.items(), key=lambda o: -o[1])))
 
-# %% ../nbs/19_cli.ipynb #b2366a41
+# %% ../nbs/19_cli.ipynb #bab1bdba
 MOST = 200_000_000 # tokens of a task that are drawn at most, 400 MB; longer runs see them again
 
 def new_task_run(
@@ -79,6 +79,7 @@ def new_task_run(
     test = synthetic(name, 512, args.seed or 0, held_out=True)
     length = test.tokens.shape[1]
     tcfg = TrainConfig(**dict(seq_len=length*max(1, round(512/length)), bias_speed=.001) | settings(args))
+    tcfg.micro_batch = max(1, 2048//tcfg.seq_len) # short sequences are computed together
     if tcfg.seq_len%length: raise ValueError(f'--seq_len {tcfg.seq_len}: documents of {name} have {length} tokens and are not cut; use a multiple, such as {length}')
     cfg = Config.preset(preset, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
     check_memory(cfg)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from fastcore.basics import patch
 
-# %% ../nbs/01_config.ipynb #c98268f1
+# %% ../nbs/01_config.ipynb #ea516a95
 @dataclass
 class Config:
     "Sizes of one model, under the names of its published `config.json`; defaults are DeepSeek-V3"
@@ -26,6 +26,7 @@ class Config:
     v_head_dim:int = 128               # one value head, features
     intermediate_size:int = 18432      # width of a dense feed-forward layer, features
     moe_intermediate_size:int = 2048   # width of one expert, features
+    hidden_act:str = 'silu'            # activation of every feed-forward: silu, gelu, gelu_pytorch_tanh, relu or relu2
     first_k_dense_replace:int = 3      # first layers that are dense, the rest are MoE
     n_routed_experts:int = 256         # experts the router chooses from, per layer
     n_shared_experts:int = 1           # experts every token visits, per layer
@@ -45,12 +46,11 @@ class Config:
     tie_word_embeddings:bool = False   # one matrix for embedding and head?
     bos_token_id:int = 0               # starts a document
     eos_token_id:int = 1               # ends a document
-    hidden_act:str = 'silu'            # activation of the feed-forward layers
     model_type:str = 'deepseek_v3'     # deepseek_v3 or deepseek_v2
 
     def __post_init__(self): self.check()
 
-# %% ../nbs/01_config.ipynb #551018d0
+# %% ../nbs/01_config.ipynb #b8a2df54
 POSITIVE = '''vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim
     v_head_dim intermediate_size moe_intermediate_size n_routed_experts num_experts_per_tok n_group topk_group
     max_position_embeddings'''.split()
@@ -58,14 +58,14 @@ SIZES = '''vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_
     v_head_dim intermediate_size'''.split()
 COUNTS = 'first_k_dense_replace n_shared_experts num_nextn_predict_layers bos_token_id eos_token_id'.split()
 CHOICES = dict(topk_method=('noaux_tc', 'group_limited_greedy', 'greedy'), scoring_func=('sigmoid', 'softmax'),
-               model_type=('deepseek_v3', 'deepseek_v2'))
+               model_type=('deepseek_v3', 'deepseek_v2'), hidden_act=('silu', 'gelu', 'gelu_pytorch_tanh', 'relu', 'relu2'))
 YARN_V3 = dict(type='yarn', factor=40, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
                original_max_position_embeddings=4096)
 
 def _is_int(v): return isinstance(v, int) and not isinstance(v, bool)
 def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
-# %% ../nbs/01_config.ipynb #821a5ac9
+# %% ../nbs/01_config.ipynb #363503fc
 @patch
 def check(self:Config):
     "Raise a `ValueError` that names the first field which cannot be"
@@ -82,9 +82,11 @@ def check(self:Config):
     need(self.qk_rope_head_dim%2==0, 'qk_rope_head_dim', 'must be even, because features are rotated in pairs')
     need(self.n_routed_experts%self.n_group==0, 'n_routed_experts', f'must divide into n_group={self.n_group} equal groups')
     need(self.topk_group<=self.n_group, 'topk_group', f'cannot exceed n_group={self.n_group}')
-    reach = self.topk_group*self.n_routed_experts//self.n_group
     need(self.rope_theta>1, 'rope_theta', 'must exceed 1')
-    need(self.num_experts_per_tok<=reach, 'num_experts_per_tok', f'cannot exceed the {reach} experts that topk_group leaves')
+    k,reach = 'num_experts_per_tok',self.topk_group*self.n_routed_experts//self.n_group
+    need(self.num_experts_per_tok<=self.n_routed_experts, k, f'cannot exceed n_routed_experts={self.n_routed_experts}')
+    need(self.topk_method=='greedy' or self.num_experts_per_tok<=reach, k,
+         f'cannot exceed the {reach} experts that topk_group={self.topk_group} leaves')
     need(self.topk_method!='noaux_tc' or self.n_routed_experts//self.n_group>=2, 'n_group',
          'leaves one expert per group, and noaux_tc scores a group by its best two')
     need(self.first_k_dense_replace<=self.num_hidden_layers, 'first_k_dense_replace', f'cannot exceed num_hidden_layers={self.num_hidden_layers}')
@@ -105,7 +107,7 @@ def _check_rope(self:Config, need):
     for o in ('mscale', 'mscale_all_dim'): need(o not in s or _is_number(s[o]) and s[o]>=0, 'rope_scaling', f'{o} must be 0 or more')
     need(s.get('attention_factor') is None and s.get('truncate', True), 'rope_scaling', 'attention_factor and truncate are not known to Eva; no published model sets them')
 
-# %% ../nbs/01_config.ipynb #be64c77a
+# %% ../nbs/01_config.ipynb #1e548393
 @patch(cls_method=True)
 def from_json(cls:Config,
     source:str|Path|dict, # a config.json, the folder that holds it, or its contents
@@ -119,7 +121,7 @@ def from_json(cls:Config,
         except ValueError as e: raise ValueError(f'{p}: not valid JSON ({e}); fetch or write the file again') from None
         if not isinstance(d, dict): raise ValueError(f'{p}: holds a {type(d).__name__}; a config is a JSON object')
     d = dict(d)
-    for k,v in dict(hidden_act='silu', attention_bias=False, moe_layer_freq=1, rope_interleave=True).items():
+    for k,v in dict(attention_bias=False, moe_layer_freq=1, rope_interleave=True).items():
         if d.get(k, v)!=v: raise ValueError(f'{k}={d[k]!r}: Eva computes {k}={v!r} only, as every published DeepSeek-V2 and V3 does')
     if rp := d.pop('rope_parameters', None):
         if not isinstance(rp, dict): raise ValueError(f'rope_parameters={rp!r}: must be an object with rope_theta and rope_type')
@@ -132,7 +134,7 @@ def from_json(cls:Config,
     names = {f.name for f in fields(cls)}
     return cls(**{k: v for k,v in d.items() if k in names})
 
-# %% ../nbs/01_config.ipynb #937cd73f
+# %% ../nbs/01_config.ipynb #dcd7f598
 @patch
 def to_json(self:Config,
     path:str|Path|None=None, # a file to write, or None
@@ -140,7 +142,7 @@ def to_json(self:Config,
     "The configuration as other software reads it"
     kind = 'DeepseekV3' if self.model_type=='deepseek_v3' else 'DeepseekV2'
     d = dict(architectures=[f'{kind}ForCausalLM'], **asdict(self), num_key_value_heads=self.num_attention_heads,
-             hidden_act='silu', attention_bias=False, attention_dropout=0.0, moe_layer_freq=1)
+             attention_bias=False, attention_dropout=0.0, moe_layer_freq=1)
     if path is not None: Path(path).write_text(json.dumps(d, indent=2)+'\n', encoding='utf-8')
     return d
 
@@ -213,6 +215,14 @@ def flops_per_token(self:Config,
     head = self.qk_nope_head_dim+self.qk_rope_head_dim+self.v_head_dim
     products = sum(o[2] for o in self.param_parts().values())
     return 2*products + 2*self.num_hidden_layers*self.num_attention_heads*context*head
+
+# %% ../nbs/01_config.ipynb #d8d9d590
+@patch
+def moe_speedup(self:Config,
+)->float: # a ratio
+    "FLOPs of a dense layer with all experts' width over the FLOPs of the MoE layer, its router included"
+    one,shared = 3*self.moe_intermediate_size,self.n_shared_experts
+    return one*(self.n_routed_experts+shared)/(one*(self.num_experts_per_tok+shared)+self.n_routed_experts)
 
 # %% ../nbs/01_config.ipynb #ca1c2875
 @patch

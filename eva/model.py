@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Block', 'MTP', 'DeepSeekV3', 'HeadLoss', 'head_loss']
 
-# %% ../nbs/09_model.ipynb #71f28876
+# %% ../nbs/09_model.ipynb #4a3b6e4d
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from .cache import LatentCache
 from .config import Config
-from .mla import MLA
+from .mla import MLA, sight
 from .moe import MLP, MoE
 from .rope import rope_tables
 
-# %% ../nbs/09_model.ipynb #62b086ee
+# %% ../nbs/09_model.ipynb #a5ec520c
 class Block(nn.Module):
     "One transformer layer"
     def __init__(self,
@@ -27,7 +27,7 @@ class Block(nn.Module):
         super().__init__()
         d,eps = cfg.hidden_size,cfg.rms_norm_eps
         self.layer,self.self_attn = layer,MLA(cfg)
-        self.mlp = MLP(d, cfg.intermediate_size) if layer<cfg.first_k_dense_replace else MoE(cfg)
+        self.mlp = MLP(d, cfg.intermediate_size, cfg.hidden_act) if layer<cfg.first_k_dense_replace else MoE(cfg)
         self.input_layernorm,self.post_attention_layernorm = nn.RMSNorm(d, eps=eps),nn.RMSNorm(d, eps=eps)
 
     def forward(self,
@@ -62,7 +62,7 @@ class MTP(Block):
         joined = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), -1))
         return self.shared_head['norm'](self(joined, rope))
 
-# %% ../nbs/09_model.ipynb #e6cceb94
+# %% ../nbs/09_model.ipynb #d3274a25
 class DeepSeekV3(nn.Module):
     "The language model; weights under their published names, experts stacked"
     def __init__(self,
@@ -88,34 +88,37 @@ class DeepSeekV3(nn.Module):
         input_ids:Tensor,                # new tokens (batch, seq), int64
         cache:LatentCache|None=None,     # the past, extended in place
         attention_mask:Tensor|None=None, # 1 for real tokens, 0 for left padding (batch, cached + seq)
+        documents:Tensor|None=None,      # which document each token belongs to, any integers (batch, cached + seq)
+        prefix:Tensor|None=None,         # True for tokens that see each other both ways (batch, cached + seq)
     )->Tensor:                           # logits (batch, seq, vocab_size)
         "Logits of the token after each given one"
-        return self.lm_head(self.hidden(input_ids, cache, attention_mask))
+        return self.lm_head(self.hidden(input_ids, cache, attention_mask, documents, prefix))
 
-# %% ../nbs/09_model.ipynb #055b68be
+# %% ../nbs/09_model.ipynb #13a4641d
 @patch
 def hidden(self:DeepSeekV3,
     input_ids:Tensor,                # new tokens (batch, seq), int64
     cache:LatentCache|None=None,     # the past, extended in place
     attention_mask:Tensor|None=None, # 1 for real tokens, 0 for left padding (batch, cached + seq)
+    documents:Tensor|None=None,      # which document each token belongs to, any integers (batch, cached + seq)
+    prefix:Tensor|None=None,         # True for tokens that see each other both ways (batch, cached + seq)
 )->Tensor:                           # normalised states (batch, seq, hidden_size)
     "States of the last main layer, ready for the head"
-    past = self._check(input_ids, cache, attention_mask)
-    seq = input_ids.shape[1]
-    if attention_mask is None: positions,mask = torch.arange(past, past+seq, device=input_ids.device)[None],None
+    past = self._check(input_ids, cache, attention_mask, documents, prefix)
+    b,seq = input_ids.shape
+    if attention_mask is documents is prefix is None: positions,mask = torch.arange(past, past+seq, device=input_ids.device)[None],None
     else:
-        real = attention_mask.bool()
-        positions = (real.cumsum(1)-1).clamp(min=0)[:,past:]
-        mask = torch.ones(seq, past+seq, dtype=torch.bool, device=real.device).tril(past) & real[:,None,None]
+        real = torch.ones(b, past+seq, dtype=torch.bool, device=input_ids.device) if attention_mask is None else attention_mask.bool()
+        positions,mask = sight(real, seq, documents, prefix)
     h = self.model['embed_tokens'](input_ids)
     rope = rope_tables(self.cfg, positions, h.dtype)
     for block in self.blocks: h = block(h, rope, mask, cache)
     if cache is not None: cache.advance(seq)
     return self.model['norm'](h)
 
-# %% ../nbs/09_model.ipynb #aad8f810
+# %% ../nbs/09_model.ipynb #6a994d3a
 @patch
-def _check(self:DeepSeekV3, input_ids, cache, attention_mask)->int:
+def _check(self:DeepSeekV3, input_ids, cache, attention_mask, documents, prefix)->int:
     "Refuse what cannot be meant; return the number of cached positions"
     if input_ids.dim()!=2 or input_ids.is_floating_point() or input_ids.shape[1]==0: raise ValueError(
         f'input_ids {input_ids.dtype} of shape {tuple(input_ids.shape)}: must be integers (batch, seq) with at least one token')
@@ -126,8 +129,15 @@ def _check(self:DeepSeekV3, input_ids, cache, attention_mask)->int:
     end = past+input_ids.shape[1]
     if end>self.cfg.max_position_embeddings: raise ValueError(
         f'{end} positions: the model has max_position_embeddings={self.cfg.max_position_embeddings}; shorten the input')
-    if attention_mask is not None and tuple(attention_mask.shape)!=(len(input_ids), end): raise ValueError(
-        f'attention_mask of shape {tuple(attention_mask.shape)}: must be (batch, cached + seq)={(len(input_ids), end)}')
+    for name,m in dict(attention_mask=attention_mask, documents=documents, prefix=prefix).items():
+        if m is None: continue
+        if tuple(m.shape)!=(len(input_ids), end): raise ValueError(f'{name} of shape {tuple(m.shape)}: must be (batch, cached + seq)={(len(input_ids), end)}')
+        if m.is_floating_point() and name!='attention_mask' or name=='prefix' and m.dtype!=torch.bool: raise TypeError(
+            f'{name} of {m.dtype}: must be {"boolean" if name=="prefix" else "integers"}')
+    if attention_mask is not None and not ((attention_mask==0) | (attention_mask==1)).all(): raise ValueError(
+        f'attention_mask holds other numbers than 0 and 1: it says which tokens are real; an additive mask is (mask==0).long()')
+    if prefix is not None and past and (prefix[:,:past].any(1) & prefix[:,past:].any(1)).any(): raise ValueError(
+        f'a prefix across {past} cached and {input_ids.shape[1]} new tokens: the cached ones cannot look ahead any more; give a prefix in one call')
     return past
 
 # %% ../nbs/09_model.ipynb #7b0a5861

@@ -17,7 +17,7 @@ from .data import TokenStream, find_documents, hold_out, replacing, train_tokeni
 from .model import DeepSeekV3
 from .train import TrainConfig, Trainer, bits_per_byte, read_metrics
 
-# %% ../nbs/11d_study.ipynb #672e12df
+# %% ../nbs/11d_study.ipynb #ff756761
 def fingerprint(
     model:DeepSeekV3,     # before training
     train:TokenStream,    # to learn from
@@ -25,9 +25,10 @@ def fingerprint(
     tcfg:TrainConfig,     # how
 )->str:                   # 64 hexadecimal digits
     "What decides the outcome of a trial"
-    shapes = {n: [*p.shape] for n,p in model.named_parameters()}
+    start = hashlib.sha256()
+    for n,p in model.state_dict().items(): start.update(f'{n}{[*p.shape]}'.encode() + p.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     data = [hashlib.sha256(s.tokens[:2**20].tobytes()).hexdigest()+str(len(s)) for s in (train, held_out)]
-    return hashlib.sha256(json.dumps([asdict(model.cfg), shapes, asdict(tcfg), data], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([asdict(model.cfg), start.hexdigest(), asdict(tcfg), data], sort_keys=True).encode()).hexdigest()
 
 def trial(
     folder:Path,          # keeps its weights, metrics.jsonl and result.json
