@@ -11,7 +11,7 @@ __all__ = ['MOST', 'LEAVES', 'SETTINGS', 'train_parser', 'new_run', 'new_task_ru
 import argparse, sys, time
 from pathlib import Path
 
-# %% ../nbs/19_cli.ipynb #79478e7d
+# %% ../nbs/19_cli.ipynb #642b1c26
 def train_parser()->argparse.ArgumentParser: # of eva_train
     "What eva_train understands"
     p = argparse.ArgumentParser('eva_train', description='Train a small DeepSeek-V3 on text or on a task, and leave a checkpoint, a report and a sample.')
@@ -23,9 +23,9 @@ def train_parser()->argparse.ArgumentParser: # of eva_train
     add('--steps', type=int, help='optimizer steps (default: 320, about five minutes for mini on two cores)')
     add('--precision', choices=('fp32', 'bf16'), help='of the products (default: bf16 where the processor computes in it, else fp32)')
     add('--vocab_size', type=int, help='entries of the tokenizer that is trained on the text (default: 4096; a task has its own)')
-    add('--seq_len', type=int, help='tokens per sequence (default: 512; for a task, the nearest multiple of its documents)')
-    add('--batch_size', type=int, help='sequences per step (default: 16)')
-    add('--lr', type=float, help='peak rate of AdamW, for embedding, head, routers and norms (default: 0.02)')
+    add('--seq_len', type=int, help='tokens per sequence (default: 512; for a task, one of its documents)')
+    add('--batch_size', type=int, help='sequences per step (default: 16; for a task 128)')
+    add('--lr', type=float, help='peak rate of AdamW, for embedding, head, routers and norms (default: 0.02; for a task 0.01)')
     add('--muon_lr', type=float, help='peak rate of Muon, for matrices; 0 gives everything to AdamW (default: 0.02)')
     add('--seed', type=int, help='of weights and order of data (default: 0)')
     add('--resume', action='store_true', help='go on with the run in --out, as it was started')
@@ -58,7 +58,7 @@ def new_run(
     return cfg,tcfg,tok,train,held,dict(data=data, preset=preset, model=cfg.to_json(), train=asdict(tcfg),
                                         baselines=dict(sorted(bits.items(), key=lambda o: -o[1])))
 
-# %% ../nbs/19_cli.ipynb #bab1bdba
+# %% ../nbs/19_cli.ipynb #9ffb44d2
 MOST = 200_000_000 # tokens of a task that are drawn at most, 400 MB; longer runs see them again
 
 def new_task_run(
@@ -78,8 +78,8 @@ def new_task_run(
     name = data[0].removeprefix('synthetic:')
     test = synthetic(name, 512, args.seed or 0, held_out=True)
     length = test.tokens.shape[1]
-    tcfg = TrainConfig(**dict(seq_len=length*max(1, round(512/length)), bias_speed=.001) | settings(args))
-    tcfg.micro_batch = max(1, 2048//tcfg.seq_len) # short sequences are computed together
+    tcfg = TrainConfig(**dict(seq_len=length, batch_size=128, lr=.01, bias_speed=.001) | settings(args)) # short sequences, slower rates
+    tcfg.micro_batch = max(1, 2048//tcfg.seq_len)
     if tcfg.seq_len%length: raise ValueError(f'--seq_len {tcfg.seq_len}: documents of {name} have {length} tokens and are not cut; use a multiple, such as {length}')
     cfg = Config.preset(preset, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
     check_memory(cfg)
@@ -244,7 +244,7 @@ def summary(
     return '\n'.join(lines + [f'{t.tokens:,} tokens in {t.seconds:.0f} s of training, {t.tokens/max(t.seconds, 1e-9):,.0f} per second'
         + (f'; {t.bad} step{"s"*(t.bad!=1)} skipped' if t.bad else ''), f'everything is in {t.out}: report.png, sample.txt, model.safetensors, …'])
 
-# %% ../nbs/19_cli.ipynb #959e3065
+# %% ../nbs/19_cli.ipynb #c850f272
 def guarded(
     name:str, # of the command
     work,     # to be done
@@ -254,7 +254,7 @@ def guarded(
     except KeyboardInterrupt: print(f'\n{name}: interrupted', file=sys.stderr); return 130
     except BrokenPipeError: return 0
     except Exception as e:
-        if not isinstance(e, (ValueError, OSError)) and type(e).__name__ not in ('Diverged', 'SafetensorError'): raise # our own mistakes keep their traceback
+        if not isinstance(e, (ValueError, OSError, FloatingPointError)) and type(e).__name__ not in ('Diverged', 'SafetensorError'): raise # our own mistakes keep their traceback
         print(f'{name}: {e}', file=sys.stderr); return 1
 
 def eva_train(
