@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SKIPPED', 'Document', 'find_documents', 'hold_out', 'train_tokenizer', 'sync', 'replacing', 'TokenStream',
-           'write_tokens', 'write_synthetic', 'word_tokenizer', 'bigram_bits_per_byte', 'compressed_bits_per_byte']
+           'write_tokens', 'write_synthetic', 'word_tokenizer', 'bigram_bits_per_byte', 'compressed_bits_per_byte',
+           'BOS', 'EOS', 'Synthetic', 'synthetic']
 
-# %% ../nbs/10_data.ipynb #11b78b2a
+# %% ../nbs/10_data.ipynb #725790a0
 import gzip, hashlib, json, lzma, math, os, shutil, sysconfig
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from fastcore.basics import patch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from .tasks import BOS, EOS, Synthetic, synthetic
+
+_all_ = ['BOS', 'EOS', 'Synthetic', 'synthetic'] # made by the chapter on tasks, used from here
 
 # %% ../nbs/10_data.ipynb #03e6f753
 class Document(NamedTuple):
