@@ -11,7 +11,7 @@ __all__ = ['MOST', 'LEAVES', 'SETTINGS', 'train_parser', 'new_run', 'new_task_ru
 import argparse, sys, time
 from pathlib import Path
 
-# %% ../nbs/19_cli.ipynb #642b1c26
+# %% ../nbs/19_cli.ipynb #b31fa5f1
 def train_parser()->argparse.ArgumentParser: # of eva_train
     "What eva_train understands"
     p = argparse.ArgumentParser('eva_train', description='Train a small DeepSeek-V3 on text or on a task, and leave a checkpoint, a report and a sample.')
@@ -26,7 +26,7 @@ def train_parser()->argparse.ArgumentParser: # of eva_train
     add('--seq_len', type=int, help='tokens per sequence (default: 512; for a task, one of its documents)')
     add('--batch_size', type=int, help='sequences per step (default: 16; for a task 128)')
     add('--lr', type=float, help='peak rate of AdamW, for embedding, head, routers and norms (default: 0.02; for a task 0.01)')
-    add('--muon_lr', type=float, help='peak rate of Muon, for matrices; 0 gives everything to AdamW (default: 0.02)')
+    add('--muon_lr', type=float, help='peak rate of Muon, for matrices; 0 gives everything to AdamW (default: 0.02; for a task 0.01)')
     add('--seed', type=int, help='of weights and order of data (default: 0)')
     add('--resume', action='store_true', help='go on with the run in --out, as it was started')
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to train (default: cuda where there is one, else cpu)')
@@ -58,7 +58,7 @@ def new_run(
     return cfg,tcfg,tok,train,held,dict(data=data, preset=preset, model=cfg.to_json(), train=asdict(tcfg),
                                         baselines=dict(sorted(bits.items(), key=lambda o: -o[1])))
 
-# %% ../nbs/19_cli.ipynb #9ffb44d2
+# %% ../nbs/19_cli.ipynb #0c598cc3
 MOST = 200_000_000 # tokens of a task that are drawn at most, 400 MB; longer runs see them again
 
 def new_task_run(
@@ -78,7 +78,7 @@ def new_task_run(
     name = data[0].removeprefix('synthetic:')
     test = synthetic(name, 512, args.seed or 0, held_out=True)
     length = test.tokens.shape[1]
-    tcfg = TrainConfig(**dict(seq_len=length, batch_size=128, lr=.01, bias_speed=.001) | settings(args)) # short sequences, slower rates
+    tcfg = TrainConfig(**dict(seq_len=length, batch_size=128, lr=.01, muon_lr=.01, bias_speed=.001) | settings(args)) # short sequences, slower rates
     tcfg.micro_batch = max(1, 2048//tcfg.seq_len)
     if tcfg.seq_len%length: raise ValueError(f'--seq_len {tcfg.seq_len}: documents of {name} have {length} tokens and are not cut; use a multiple, such as {length}')
     cfg = Config.preset(preset, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
