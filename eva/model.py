@@ -116,7 +116,7 @@ def hidden(self:DeepSeekV3,
     if cache is not None: cache.advance(seq)
     return self.model['norm'](h)
 
-# %% ../nbs/09_model.ipynb #6a994d3a
+# %% ../nbs/09_model.ipynb #78687ab7
 @patch
 def _check(self:DeepSeekV3, input_ids, cache, attention_mask, documents, prefix)->int:
     "Refuse what cannot be meant; return the number of cached positions"
@@ -135,7 +135,7 @@ def _check(self:DeepSeekV3, input_ids, cache, attention_mask, documents, prefix)
         if m.is_floating_point() and name!='attention_mask' or name=='prefix' and m.dtype!=torch.bool: raise TypeError(
             f'{name} of {m.dtype}: must be {"boolean" if name=="prefix" else "integers"}')
     if attention_mask is not None and not ((attention_mask==0) | (attention_mask==1)).all(): raise ValueError(
-        f'attention_mask holds other numbers than 0 and 1: it says which tokens are real; an additive mask is (mask==0).long()')
+        'attention_mask holds other numbers than 0 and 1: it says which tokens are real; turn an additive mask into (mask==0).long()')
     if prefix is not None and past and (prefix[:,:past].any(1) & prefix[:,past:].any(1)).any(): raise ValueError(
         f'a prefix across {past} cached and {input_ids.shape[1]} new tokens: the cached ones cannot look ahead any more; give a prefix in one call')
     return past

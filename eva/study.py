@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['fingerprint', 'trial', 'judge', 'compare', 'paired', 'corpus']
 
-# %% ../nbs/11d_study.ipynb #2f77a47c
-import hashlib, json, math, shutil
+# %% ../nbs/11d_study.ipynb #2747a124
+import hashlib, json, math, shutil, time
 from dataclasses import asdict, replace
 from pathlib import Path
 import torch
@@ -17,7 +17,7 @@ from .data import TokenStream, find_documents, hold_out, replacing, train_tokeni
 from .model import DeepSeekV3
 from .train import TrainConfig, Trainer, bits_per_byte, read_metrics
 
-# %% ../nbs/11d_study.ipynb #ff756761
+# %% ../nbs/11d_study.ipynb #573309dd
 def fingerprint(
     model:DeepSeekV3,     # before training
     train:TokenStream,    # to learn from
@@ -45,7 +45,8 @@ def trial(
     if done.exists() and (result := json.loads(done.read_text()))['fingerprint']==mark:
         load_model(model, folder/'weights.safetensors')
         return result,model.eval()
-    if (begun := folder/'begun').exists() and begun.read_text()!=mark or done.exists(): shutil.rmtree(folder) # other settings
+    if (begun := folder/'begun').exists() and begun.read_text()!=mark or done.exists(): # other settings: out of the way, and not deleted
+        folder.rename(folder.with_name(f'{folder.name}-former-{time.time_ns()}'))
     folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(mark)
     t = Trainer(model, train, held_out, tcfg, folder)
