@@ -20,7 +20,7 @@ def train_parser()->argparse.ArgumentParser: # of eva_train
     add('--data', nargs='+', metavar='PATH', help="text files and folders, or synthetic:NAME, a task with a known optimum: "
         "copy, recall, induction, modular or markov (default: stdlib, Python's own source)")
     add('--out', type=Path, help='folder for everything the run leaves (default: runs/PRESET)')
-    add('--steps', type=int, help='optimizer steps (default: 320, about five minutes for mini on two cores)')
+    add('--steps', type=int, help='optimizer steps (default: 320, about six minutes for mini on two cores)')
     add('--precision', choices=('fp32', 'bf16'), help='of the products (default: bf16 where the processor computes in it, else fp32)')
     add('--vocab_size', type=int, help='entries of the tokenizer that is trained on the text (default: 4096; a task has its own)')
     add('--seq_len', type=int, help='tokens per sequence (default: 512; for a task, one of its documents)')
