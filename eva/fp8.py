@@ -7,11 +7,12 @@ __all__ = ['FORMATS', 'RECIPES', 'EXPONENT', 'Format', 'format_values', 'cast', 
            'quantize', 'dequantize', 'snr_db', 'quality', 'Recipe', 'DelayedScale', 'scaled_matmul', 'narrow_matmul',
            'round_to_', 'fake_quantize']
 
-# %% ../nbs/07_fp8.ipynb #d29b549d
+# %% ../nbs/07_fp8.ipynb #4d33530f
 import math
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/07_fp8.ipynb #a99adff9
@@ -163,7 +164,7 @@ def quality(
     return dict(snr_db=snr_db(x, x_hat), correlation=torch.corrcoef(torch.stack((a, b)))[0,1].item(),
                 overflow=(x.abs()>limit*(1+1e-6)).double().mean().item(), underflow=((x_hat==0) & (x!=0)).double().mean().item())
 
-# %% ../nbs/07_fp8.ipynb #bac97a7c
+# %% ../nbs/07_fp8.ipynb #c9b81174
 class Recipe(NamedTuple):
     "How the tensors of a product are cut, scaled and rounded"
     x:tuple|None=(1,128)   # block of activations, along the sum
@@ -186,13 +187,19 @@ class DelayedScale:
         if history<1: raise ValueError(f'history={history}: must be a positive number of steps')
         self.fmt,self.history,self.seen = fmt,history,[]
 
+    def scale(self,
+        x:Tensor, # of this step
+    )->Tensor:    # one number
+        "From the largest magnitude of the steps before; the first step measures itself"
+        amax = x.detach().abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
+        before,self.seen = self.seen or [amax],[*self.seen, amax][-self.history:]
+        return block_scale(torch.stack(before).amax(), _format(self.fmt).max)
+
     def quantize(self,
         x:Tensor,     # of this step
     )->tuple[Tensor,Tensor]: # values in eight bits, the scale
-        "By the largest magnitude of the steps before; the first step measures itself"
-        amax = x.detach().abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
-        scale = block_scale(torch.stack(self.seen or [amax]).amax(), _format(self.fmt).max)
-        self.seen = [*self.seen, amax][-self.history:]
+        "With the scale of the steps before; what has grown beyond it saturates"
+        scale = self.scale(x)
         return cast(x.detach().float()/scale, self.fmt),scale
 
 # %% ../nbs/07_fp8.ipynb #b7e13297
@@ -231,7 +238,7 @@ def narrow_matmul(
         if promote and (k+group)%promote==0: total,narrow = total+narrow,torch.zeros_like(narrow)
     return total+narrow
 
-# %% ../nbs/07_fp8.ipynb #fc921655
+# %% ../nbs/07_fp8.ipynb #cc36458e
 EXPONENT = {torch.float32: (torch.int32, 0x7f800000, 23), torch.bfloat16: (torch.int16, 0x7f80, 7)} # integer of that size, exponent bits, mantissa bits
 
 def round_to_(
@@ -260,3 +267,11 @@ def fake_quantize(
     scale = block_scale(t.abs().amax((-3, -1)), f.max, pow2)[...,:,None,:,None].to(x.dtype)
     y = t*scale.reciprocal() if pow2 else (t/scale).clamp_(-f.max, f.max) # a scale that is subnormal is too coarse to keep within the format
     return untiled(round_to_(y, fmt).mul_(scale), m.shape).reshape(x.shape)
+
+@patch
+def round(self:DelayedScale,
+    x:Tensor, # of this step
+)->Tensor:    # float32
+    "What the eight bits of `quantize` stand for"
+    scale,limit = self.scale(x),_format(self.fmt).max
+    return round_to_((x.detach().float()/scale).clamp_(-limit, limit), self.fmt).mul_(scale)
