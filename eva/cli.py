@@ -11,7 +11,7 @@ __all__ = ['MOST', 'LEAVES', 'SETTINGS', 'train_parser', 'new_run', 'new_task_ru
 import argparse, sys, time
 from pathlib import Path
 
-# %% ../nbs/19_cli.ipynb #b31fa5f1
+# %% ../nbs/19_cli.ipynb #fde0cafd
 def train_parser()->argparse.ArgumentParser: # of eva_train
     "What eva_train understands"
     p = argparse.ArgumentParser('eva_train', description='Train a small DeepSeek-V3 on text or on a task, and leave a checkpoint, a report and a sample.')
@@ -21,7 +21,8 @@ def train_parser()->argparse.ArgumentParser: # of eva_train
         "copy, recall, induction, modular or markov (default: stdlib, Python's own source)")
     add('--out', type=Path, help='folder for everything the run leaves (default: runs/PRESET)')
     add('--steps', type=int, help='optimizer steps (default: 320, about six minutes for mini on two cores)')
-    add('--precision', choices=('fp32', 'bf16'), help='of the products (default: bf16 where the processor computes in it, else fp32)')
+    add('--precision', choices=('fp32', 'bf16', 'fp16', 'fp8'), help='of the products (default: bf16 where the processor computes in it, else fp32); '
+        'fp8 by Transformer Engine, PyTorch or emulation, the best there is, and the run says which')
     add('--vocab_size', type=int, help='entries of the tokenizer that is trained on the text (default: 4096; a task has its own)')
     add('--seq_len', type=int, help='tokens per sequence (default: 512; for a task, one of its documents)')
     add('--batch_size', type=int, help='sequences per step (default: 16; for a task 128)')
@@ -202,7 +203,7 @@ def sample_text(
     return '\n'.join(f'----- held-out beginning {n}\n{tok.decode(p.tolist())}\n----- continued by the model\n{tok.decode(i[given:].tolist())}\n'
                      for n,(p,i) in enumerate(zip(prompts, ids), 1))
 
-# %% ../nbs/19_cli.ipynb #8b4b24cf
+# %% ../nbs/19_cli.ipynb #79e7b38e
 def finish(
     trainer, # after fit
     tok,     # its tokenizer
@@ -220,13 +221,13 @@ def finish(
     window,align,optimum = trainer.cfg.seq_len,trainer.held_out.align,trainer.held_out.optimum
     stride = window//2//align*align or window # of a task: whole documents
     optimum = optimum and optimum/math.log(2) # bits
-    half = trainer.cfg.precision=='bf16' and trainer.device.type=='cpu' # judged as it was trained: the weights rounded, in half the time
+    how = trainer.precision if trainer.device.type=='cpu' and trainer.precision in ('bf16', 'fp8') else 'fp32' # as it was trained, in half the time
     with tqdm(total=100, desc='evaluating', unit='%', leave=False, dynamic_ncols=True) as bar:
-        if half: model.to(torch.bfloat16)
+        trainer.compute_in(how)
         final = bits_per_byte(model, trainer.held_out, window, stride, progress=lambda x: bar.update(int(100*x)-bar.n))
-        if half: model.float(); trainer.opt.publish()
+        trainer.compute_in('fp32')
     with replacing(out/'report.png') as f: draw_report(rows, f, baselines, final, optimum)
-    bits = baselines | {f'Eva, computed in {"bf16" if half else "fp32"}': final} | ({} if optimum is None else dict(optimum=optimum))
+    bits = baselines | {f'Eva, computed in {how}': final} | ({} if optimum is None else dict(optimum=optimum))
     say(summary(trainer, bits, balance_summary(rows) if model.cfg.first_k_dense_replace<model.cfg.num_hidden_layers else None))
 
 # %% ../nbs/19_cli.ipynb #cd2d83aa
@@ -244,7 +245,7 @@ def summary(
     return '\n'.join(lines + [f'{t.tokens:,} tokens in {t.seconds:.0f} s of training, {t.tokens/max(t.seconds, 1e-9):,.0f} per second'
         + (f'; {t.bad} step{"s"*(t.bad!=1)} skipped' if t.bad else ''), f'everything is in {t.out}: report.png, sample.txt, model.safetensors, …'])
 
-# %% ../nbs/19_cli.ipynb #c850f272
+# %% ../nbs/19_cli.ipynb #45c2b157
 def guarded(
     name:str, # of the command
     work,     # to be done
@@ -269,7 +270,7 @@ def eva_train(
         from eva.interop import save_pretrained
         if t.step>=t.cfg.steps and (t.out/'report.png').exists(): print(f'{t.out}: this run is finished, {t.step} steps; --out DIR starts another'); return
         c = t.model.cfg
-        print(f'{c.num_params()[0]:,} parameters, {c.num_params()[1]:,} used by a token; {len(t.train):,} tokens; {t.cfg.precision} on {t.device.type}', flush=True)
+        print(f'{c.num_params()[0]:,} parameters, {c.num_params()[1]:,} used by a token; {len(t.train):,} tokens; {t.computes} on {t.device.type}', flush=True)
         train_with_bar(t)
         save_pretrained(t.model, t.out, tok)
         if t.stop: print(f'stopped at step {t.step} of {t.cfg.steps}, nothing is lost; go on with: eva_train --out {t.out} --resume'); return 130

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Block', 'MTP', 'DeepSeekV3', 'HeadLoss', 'head_loss']
 
-# %% ../nbs/09_model.ipynb #4a3b6e4d
+# %% ../nbs/09_model.ipynb #4714d0cb
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from .cache import LatentCache
 from .config import Config
-from .mla import MLA, sight
+from .mla import MLA, as_written, sight
 from .moe import MLP, MoE
 from .rope import rope_tables
 
@@ -140,10 +140,11 @@ def _check(self:DeepSeekV3, input_ids, cache, attention_mask, documents, prefix)
         f'a prefix across {past} cached and {input_ids.shape[1]} new tokens: the cached ones cannot look ahead any more; give a prefix in one call')
     return past
 
-# %% ../nbs/09_model.ipynb #7b0a5861
+# %% ../nbs/09_model.ipynb #68b4cd32
 class HeadLoss(torch.autograd.Function):
     "Summed cross-entropy of a linear head, its gradient made along the way"
     @staticmethod
+    @as_written
     def forward(ctx, h, W, y, chunk):
         wide = torch.promote_types(h.dtype, torch.float32)
         dh,dW,total = torch.empty_like(h),torch.zeros_like(W),h.new_zeros((), dtype=wide)
@@ -157,6 +158,7 @@ class HeadLoss(torch.autograd.Function):
         return total
     @staticmethod
     @once_differentiable
+    @as_written
     def backward(ctx, g):
         dh,dW = ctx.saved_tensors
         return (dh*g).to(dh.dtype),(dW*g).to(dW.dtype),None,None

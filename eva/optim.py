@@ -74,7 +74,7 @@ def halves(
     view.grad = w.grad.view_as(view)
     return view
 
-# %% ../nbs/11a_optim.ipynb #8f516102
+# %% ../nbs/11a_optim.ipynb #458d7d94
 class MasterOptimizer:
     "Muon and AdamW on float32 masters of a model's weights"
     def __init__(self,
@@ -85,7 +85,9 @@ class MasterOptimizer:
         momentum:float=0.95,      # of Muon
         weight_decay:float=0.1,   # per unit of AdamW's lr, on its matrices and tables
         muon_decay:float=0.1,     # per unit of Muon's lr
+        moments:torch.dtype|None=None, # of what both remember between steps (V3: bfloat16); None: as the masters
     ):
+        self.moments = moments
         self.params = dict(model.named_parameters())
         wide = lambda p: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=p.dtype.itemsize<4)
         self.masters = {n: nn.Parameter(wide(p)) for n,p in self.params.items()}
@@ -100,7 +102,7 @@ class MasterOptimizer:
         for o in self.optimizers:
             for g in o.param_groups: g['peak'] = g['lr']
 
-# %% ../nbs/11a_optim.ipynb #5c672723
+# %% ../nbs/11a_optim.ipynb #aa0cbc37
 @patch
 @torch.no_grad()
 def collect(self:MasterOptimizer):
@@ -108,6 +110,13 @@ def collect(self:MasterOptimizer):
     for n,p in self.params.items():
         if p.grad is not None: self.masters[n].grad.add_(p.grad)
         p.grad = None
+
+@patch
+def _remember_in(self:MasterOptimizer, dtype):
+    "Keep what the optimizers remember of each weight in this dtype, or in the weight's own"
+    if self.moments is None: return
+    for o in self.optimizers:
+        for p,state in o.state.items(): state.update({k: v.to(dtype or p.dtype) for k,v in state.items() if v.dim()})
 
 @patch
 def forget(self:MasterOptimizer)->float: # not a number: there was no step
@@ -126,9 +135,11 @@ def step(self:MasterOptimizer,
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
     if math.isfinite(norm):
         if norm>max_norm: torch._foreach_mul_(grads, max_norm/norm)
+        self._remember_in(None)
         for o in self.optimizers:
             for g in o.param_groups: g['lr'] = g['peak']*scale
             o.step()
+        self._remember_in(self.moments)
         self.publish()
     torch._foreach_zero_(grads)
     return norm

@@ -13,7 +13,7 @@ KINDS = dict(tied=dict(tie_word_embeddings=True), all_dense=dict(first_k_dense_r
              v2=dict(model_type='deepseek_v2', topk_method='group_limited_greedy', scoring_func='softmax', norm_topk_prob=False, n_group=4, topk_group=2))
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp8'])
 def test_trains_saves_and_loads(tmp_path, kind, precision):
     text = 'if x == 1: y = 2\nelse: y = 3\n'*30
     tok = train_tokenizer([text], 270)
