@@ -164,7 +164,7 @@ def quality(
     return dict(snr_db=snr_db(x, x_hat), correlation=torch.corrcoef(torch.stack((a, b)))[0,1].item(),
                 overflow=(x.abs()>limit*(1+1e-6)).double().mean().item(), underflow=((x_hat==0) & (x!=0)).double().mean().item())
 
-# %% ../nbs/07_fp8.ipynb #c9b81174
+# %% ../nbs/07_fp8.ipynb #71022c43
 class Recipe(NamedTuple):
     "How the tensors of a product are cut, scaled and rounded"
     x:tuple|None=(1,128)   # block of activations, along the sum
@@ -185,7 +185,7 @@ class DelayedScale:
         fmt:str='e4m3',   # e4m3 or e5m2
     ):
         if history<1: raise ValueError(f'history={history}: must be a positive number of steps')
-        self.fmt,self.history,self.seen = fmt,history,[]
+        self.fmt,self.history,self.seen,self.overflow = fmt,history,[],0 # overflow: values that saturated, until somebody sets it to 0
 
     def scale(self,
         x:Tensor, # of this step
@@ -193,7 +193,9 @@ class DelayedScale:
         "From the largest magnitude of the steps before; the first step measures itself"
         amax = x.detach().abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
         before,self.seen = self.seen or [amax],[*self.seen, amax][-self.history:]
-        return block_scale(torch.stack(before).amax(), _format(self.fmt).max)
+        scale = block_scale(torch.stack(before).amax(), limit := _format(self.fmt).max)
+        self.overflow = self.overflow + (x.detach().abs()>scale*(limit*(1+1e-6))).sum()
+        return scale
 
     def quantize(self,
         x:Tensor,     # of this step

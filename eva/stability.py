@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/07b_stability.ipynb #44185ae2
+# %% ../nbs/07b_stability.ipynb #7f1c0539
 def layer_of(
     name:str, # of a parameter or module
 )->str:       # what is numbered, such as model.layers.3; else the module
@@ -57,7 +57,7 @@ class StabilityMonitor:
     )->list[str]:              # this step's warnings
         "Close a step: keep its figures, and say what is wrong with it"
         if grads is None: grads = {n: p.grad for n,p in self.model.named_parameters() if p.grad is not None}
-        squares,row = {},dict(step=len(self.rows)+1, loss=float(loss), grad_norm={}, largest={}, not_finite={})
+        squares,row = {},dict(step=len(self.rows)+1, loss=float(loss), grad_norm={}, largest={}, not_finite={}, overflow=self._overflow())
         for n,g in grads.items(): squares.setdefault(layer_of(n), []).append(g.detach().float().square().sum())
         row['grad_norm'] = {n: torch.stack(o).sum().sqrt().item() for n,o in squares.items()}
         row['largest'],row['not_finite'] = ({n: o[i].item() for n,o in self.seen.items()} for i in (0, 1))
@@ -66,14 +66,23 @@ class StabilityMonitor:
         self.rows.append(row); self.warnings += said
         return said
 
+    def _overflow(self):
+        "Values that saturated since the last call, by layer; only delayed scales can be late"
+        out = {}
+        for n,m in self.model.named_modules():
+            for p in (m.__dict__.get('product'), m.__dict__.get('product2')):
+                for d in getattr(getattr(p, 'rounding', None), 'delayed', {}).values():
+                    out[layer_of(n)] = out.get(layer_of(n), 0)+int(d.overflow); d.overflow = 0
+        return out
+
     def _judge(self, row):
         "Warnings in one sentence each"
         out = [f'step {row["step"]}: {n} put out {k} values that are not finite' for n,k in row['not_finite'].items() if k]
-        for what,name in dict(grad_norm='the gradient norm', largest='the largest activation').items():
+        for what,name in dict(grad_norm='the gradient norm', largest='the largest activation', overflow='the number of saturated values').items():
             for n,v in row[what].items():
                 before = [r[what][n] for r in self.rows[-self.window:] if n in r[what] and math.isfinite(r[what][n])]
                 if not math.isfinite(v):
                     if what=='grad_norm': out.append(f'step {row["step"]}: {name} of {n} is not finite')
-                elif len(before)>=self.quiet and v>self.factor*(m := median(before)): out.append(
+                elif len(before)>=self.quiet and v>self.factor*(m := max(median(before), what=='overflow')): out.append(
                     f'step {row["step"]}: {name} of {n} is {v:.3g}, {v/m:.1f} times its median of the last {len(before)} steps')
         return out
