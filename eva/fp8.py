@@ -164,7 +164,7 @@ def quality(
     return dict(snr_db=snr_db(x, x_hat), correlation=torch.corrcoef(torch.stack((a, b)))[0,1].item(),
                 overflow=(x.abs()>limit*(1+1e-6)).double().mean().item(), underflow=((x_hat==0) & (x!=0)).double().mean().item())
 
-# %% ../nbs/07_fp8.ipynb #71022c43
+# %% ../nbs/07_fp8.ipynb #b6f0b0fe
 class Recipe(NamedTuple):
     "How the tensors of a product are cut, scaled and rounded"
     x:tuple|None=(1,128)   # block of activations, along the sum
@@ -173,34 +173,35 @@ class Recipe(NamedTuple):
     fmt:str='e4m3'         # of activations and weights
     grad_fmt:str='e4m3'    # of gradients
     pow2:bool=False        # scales that are powers of two?
-    history:int=0          # steps whose largest magnitude scales the next one; 0 for this step's own
+    history:int=0          # calls whose largest magnitude scales the next one; 0 for this call's own
 
 RECIPES = dict(block=Recipe(), block_pow2=Recipe(pow2=True), tensor=Recipe(None, None, None, grad_fmt='e5m2'),
                delayed=Recipe(None, None, None, grad_fmt='e5m2', history=16), mx=Recipe((1,32), (1,32), (1,32), pow2=True))
 
 class DelayedScale:
-    "One scale for a tensor, from the steps before"
+    "One scale for a tensor, from the calls before"
     def __init__(self,
-        history:int=16,   # steps that are remembered
+        history:int=16,   # calls that are remembered
         fmt:str='e4m3',   # e4m3 or e5m2
     ):
-        if history<1: raise ValueError(f'history={history}: must be a positive number of steps')
+        if history<1: raise ValueError(f'history={history}: must be a positive number of calls')
         self.fmt,self.history,self.seen,self.overflow = fmt,history,[],0 # overflow: values that saturated, until somebody sets it to 0
 
     def scale(self,
         x:Tensor, # of this step
     )->Tensor:    # one number
-        "From the largest magnitude of the steps before; the first step measures itself"
+        "From the largest magnitude of the calls before, zeros and what is not finite left out; where there is none, this call's own"
         amax = x.detach().abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
-        before,self.seen = self.seen or [amax],[*self.seen, amax][-self.history:]
-        scale = block_scale(torch.stack(before).amax(), limit := _format(self.fmt).max)
+        before = torch.stack([*self.seen, torch.zeros_like(amax)]).nan_to_num(0., 0., 0.).amax() # no decision that would wait for a device
+        self.seen = [*self.seen, amax][-self.history:]
+        scale = block_scale(torch.where(before>0, before, amax), limit := _format(self.fmt).max)
         self.overflow = self.overflow + (x.detach().abs()>scale*(limit*(1+1e-6))).sum()
         return scale
 
     def quantize(self,
         x:Tensor,     # of this step
     )->tuple[Tensor,Tensor]: # values in eight bits, the scale
-        "With the scale of the steps before; what has grown beyond it saturates"
+        "With the scale of the calls before; what has grown beyond it saturates"
         scale = self.scale(x)
         return cast(x.detach().float()/scale, self.fmt),scale
 
@@ -240,7 +241,7 @@ def narrow_matmul(
         if promote and (k+group)%promote==0: total,narrow = total+narrow,torch.zeros_like(narrow)
     return total+narrow
 
-# %% ../nbs/07_fp8.ipynb #cc36458e
+# %% ../nbs/07_fp8.ipynb #6625d5a3
 EXPONENT = {torch.float32: (torch.int32, 0x7f800000, 23), torch.bfloat16: (torch.int16, 0x7f80, 7)} # integer of that size, exponent bits, mantissa bits
 
 def round_to_(
@@ -248,6 +249,7 @@ def round_to_(
     fmt:str='e4m3', # e4m3 or e5m2
 )->Tensor:          # itself
     "Round to the values of a format, in place, by adding and subtracting"
+    if y.dtype not in EXPONENT: raise TypeError(f'y of {y.dtype}: must be torch.float32 or torch.bfloat16; call y.float()')
     f,(integer,exponent,mantissa) = _format(fmt),EXPONENT[y.dtype]
     large = (y.view(integer) & exponent).view(y.dtype).clamp_(min=f.normal).mul_(1.5*2**(mantissa-f.digits))
     return y.add_(large).sub_(large)
@@ -272,7 +274,7 @@ def fake_quantize(
 
 @patch
 def round(self:DelayedScale,
-    x:Tensor, # of this step
+    x:Tensor, # of this call
 )->Tensor:    # float32
     "What the eight bits of `quantize` stand for"
     scale,limit = self.scale(x),_format(self.fmt).max

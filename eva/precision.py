@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRODUCTS', 'KINDS', 'Rounding', 'RoundedProduct', 'multiply', 'fits', 'sizes_of', 'FP8Linear', 'FP8Experts',
-           'native_matmul', 'NativeProduct', 'transformer_engine', 'te_recipe', 'Emulate', 'Native', 'Engine', 'equip',
-           'named_recipe', 'convert', 'why_not', 'best_backend', 'FP8LatentCache', 'choices']
+           'native_matmul', 'NativeProduct', 'transformer_engine', 'te_recipe', 'Emulate', 'Native', 'Engine',
+           'named_recipe', 'usable', 'products_of', 'equip', 'convert', 'why_not', 'best_backend', 'FP8LatentCache',
+           'choices']
 
 # %% ../nbs/08_precision.ipynb #44ac1ea1
 import importlib
@@ -86,22 +87,22 @@ def multiply(
 def fits(*matrices): return all(m.shape[-1]*m.element_size()%16==0 and m.dtype!=torch.float64 for m in matrices) # PyTorch's grouped products ask for it
 def sizes_of(ends): return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
-# %% ../nbs/08_precision.ipynb #3ab2e8c2
+# %% ../nbs/08_precision.ipynb #5b0b340a
 class FP8Linear(nn.Linear):
     "A linear layer that multiplies in eight bits"
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None,
-        recipe:str='block',    # one of `RECIPES`
-        backend:str='emulate', # emulate, native or te
+        recipe:str='block',    # one of `RECIPES`, or a `Recipe`
+        backend:str='auto',    # emulate, native, te, or auto: the best there is
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        equip(self, recipe, backend)
+        equip(self, products_of(self, recipe, usable(backend, self.weight.device, recipe)), f'{recipe}, {backend}')
 
     def forward(self,
         x:Tensor, # (..., in_features)
     )->Tensor:    # (..., out_features)
         "Multiply in eight bits, add the bias as it is"
         if x.shape[-1]!=self.in_features: raise ValueError(f'x of shape {tuple(x.shape)}: must end in in_features={self.in_features}')
-        y = self.product(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        y = self.product(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 class FP8Experts(Experts):
@@ -154,7 +155,7 @@ class NativeProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]: dW = native_matmul(g.T.contiguous(), fake_quantize(x, r.x, r.fmt, r.pow2).T.contiguous(), r, 'gx', W.dtype)
         return dx,dW,None
 
-# %% ../nbs/08_precision.ipynb #9374105f
+# %% ../nbs/08_precision.ipynb #7022e25a
 def transformer_engine():
     "Its two modules, or one sentence on why not"
     try: return importlib.import_module('transformer_engine.pytorch'),importlib.import_module('transformer_engine.common.recipe')
@@ -166,7 +167,7 @@ def te_recipe(
     recipe:Recipe, # ours
     module,        # transformer_engine.common.recipe
 ):                 # theirs
-    "The recipe of Transformer Engine that computes the same"
+    "The recipe of Transformer Engine that comes nearest"
     if recipe.history: return module.DelayedScaling(amax_history_len=recipe.history, fp8_format=module.Format.HYBRID)
     if recipe.x is None: return module.Float8CurrentScaling(fp8_format=module.Format.HYBRID)
     if recipe.x==(1, 32): return module.MXFP8BlockScaling(fp8_format=module.Format.E4M3)
@@ -208,22 +209,29 @@ class Engine:
 
 PRODUCTS = dict(emulate=Emulate, native=Native, te=Engine)
 
-# %% ../nbs/08_precision.ipynb #e1d18a22
+# %% ../nbs/08_precision.ipynb #b2582734
 KINDS = {nn.Linear: FP8Linear, Experts: FP8Experts}
-
-def equip(module, recipe, backend):
-    "Give a layer its products"
-    r = named_recipe(recipe)
-    if backend not in PRODUCTS: raise ValueError(f'backend={backend!r}: must be one of auto, {", ".join(PRODUCTS)}')
-    weights = [module.weight] if isinstance(module, nn.Linear) else [module.gate_up_proj, module.down_proj]
-    made = [PRODUCTS[backend](r, w) for w in weights]
-    module.__dict__.update(zip(('product', 'product2'), made), fp8=f'{recipe}, {backend}') # not registered: state_dict stays as it is
 
 def named_recipe(recipe):
     "A recipe by its name, or as it is"
     if isinstance(recipe, Recipe): return recipe
     if recipe not in RECIPES: raise ValueError(f'recipe={recipe!r}: must be one of {", ".join(RECIPES)}, a Recipe, or None to undo')
     return RECIPES[recipe]
+
+def usable(backend, device, recipe):
+    "The name of a backend that runs on a device, or an error that says why it does not"
+    named_recipe(recipe)
+    if backend=='auto': return best_backend(device, recipe)[0]
+    if backend not in PRODUCTS: raise ValueError(f'backend={backend!r}: must be one of auto, {", ".join(PRODUCTS)}')
+    if why := why_not(backend, device, recipe): raise RuntimeError(f'backend={backend!r}: {why}')
+    return backend
+
+def products_of(module, recipe, backend):
+    "One product for each weight of a layer"
+    weights = [module.weight] if isinstance(module, nn.Linear) else [module.gate_up_proj, module.down_proj]
+    return [PRODUCTS[backend](named_recipe(recipe), w) for w in weights]
+
+def equip(module, made, about): module.__dict__.update(zip(('product', 'product2'), made), fp8=about) # not registered: state_dict stays as it is
 
 def convert(
     model:nn.Module,      # changed in place
@@ -232,33 +240,33 @@ def convert(
     keep:tuple=('lm_head', 'eh_proj'), # last parts of the names of layers left alone
 )->nn.Module:             # the model itself
     "Let linear layers and experts multiply in eight bits, or no longer"
-    if recipe is not None: named_recipe(recipe)
     back = {v: k for k,v in KINDS.items()}
+    chosen = [m for n,m in model.named_modules() if (type(m) in KINDS or type(m) in back) and n.rpartition('.')[2] not in keep]
+    if recipe is not None: # whatever can go wrong goes wrong here, before anything is changed
+        if not chosen: raise ValueError(f'{type(model).__name__}: has no linear layer or stack of experts to convert')
+        backend = usable(backend, next(chosen[0].parameters()).device, recipe)
+        made = [products_of(m, recipe, backend) for m in chosen]
     for m in model.modules():
-        if type(m) in back:
-            m.__class__ = back[type(m)]
-            for o in ('product', 'product2', 'fp8'): m.__dict__.pop(o, None)
-    if recipe is None: return model
-    chosen = [m for n,m in model.named_modules() if type(m) in KINDS and n.rpartition('.')[2] not in keep]
-    if not chosen: raise ValueError(f'{type(model).__name__}: has no linear layer or stack of experts to convert')
-    device = next(chosen[0].parameters()).device
-    if backend=='auto': backend = best_backend(device, recipe)[0]
-    elif backend in PRODUCTS and (why := why_not(backend, device, recipe)): raise RuntimeError(f'backend={backend!r}: {why}')
-    for m in chosen: # all can be equipped, or nothing is changed
-        m.__dict__['_kind'] = KINDS[type(m)]
-        equip(m, recipe, backend)
-    for m in chosen: m.__class__ = m.__dict__.pop('_kind')
+        if type(m) not in back: continue
+        m.__class__ = back[type(m)]
+        for o in ('product', 'product2', 'fp8'): m.__dict__.pop(o, None)
+    for m,products in zip(chosen, made if recipe is not None else ()):
+        m.__class__ = KINDS[type(m)]
+        equip(m, products, f'{recipe}, {backend}')
     return model
 
-# %% ../nbs/08_precision.ipynb #fd3831c5
+# %% ../nbs/08_precision.ipynb #2c7a3508
 def why_not(
     backend:str, # native or te; emulate runs everywhere
     device:torch.device, # where the layers are
     recipe='block',      # one of `RECIPES`, or a `Recipe`
 )->str:          # empty where it can be used
     "What stands against a backend on a device"
-    r = named_recipe(recipe)
+    r,device = named_recipe(recipe),torch.device(device)
     if backend=='emulate': return ''
+    known = [RECIPES[o]._replace(history=0) for o in ('block', 'block_pow2', 'tensor') + (('mx',) if backend=='te' else ())]
+    if r._replace(history=0) not in known or r.history and backend=='native': return (
+        f"{recipe if isinstance(recipe, str) else 'this recipe'} is none that it carries out; use backend='emulate'")
     capability = torch.cuda.get_device_capability(device) if device.type=='cuda' else None
     if backend=='te':
         if capability is None: return f'Transformer Engine needs a CUDA device, the layers are on {device}; use backend=\'emulate\''
@@ -267,7 +275,6 @@ def why_not(
         check = 'is_fp8_available' if r.x is None else 'is_mxfp8_available' if r.x==(1, 32) else 'is_fp8_block_scaling_available'
         ok,reason = getattr(te, check)(return_reason=True)
         return '' if ok else f"{reason}; use backend='emulate'"
-    if r.history or r.x==(1, 32): return "PyTorch's scaled product is called with scales of the step itself, per tensor or in blocks of 128; use backend='emulate' or 'te'"
     if r.x is None: return '' if capability is None or capability>=(8, 9) else f'capability {capability} has no FP8: it began with 8.9; use backend=\'emulate\''
     if capability!=(9, 0) or tuple(map(int, torch.version.cuda.split('.')))<(12, 9): return (
         f"blocks of 128 need a Hopper GPU (capability 9.0) and CUDA 12.9, here is {'no GPU' if capability is None else capability}; use backend='emulate'")
@@ -312,7 +319,7 @@ class FP8LatentCache(LatentCache):
         latent = dequantize(q.contiguous().view(torch.float8_e4m3fn), scale.contiguous().view(torch.float32))
         return torch.cat((latent, rotated.contiguous().view(torch.bfloat16).float()), -1)
 
-# %% ../nbs/08_precision.ipynb #e22bebbe
+# %% ../nbs/08_precision.ipynb #0e554f93
 def choices(
     model:nn.Module, # anything with routers inside; left as it was found
     run,             # a function that calls it
@@ -321,6 +328,7 @@ def choices(
     "Which experts are chosen with and without eight bits"
     from eva.moe import Gate
     gates,seen = [m for m in model.modules() if isinstance(m, Gate)],[]
+    if any(type(m) in KINDS.values() for m in model.modules()): raise ValueError('the model is in eight bits already; convert(model, None) first')
     hooks = [g.register_forward_hook(lambda m, args, r: seen.append(torch.zeros_like(r.scores, dtype=torch.bool).scatter_(-1, r.indices, True).flatten(0, -2))) for g in gates]
     try:
         with torch.no_grad():

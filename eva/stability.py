@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['layer_of', 'StabilityMonitor']
 
-# %% ../nbs/07b_stability.ipynb #fdc74ba5
+# %% ../nbs/07b_stability.ipynb #06388e32
 import math, re
 from statistics import median
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/07b_stability.ipynb #7f1c0539
+# %% ../nbs/07b_stability.ipynb #daa1e7cb
 def layer_of(
     name:str, # of a parameter or module
 )->str:       # what is numbered, such as model.layers.3; else the module
     "Which layer a parameter belongs to"
-    numbered = re.match(r'(.*?\.\d+)(\.|$)', name)
+    numbered = re.match(r'((?:.*?\.)?\d+)(\.|$)', name)
     return numbered[1] if numbered else name.rpartition('.')[0]
 
 class StabilityMonitor:
@@ -28,6 +29,7 @@ class StabilityMonitor:
         quiet:int=8,     # steps before the first warning
     ):
         if not (isinstance(window, int) and window>0 and isinstance(quiet, int) and quiet>0): raise ValueError(f'window={window!r}, quiet={quiet!r}: must be positive numbers of steps')
+        if quiet>window: raise ValueError(f'quiet={quiet}: cannot exceed window={window}, the steps that are looked at')
         if not factor>1: raise ValueError(f'factor={factor}: must exceed 1, or every step is a warning')
         self.model,self.window,self.factor,self.quiet = model,window,factor,quiet
         self.rows,self.warnings,self.seen,self.hooks = [],[],{},[]
@@ -37,7 +39,8 @@ class StabilityMonitor:
     def __exit__(self, *args): self.detach()
     def attach(self):
         "Put the hooks on, if they are off"
-        layers = {n: m for n,m in self.model.named_modules() if re.search(r'\.\d+$', n) and layer_of(n)==n}
+        layers = {n: m for n,m in self.model.named_modules() if re.search(r'(^|\.)\d+$', n) and layer_of(n)==n}
+        if not layers: raise ValueError(f'{type(self.model).__name__}: has no numbered layers to watch; put them into an nn.ModuleList or nn.Sequential')
         if not self.hooks: self.hooks = [m.register_forward_hook(lambda _,args,out,n=n: self._see(n, out)) for n,m in layers.items()]
     def detach(self):
         "Take the hooks off"
@@ -51,38 +54,43 @@ class StabilityMonitor:
         if name in self.seen: largest,bad = torch.maximum(largest, self.seen[name][0]),bad+self.seen[name][1]
         self.seen[name] = largest,bad # left on the device: asking would wait for it
 
-    def step(self,
-        loss:float,            # of this step
-        grads:dict|None=None,  # name of a parameter -> its gradient; None: what the model's parameters hold
-    )->list[str]:              # this step's warnings
-        "Close a step: keep its figures, and say what is wrong with it"
-        if grads is None: grads = {n: p.grad for n,p in self.model.named_parameters() if p.grad is not None}
-        squares,row = {},dict(step=len(self.rows)+1, loss=float(loss), grad_norm={}, largest={}, not_finite={}, overflow=self._overflow())
-        for n,g in grads.items(): squares.setdefault(layer_of(n), []).append(g.detach().float().square().sum())
-        row['grad_norm'] = {n: torch.stack(o).sum().sqrt().item() for n,o in squares.items()}
-        row['largest'],row['not_finite'] = ({n: o[i].item() for n,o in self.seen.items()} for i in (0, 1))
-        said = self._judge(row)
-        self.seen = {}
-        self.rows.append(row); self.warnings += said
-        return said
+# %% ../nbs/07b_stability.ipynb #97cc6b47
+@patch
+def step(self:StabilityMonitor,
+    loss:float,            # of this step
+    grads:dict|None=None,  # name of a parameter -> its gradient; None: what the model's parameters hold
+)->list[str]:              # this step's warnings
+    "Close a step: keep its figures, and say what is wrong with it"
+    if grads is None: grads = {n: p.grad for n,p in self.model.named_parameters() if p.grad is not None}
+    squares,row = {},dict(step=len(self.rows)+1, loss=float(loss), grad_norm={}, largest={}, not_finite={}, overflow=self._overflow())
+    for n,g in grads.items(): squares.setdefault(layer_of(n), []).append(g.detach().float().square().sum())
+    row['grad_norm'] = {n: torch.stack(o).sum().sqrt().item() for n,o in squares.items()}
+    row['largest'],row['not_finite'] = ({n: o[i].item() for n,o in self.seen.items()} for i in (0, 1))
+    said = self._judge(row)
+    self.seen = {}
+    self.rows.append(row); self.warnings += said
+    return said
 
-    def _overflow(self):
-        "Values that saturated since the last call, by layer; only delayed scales can be late"
-        out = {}
-        for n,m in self.model.named_modules():
-            for p in (m.__dict__.get('product'), m.__dict__.get('product2')):
-                for d in getattr(getattr(p, 'rounding', None), 'delayed', {}).values():
-                    out[layer_of(n)] = out.get(layer_of(n), 0)+int(d.overflow); d.overflow = 0
-        return out
+@patch
+def _overflow(self:StabilityMonitor):
+    "Values that saturated since the last call, by layer; only delayed scales can be late"
+    out = {}
+    for n,m in self.model.named_modules():
+        for p in (m.__dict__.get('product'), m.__dict__.get('product2')):
+            for d in getattr(getattr(p, 'rounding', None), 'delayed', {}).values():
+                out[layer_of(n)] = out.get(layer_of(n), 0)+int(d.overflow); d.overflow = 0
+    return out
 
-    def _judge(self, row):
-        "Warnings in one sentence each"
-        out = [f'step {row["step"]}: {n} put out {k} values that are not finite' for n,k in row['not_finite'].items() if k]
-        for what,name in dict(grad_norm='the gradient norm', largest='the largest activation', overflow='the number of saturated values').items():
-            for n,v in row[what].items():
-                before = [r[what][n] for r in self.rows[-self.window:] if n in r[what] and math.isfinite(r[what][n])]
-                if not math.isfinite(v):
-                    if what=='grad_norm': out.append(f'step {row["step"]}: {name} of {n} is not finite')
-                elif len(before)>=self.quiet and v>self.factor*(m := max(median(before), what=='overflow')): out.append(
-                    f'step {row["step"]}: {name} of {n} is {v:.3g}, {v/m:.1f} times its median of the last {len(before)} steps')
-        return out
+@patch
+def _judge(self:StabilityMonitor, row):
+    "Warnings in one sentence each"
+    out = [] if math.isfinite(row['loss']) else [f'step {row["step"]}: the loss is not finite']
+    out += [f'step {row["step"]}: {n} put out {k} values that are not finite' for n,k in row['not_finite'].items() if k]
+    for what,name in dict(grad_norm='the gradient norm', largest='the largest activation', overflow='the number of saturated values').items():
+        for n,v in row[what].items():
+            before = [r[what][n] for r in self.rows[-self.window:] if n in r[what] and math.isfinite(r[what][n])]
+            if not math.isfinite(v):
+                if what=='grad_norm': out.append(f'step {row["step"]}: {name} of {n} is not finite')
+            elif len(before)>=self.quiet and v>self.factor*(m := max(median(before), what=='overflow')): out.append(
+                f'step {row["step"]}: {name} of {n} is {v:.3g}, {v/m:.1f} times its median of the last {len(before)} steps')
+    return out
