@@ -58,7 +58,7 @@ def block_scale(
     if pow2: s = torch.where(s.isnan(), s, (s.view(torch.int32)+0x7fffff & 0x7f800000).view(torch.float32)) # carries into the exponent, drops the mantissa
     return torch.where(s==0, 1., s)
 
-# %% ../nbs/07_fp8.ipynb #65601e3f
+# %% ../nbs/07_fp8.ipynb #cdf31b08
 def scale_shape(
     shape:tuple,      # of the tensor
     block:tuple|None, # rows and columns of a block; None for one scale in all
@@ -83,9 +83,9 @@ def untiled(
     shape:tuple, # of what was cut
 )->Tensor:       # (..., rows, columns)
     "Put the blocks together again, without what lies beyond the edges"
-    return t.flatten(-2).flatten(-3, -2)[...,:shape[-2],:shape[-1]]
+    return t.flatten(-2).flatten(-3, -2)[...,:shape[-2],:shape[-1]].contiguous() # the padding is not kept alive
 
-# %% ../nbs/07_fp8.ipynb #a9fefdd5
+# %% ../nbs/07_fp8.ipynb #32f99c2a
 def quantize(
     x:Tensor,             # any shape and floating dtype
     block:tuple|None=(1,128), # rows and columns that share a scale, -1 for all; None: one scale in all
@@ -98,7 +98,8 @@ def quantize(
     if x.numel()==0: return x.detach().to(f.dtype),torch.ones(scale_shape(x.shape, block), device=x.device)
     m,b = _matrix(x.detach().float(), block)
     t = tiles(m, b)
-    scale = block_scale(t.abs().amax((-3, -1)), f.max, pow2)
+    amax = t.abs().amax((-3, -1)) if b[0]==1 else t.abs().amax(-1).amax(-2) # as compiles best
+    scale = block_scale(amax, f.max, pow2)
     q = cast(t/scale[...,:,None,:,None], fmt)
     return untiled(q, m.shape).reshape(x.shape),scale.view(scale_shape(x.shape, block))
 
