@@ -8,7 +8,7 @@ __all__ = ['PRODUCTS', 'KINDS', 'Rounding', 'RoundedProduct', 'multiply', 'fits'
            'named_recipe', 'usable', 'products_of', 'equip', 'convert', 'why_not', 'best_backend', 'FP8LatentCache',
            'choices']
 
-# %% ../nbs/08_precision.ipynb #44ac1ea1
+# %% ../nbs/08_precision.ipynb #c6cc6aef
 import importlib
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .cache import LatentCache
 from .config import Config
 from .fp8 import FORMATS, RECIPES, DelayedScale, Recipe, dequantize, fake_quantize, quantize, round_to_, scale_shape
-from .moe import Collect, Dispatch, Experts, grouped_linear, layout
+from .moe import Collect, Dispatch, Experts, Gate, grouped_linear, layout
 from .stability import StabilityMonitor
 
 # %% ../nbs/08_precision.ipynb #c3524fd8
@@ -319,14 +319,13 @@ class FP8LatentCache(LatentCache):
         latent = dequantize(q.contiguous().view(torch.float8_e4m3fn), scale.contiguous().view(torch.float32))
         return torch.cat((latent, rotated.contiguous().view(torch.bfloat16).float()), -1)
 
-# %% ../nbs/08_precision.ipynb #0e554f93
+# %% ../nbs/08_precision.ipynb #dc70e930
 def choices(
     model:nn.Module, # anything with routers inside; left as it was found
     run,             # a function that calls it
     recipe='block',  # one of `RECIPES`, or a `Recipe`
 )->dict:             # changed: share of (token, expert) choices; loads with and without (layers, experts)
     "Which experts are chosen with and without eight bits"
-    from eva.moe import Gate
     gates,seen = [m for m in model.modules() if isinstance(m, Gate)],[]
     if any(type(m) in KINDS.values() for m in model.modules()): raise ValueError('the model is in eight bits already; convert(model, None) first')
     hooks = [g.register_forward_hook(lambda m, args, r: seen.append(torch.zeros_like(r.scores, dtype=torch.bool).scatter_(-1, r.indices, True).flatten(0, -2))) for g in gates]
