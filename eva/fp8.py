@@ -58,7 +58,7 @@ def block_scale(
     if pow2: s = torch.where(s.isnan(), s, (s.view(torch.int32)+0x7fffff & 0x7f800000).view(torch.float32)) # carries into the exponent, drops the mantissa
     return torch.where(s==0, 1., s)
 
-# %% ../nbs/07_fp8.ipynb #cdf31b08
+# %% ../nbs/07_fp8.ipynb #c47ed31e
 def scale_shape(
     shape:tuple,      # of the tensor
     block:tuple|None, # rows and columns of a block; None for one scale in all
@@ -74,7 +74,7 @@ def tiles(
 )->Tensor:       # (..., row blocks, rows in one, column blocks, columns in one), zeros beyond the edges
     "Cut into blocks"
     rows,columns = x.shape[-2:]
-    br,bc = (n if b==-1 else b for n,b in zip((rows, columns), block))
+    br,bc = (n if b==-1 else min(b, n) for n,b in zip((rows, columns), block)) # a block beyond the edges ends there
     if rows%br or columns%bc: x = F.pad(x, (0, -columns%bc, 0, -rows%br))
     return x.unflatten(-1, (-1, bc)).unflatten(-3, (-1, br))
 
