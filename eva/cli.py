@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'LEAVES', 'SETTINGS', 'train_parser', 'new_run', 'new_task_run', 'old_run', 'prepare', 'settings', 'device_of',
            'check_memory', 'train_with_bar', 'sample_text', 'finish', 'summary', 'guarded', 'eva_train',
-           'generate_parser', 'eva_generate']
+           'convert_parser', 'eva_convert', 'generate_parser', 'eva_generate']
 
 # %% ../nbs/19_cli.ipynb #2909e24a
 import argparse, sys, time
@@ -278,7 +278,38 @@ def eva_train(
         print(f'{time.time()-start:.0f} s altogether; let it write: eva_generate {t.out}' + (' --prompt "def "' if t.held_out.optimum is None else ''))
     return guarded('eva_train', work)
 
-# %% ../nbs/19_cli.ipynb #c182d249
+# %% ../nbs/19_cli.ipynb #08fbb622
+def convert_parser()->argparse.ArgumentParser: # of eva_convert
+    "What eva_convert understands"
+    p = argparse.ArgumentParser('eva_convert', description='Convert a DeepSeek checkpoint, tensor by tensor, in the memory of a few tensors; after an interruption the same command goes on.')
+    p.add_argument('src', type=Path, metavar='SRC', help='folder with config.json and safetensors, one file or many')
+    p.add_argument('dst', type=Path, metavar='DST', help='folder to be made; until it is complete it is called DST.partial')
+    p.add_argument('--to', choices=('bf16', 'fp32', 'fp8'), default='bf16', help='bf16 and fp32 undo FP8 and leave other tensors as they are; '
+        'fp8 rounds the weights that are published in FP8 to blocks of 128x128 (default: bf16)')
+    p.add_argument('--pow2', action='store_true', help='with --to fp8: scales that are powers of two, as in V3.1')
+    return p
+
+def eva_convert(
+    argv:list[str]|None=None, # arguments, those of the command line by default
+)->int:                       # exit code
+    "Convert a checkpoint"
+    args = convert_parser().parse_args(argv)
+    def work():
+        from tqdm.auto import tqdm
+        from eva.interop import convert_checkpoint
+        if args.pow2 and args.to!='fp8': raise ValueError(f'--pow2 with --to {args.to}: belongs to --to fp8; leave it out')
+        start = time.time()
+        with tqdm(total=100, unit='%', dynamic_ncols=True) as bar:
+            def progress(done, total):
+                bar.total = total; bar.unit,bar.unit_scale = 'B',True
+                bar.update(done-bar.n)
+            try: convert_checkpoint(args.src, args.dst, args.to, args.pow2, progress)
+            except KeyboardInterrupt: print(f'interrupted, nothing is lost; go on with: eva_convert {args.src} {args.dst} --to {args.to}' + ' --pow2'*args.pow2); return 130
+            size,seconds = bar.n,time.time()-start
+        print(f'{args.dst}: {size/1e9:.2f} GB read in {seconds:.0f} s, {size/1e9/max(seconds, 1e-9):.2f} GB per second')
+    return guarded('eva_convert', work)
+
+# %% ../nbs/19_cli.ipynb #d2d5b71a
 def generate_parser()->argparse.ArgumentParser: # of eva_generate
     "What eva_generate understands"
     p = argparse.ArgumentParser('eva_generate', description='Let a trained model write, until it begins another document.')
@@ -307,6 +338,7 @@ def eva_generate(
         try: tok = Tokenizer.from_file(str(args.dir/'tokenizer.json'))
         except Exception as e: raise ValueError(f'{args.dir}/tokenizer.json: not a readable tokenizer ({e})') from None # the library raises bare Exception
         tok.encode_special_tokens,model = True,load_pretrained(args.dir)
+        if len({p.dtype for p in model.parameters()})>1: model.float() # what was FP8 came as bfloat16, the rest as it was stored
         try: words = tok.encode(prompt, add_special_tokens=False).ids
         except Exception as e: raise ValueError(f'--prompt {prompt!r}: not in the vocabulary ({e}); see the words in {args.dir}/tokenizer.json') from None
         ids = torch.tensor([[model.cfg.bos_token_id, *words]])
