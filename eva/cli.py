@@ -278,7 +278,7 @@ def eva_train(
         print(f'{time.time()-start:.0f} s altogether; let it write: eva_generate {t.out}' + (' --prompt "def "' if t.held_out.optimum is None else ''))
     return guarded('eva_train', work)
 
-# %% ../nbs/19_cli.ipynb #08fbb622
+# %% ../nbs/19_cli.ipynb #589f9f64
 def convert_parser()->argparse.ArgumentParser: # of eva_convert
     "What eva_convert understands"
     p = argparse.ArgumentParser('eva_convert', description='Convert a DeepSeek checkpoint, tensor by tensor, in the memory of a few tensors; after an interruption the same command goes on.')
@@ -298,14 +298,15 @@ def eva_convert(
         from tqdm.auto import tqdm
         from eva.interop import convert_checkpoint
         if args.pow2 and args.to!='fp8': raise ValueError(f'--pow2 with --to {args.to}: belongs to --to fp8; leave it out')
-        start = time.time()
-        with tqdm(total=100, unit='%', dynamic_ncols=True) as bar:
-            def progress(done, total):
-                bar.total = total; bar.unit,bar.unit_scale = 'B',True
-                bar.update(done-bar.n)
-            try: convert_checkpoint(args.src, args.dst, args.to, args.pow2, progress)
-            except KeyboardInterrupt: print(f'interrupted, nothing is lost; go on with: eva_convert {args.src} {args.dst} --to {args.to}' + ' --pow2'*args.pow2); return 130
-            size,seconds = bar.n,time.time()-start
+        start,bars = time.time(),[]
+        def progress(done, total):
+            if not bars: bars.append(tqdm(total=total, unit='B', unit_scale=True, dynamic_ncols=True)) # not before the folder has been checked
+            bars[0].update(done-bars[0].n)
+        try: convert_checkpoint(args.src, args.dst, args.to, args.pow2, progress)
+        except KeyboardInterrupt: print(f'interrupted, nothing is lost; go on with: eva_convert {args.src} {args.dst} --to {args.to}' + ' --pow2'*args.pow2); return 130
+        finally:
+            for b in bars: b.close()
+        size,seconds = bars[0].n,time.time()-start
         print(f'{args.dst}: {size/1e9:.2f} GB read in {seconds:.0f} s, {size/1e9/max(seconds, 1e-9):.2f} GB per second')
     return guarded('eva_convert', work)
 

@@ -145,7 +145,7 @@ def _read(pieces, want, ck, block, dtype):
         out[index] = t
     return out
 
-# %% ../nbs/13_interop.ipynb #57a759d3
+# %% ../nbs/13_interop.ipynb #a0eccd1c
 EIGHT = re.compile(r'\.(q_a_proj|q_b_proj|q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj)\.weight$') # what is published in FP8
 TYPES = dict(bf16=torch.bfloat16, fp32=torch.float32, fp8=torch.float8_e4m3fn)
 
@@ -167,7 +167,10 @@ def convert_checkpoint(
     about = json.dumps(dict(src=str(src.resolve()), to=to, pow2=pow2, files=job.fingerprint()))
     if part.exists() and (not (part/'job.json').is_file() or (part/'job.json').read_text()!=about): raise ValueError(
         f'{part}: was left by another conversion; remove it, or give another folder')
-    part.mkdir(parents=True, exist_ok=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if (need := job.bytes_to_write(part))>(free := shutil.disk_usage(part.parent).free): raise ValueError(
+        f'{dst}: {need/1e9:.1f} GB are to be written and {free/1e9:.1f} GB are free there; make room, or give a folder on another disk')
+    part.mkdir(exist_ok=True)
     (part/'job.json').write_text(about)
     for f in part.glob('.*.tmp*'): f.unlink() # of a call that was killed
     for file,names in job.files.items(): job.convert(part/file.name, names)
@@ -180,7 +183,7 @@ def convert_checkpoint(
     part.rename(dst)
     return dst
 
-# %% ../nbs/13_interop.ipynb #68b1582a
+# %% ../nbs/13_interop.ipynb #d7e13637
 class _Job:
     "What becomes of each tensor of a checkpoint"
     def __init__(self, ck, block, to, pow2, progress):
@@ -188,6 +191,10 @@ class _Job:
         self.files = {}
         for n,places in ck.where.items(): self.files.setdefault(places[0][0], []).append(n)
         self.total = sum(f.stat().st_size for f in {f for places in ck.where.values() for f,_ in places} if f.is_file())
+
+    def bytes_to_write(self, part):
+        "By files that are not there yet"
+        return sum(math.prod(s)*d.itemsize for f,names in self.files.items() if not (part/f.name).exists() for n in names for d,s in self.outputs(n).values())
 
     def fingerprint(self): return {f.name: f.stat().st_size for f in self.files if f.is_file()}
 
