@@ -62,7 +62,7 @@ def to_blocks(
     for i in range(0, len(W), step): q[i:i+step],scale[i//block[0]:(i+step)//block[0]] = quantize(W[i:i+step], block, pow2=pow2)
     return q,scale
 
-# %% ../nbs/12b_files.ipynb #a3ace7dc
+# %% ../nbs/12b_files.ipynb #bc0dd648
 KINDS = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16', torch.float64: 'F64', torch.float8_e4m3fn: 'F8_E4M3', torch.float8_e5m2: 'F8_E5M2',
          torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL'} # what safetensors calls them
 TYPES = {v: k for k,v in KINDS.items()}
@@ -116,7 +116,7 @@ def read(self:Checkpoint,
         except SafetensorError as e: raise ValueError(f'{name}: not in {f} where the index promises it ({e}); fetch the files again') from None
     if len(parts)==1: return parts[0]
     dim = SPLIT.get(n.rpartition('.')[0].rpartition('.')[2])
-    return parts[0] if dim is None or '.experts.' in n else torch.cat([p.view(torch.uint8) if p.element_size()==1 else p for p in parts], dim).view(parts[0].dtype)
+    return parts[0] if dim is None else torch.cat([p.view(torch.uint8) if p.element_size()==1 else p for p in parts], dim).view(parts[0].dtype)
 
 @patch
 def shape(self:Checkpoint,
@@ -127,7 +127,7 @@ def shape(self:Checkpoint,
     dtype,shapes = views[0].get_dtype(),[v.get_shape() for v in views]
     if dtype not in TYPES: raise ValueError(f'{name}: {dtype} in {parts[0][0].name}; known are {", ".join(TYPES)}')
     short = parts[0][1].rpartition('.')[0].rpartition('.')[2]
-    if len(parts)==1 or short not in SPLIT or '.experts.' in parts[0][1]: return TYPES[dtype],tuple(shapes[0])
+    if len(parts)==1 or short not in SPLIT: return TYPES[dtype],tuple(shapes[0])
     return TYPES[dtype],tuple(sum(s[i] for s in shapes) if i==SPLIT[short] else n for i,n in enumerate(shapes[0]))
 
 @patch
