@@ -245,7 +245,7 @@ def summary(
     return '\n'.join(lines + [f'{t.tokens:,} tokens in {t.seconds:.0f} s of training, {t.tokens/max(t.seconds, 1e-9):,.0f} per second'
         + (f'; {t.bad} step{"s"*(t.bad!=1)} skipped' if t.bad else ''), f'everything is in {t.out}: report.png, sample.txt, model.safetensors, …'])
 
-# %% ../nbs/19_cli.ipynb #45c2b157
+# %% ../nbs/19_cli.ipynb #7aaaa34a
 def guarded(
     name:str, # of the command
     work,     # to be done
@@ -270,7 +270,7 @@ def eva_train(
         from eva.interop import save_pretrained
         if t.step>=t.cfg.steps and (t.out/'report.png').exists(): print(f'{t.out}: this run is finished, {t.step} steps; --out DIR starts another'); return
         c = t.model.cfg
-        print(f'{c.num_params()[0]:,} parameters, {c.num_params()[1]:,} used by a token; {len(t.train):,} tokens; {t.computes} on {t.device.type}', flush=True)
+        print(f'{c.num_params()[0]:,} parameters, {c.num_params()[1]:,} used by a token; {len(t.train):,} tokens; {t.precision} on {t.device.type}' + (f'\n{t.computes}' if t.precision=='fp8' else ''), flush=True)
         train_with_bar(t)
         save_pretrained(t.model, t.out, tok)
         if t.stop: print(f'stopped at step {t.step} of {t.cfg.steps}, nothing is lost; go on with: eva_train --out {t.out} --resume'); return 130
