@@ -203,7 +203,7 @@ def sample_text(
     return '\n'.join(f'----- held-out beginning {n}\n{tok.decode(p.tolist())}\n----- continued by the model\n{tok.decode(i[given:].tolist())}\n'
                      for n,(p,i) in enumerate(zip(prompts, ids), 1))
 
-# %% ../nbs/19_cli.ipynb #79e7b38e
+# %% ../nbs/19_cli.ipynb #32a95311
 def finish(
     trainer, # after fit
     tok,     # its tokenizer
@@ -211,7 +211,7 @@ def finish(
     say=print, # where messages go
 ):
     "Judge, write a sample and the report, and print the table"
-    import math, torch
+    import math
     from tqdm.auto import tqdm
     from eva.data import replacing
     from eva.report import balance_summary, draw_report
@@ -278,7 +278,7 @@ def eva_train(
         print(f'{time.time()-start:.0f} s altogether; let it write: eva_generate {t.out}' + (' --prompt "def "' if t.held_out.optimum is None else ''))
     return guarded('eva_train', work)
 
-# %% ../nbs/19_cli.ipynb #589f9f64
+# %% ../nbs/19_cli.ipynb #228dc4ef
 def convert_parser()->argparse.ArgumentParser: # of eva_convert
     "What eva_convert understands"
     p = argparse.ArgumentParser('eva_convert', description='Convert a DeepSeek checkpoint, tensor by tensor, in the memory of a few tensors; after an interruption the same command goes on.')
@@ -306,7 +306,7 @@ def eva_convert(
         except KeyboardInterrupt: print(f'interrupted, nothing is lost; go on with: eva_convert {args.src} {args.dst} --to {args.to}' + ' --pow2'*args.pow2); return 130
         finally:
             for b in bars: b.close()
-        size,seconds = bars[0].n,time.time()-start
+        size,seconds = sum(b.n for b in bars),time.time()-start
         print(f'{args.dst}: {size/1e9:.2f} GB read in {seconds:.0f} s, {size/1e9/max(seconds, 1e-9):.2f} GB per second')
     return guarded('eva_convert', work)
 

@@ -6,8 +6,8 @@
 __all__ = ['SHORT', 'SPLIT', 'KINDS', 'TYPES', 'published_name', 'widen', 'undo_blocks', 'to_blocks', 'Checkpoint',
            'write_safetensors']
 
-# %% ../nbs/12b_files.ipynb #e5dabbf2
-import json, math, os, re, struct
+# %% ../nbs/12b_files.ipynb #328b7e36
+import json, math, re, struct
 from collections.abc import Iterable
 from pathlib import Path
 import torch
@@ -62,8 +62,8 @@ def to_blocks(
     for i in range(0, len(W), step): q[i:i+step],scale[i//block[0]:(i+step)//block[0]] = quantize(W[i:i+step], block, pow2=pow2)
     return q,scale
 
-# %% ../nbs/12b_files.ipynb #bc0dd648
-KINDS = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16', torch.float64: 'F64', torch.float8_e4m3fn: 'F8_E4M3', torch.float8_e5m2: 'F8_E5M2',
+# %% ../nbs/12b_files.ipynb #90d1704e
+KINDS = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16', torch.float64: 'F64', torch.float8_e4m3fn: 'F8_E4M3', torch.float8_e5m2: 'F8_E5M2', torch.float8_e8m0fnu: 'F8_E8M0',
          torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL'} # what safetensors calls them
 TYPES = {v: k for k,v in KINDS.items()}
 
@@ -123,7 +123,9 @@ def shape(self:Checkpoint,
     name:str, # published
 )->tuple[torch.dtype,tuple]: # its type and shape
     "What a tensor is, from the headers alone"
-    views,parts = [self.open(f).get_slice(n) for f,n in self.where[name]],self.where[name]
+    parts = self.where[name]
+    try: views = [self.open(f).get_slice(n) for f,n in parts]
+    except SafetensorError as e: raise ValueError(f'{name}: not in {parts[0][0]} where the index promises it ({e}); fetch the files again') from None
     dtype,shapes = views[0].get_dtype(),[v.get_shape() for v in views]
     if dtype not in TYPES: raise ValueError(f'{name}: {dtype} in {parts[0][0].name}; known are {", ".join(TYPES)}')
     short = parts[0][1].rpartition('.')[0].rpartition('.')[2]

@@ -6,9 +6,9 @@
 __all__ = ['PRODUCTS', 'KINDS', 'Rounding', 'RoundedProduct', 'multiply', 'fits', 'sizes_of', 'FP8Linear', 'FP8Experts',
            'native_matmul', 'NativeProduct', 'transformer_engine', 'te_recipe', 'Emulate', 'Native', 'Engine',
            'named_recipe', 'usable', 'products_of', 'equip', 'convert', 'why_not', 'best_backend', 'FP8LatentCache',
-           'choices']
+           'choices', 'StabilityMonitor']
 
-# %% ../nbs/08_precision.ipynb #c6cc6aef
+# %% ../nbs/08_precision.ipynb #42f53d47
 import importlib
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from .cache import LatentCache
 from .config import Config
-from .fp8 import FORMATS, RECIPES, DelayedScale, Recipe, dequantize, fake_quantize, quantize, round_to_, scale_shape
+from .fp8 import RECIPES, DelayedScale, Recipe, dequantize, fake_quantize, quantize, scale_shape
 from .moe import Collect, Dispatch, Experts, Gate, grouped_linear, layout
 from .stability import StabilityMonitor
+_all_ = ['StabilityMonitor'] # made by the chapter before, used from here too
 
 # %% ../nbs/08_precision.ipynb #c3524fd8
 class Rounding:

@@ -112,14 +112,15 @@ class Trainer:
         self.use(cfg.precision)
         self.step,self.tokens,self.seconds,self.bad,self.bad_row,self.stop = 0,0,0.,0,0,None
 
-# %% ../nbs/11b_train.ipynb #18999d44
+# %% ../nbs/11b_train.ipynb #0433e53f
 @patch
 def compute_in(self:Trainer,
     precision:str, # fp32, bf16, fp16 or fp8
 ):
     "Round the masters into a model of that precision"
     convert(self.model, None)
-    self.model.to(DTYPES[precision])
+    wide = next(iter(self.opt.masters.values())).dtype             # float32, or float64 where the model came so
+    self.model.to(wide if precision=='fp32' else DTYPES[precision])
     if precision=='fp8': convert(self.model, self.cfg.recipe)
     self.opt.publish()
 
@@ -262,7 +263,7 @@ def _cut_log(self:Trainer):
     rows = [r for r in read_metrics(log) if r['step']<=self.step]
     with replacing(log) as t: t.write_text(''.join(json.dumps(r)+'\n' for r in rows))
 
-# %% ../nbs/11b_train.ipynb #47992189
+# %% ../nbs/11b_train.ipynb #4046b624
 def read_metrics(
     path:Path, # metrics.jsonl
 )->list[dict]: # one entry a step; a last line that was cut off is left out
@@ -288,7 +289,8 @@ def fit(self:Trainer,
     finally:
         self.meter.detach()
         self.compute_in('fp32')
-        self.model.eval()
+        self.model.float().eval()
+        self.opt.publish()
 
 @patch
 def _loop(self:Trainer, watch):

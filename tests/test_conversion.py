@@ -1,5 +1,5 @@
 "Conversion of checkpoints: killed at any moment it goes on, and its memory does not grow with the checkpoint"
-import json, os, random, signal, subprocess, sys, time
+import json, random, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import save_file
@@ -46,17 +46,17 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     assert peak < 12*largest < size/10, f'{peak/1e6:.0f} MB for tensors of {largest/1e6:.0f} MB'
 
 def test_killed_at_any_moment(tmp_path):
-    big_folder(tmp_path/'src', 6, 512, 512)
+    big_folder(tmp_path/'src', 8)
     assert convert(tmp_path/'src', tmp_path/'whole', 'fp8').wait(timeout=300) == 0
-    rng, kills = random.Random(0), 0
-    start = time.time()
+    rng, part, cut = random.Random(0), tmp_path/'dst.partial', 0
     for _ in range(8):
         p = convert(tmp_path/'src', tmp_path/'dst', 'fp8')
-        time.sleep(rng.uniform(1.5, 3.5))
-        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
-        p.wait()
+        while p.poll() is None and not (part.exists() and any('.tmp' in f.name for f in part.iterdir())): time.sleep(.001)
+        time.sleep(rng.uniform(0, .1)) # it is writing a file now
+        p.send_signal(signal.SIGKILL); p.wait()
         if (tmp_path/'dst').exists(): break
-        assert not (tmp_path/'dst').exists()
+        cut += any('.tmp' in f.name for f in part.iterdir())
+    assert cut, 'no kill came while a file was being written'
     if not (tmp_path/'dst').exists(): assert convert(tmp_path/'src', tmp_path/'dst', 'fp8').wait(timeout=300) == 0
     a, b = tensors(tmp_path/'whole'), tensors(tmp_path/'dst')
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)

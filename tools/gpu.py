@@ -74,7 +74,6 @@ def steps(device, hidden, width, experts, tokens, repeat):
                 layer[0](*args).square().mean().backward()
                 layer.zero_grad(); x.grad = None
             out[f'{part}, {name}'] = 1e3*seconds(step, device, repeat)
-            del layer, x
     return out
 
 def main(argv=None):
