@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['LatentCache']
 
-# %% ../nbs/03_cache.ipynb #e84e5a4c
+# %% ../nbs/03_cache.ipynb #256651d6
+import copy
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .config import Config
 
-# %% ../nbs/03_cache.ipynb #694e9606
+# %% ../nbs/03_cache.ipynb #cd5256ef
 class LatentCache:
     "Latents and rotated keys of all layers, written in place"
     def __init__(self,
@@ -20,13 +21,16 @@ class LatentCache:
         max_len:int,  # positions it can hold
         dtype:torch.dtype=torch.bfloat16, # of the values kept
         device:str|torch.device|None=None, # where it lives
+        mtp:bool=False, # layers for the MTP modules too?
+        spare:int=0,  # slots beyond max_len, for sequences that wait for each other
     ):
         for name,v in dict(batch=batch, max_len=max_len).items():
             if not isinstance(v, int) or v<1: raise ValueError(f'{name}={v!r}: must be a positive integer')
         if max_len>cfg.max_position_embeddings: raise ValueError(
             f'max_len={max_len}: the model has positions up to max_position_embeddings={cfg.max_position_embeddings}')
         if not dtype.is_floating_point: raise ValueError(f'dtype={dtype}: latents are floating point; use torch.bfloat16 or torch.float32')
-        self.rows = torch.zeros(cfg.num_hidden_layers, batch, max_len, cfg.kv_lora_rank+cfg.qk_rope_head_dim, dtype=dtype, device=device)
+        layers = cfg.num_hidden_layers+mtp*cfg.num_nextn_predict_layers
+        self.rows = torch.zeros(layers, batch, max_len+spare, cfg.kv_lora_rank+cfg.qk_rope_head_dim, dtype=dtype, device=device)
         self.length,self.rank = 0,cfg.kv_lora_rank
 
     @property
@@ -69,7 +73,7 @@ def advance(self:LatentCache,
     if not 0<=seq<=self.max_len-self.length: raise ValueError(f'advance by {seq}: {self.length} of {self.max_len} positions are taken')
     self.length += seq
 
-# %% ../nbs/03_cache.ipynb #1d4290c2
+# %% ../nbs/03_cache.ipynb #2693cedb
 @patch
 def crop(self:LatentCache,
     length:int, # positions to keep, counted from the first
@@ -78,3 +82,31 @@ def crop(self:LatentCache,
     if not 0<=length<=self.length: raise ValueError(f'length={length}: must lie between 0 and the {self.length} cached positions')
     self.length = length
     return self
+
+@patch
+def fork(self:LatentCache,
+    sequences:list[int]|None=None, # which ones, in this order and as often as named; all by default
+)->LatentCache:                    # of the same length and room
+    "An independent copy of what is written"
+    new = copy.copy(self)
+    old = self.rows if sequences is None else self.rows[:,sequences]
+    new.rows = torch.zeros_like(old)
+    new.rows[:,:,:self.length] = old[:,:,:self.length]
+    return new
+
+@patch
+def compact(self:LatentCache,
+    real:Tensor,         # False for holes (batch, upto)
+    upto:int|None=None,  # slots to look at, the rest follows unchanged; all by default
+)->int:                  # slots won
+    "Close the holes, so that all sequences end in the same place"
+    upto = self.length if upto is None else upto
+    if real.shape!=(self.batch, upto) or upto>self.length: raise ValueError(
+        f'real of shape {tuple(real.shape)}: must be (batch, upto)={(self.batch, upto)}, upto at most the {self.length} cached positions')
+    most = int(real.sum(1).max())
+    order = real.long().argsort(dim=1, stable=True)[:,upto-most:,None] # holes first, the rest as it stood
+    for layer in self.rows:
+        layer[:,:most] = layer[:,:upto].gather(1, order.expand(-1, -1, layer.shape[2]))
+        layer[:,most:self.length-upto+most] = layer[:,upto:self.length].clone()
+    self.length -= upto-most
+    return upto-most

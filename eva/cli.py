@@ -11,7 +11,7 @@ __all__ = ['MOST', 'LEAVES', 'SETTINGS', 'train_parser', 'new_run', 'new_task_ru
 import argparse, sys, time
 from pathlib import Path
 
-# %% ../nbs/19_cli.ipynb #fde0cafd
+# %% ../nbs/19_cli.ipynb #a6fd2024
 def train_parser()->argparse.ArgumentParser: # of eva_train
     "What eva_train understands"
     p = argparse.ArgumentParser('eva_train', description='Train a small DeepSeek-V3 on text or on a task, and leave a checkpoint, a report and a sample.')
@@ -28,6 +28,7 @@ def train_parser()->argparse.ArgumentParser: # of eva_train
     add('--batch_size', type=int, help='sequences per step (default: 16; for a task 128)')
     add('--lr', type=float, help='peak rate of AdamW, for embedding, head, routers and norms (default: 0.02; for a task 0.01)')
     add('--muon_lr', type=float, help='peak rate of Muon, for matrices; 0 gives everything to AdamW (default: 0.02; for a task 0.01)')
+    add('--mtp_share', type=float, help='share of each batch that multi-token prediction learns from; 1, as V3 did, for faster speculation (default: 0.25)')
     add('--seed', type=int, help='of weights and order of data (default: 0)')
     add('--resume', action='store_true', help='go on with the run in --out, as it was started')
     add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to train (default: cuda where there is one, else cpu)')
@@ -134,8 +135,8 @@ def prepare(
         with replacing(out/'run.json') as f: f.write_text(json.dumps(about, indent=2), encoding='utf-8')
     return t,tok,about['baselines']
 
-# %% ../nbs/19_cli.ipynb #a6f8e99a
-SETTINGS = 'steps precision seq_len batch_size lr muon_lr seed'.split() # arguments that are fields of TrainConfig
+# %% ../nbs/19_cli.ipynb #d551d43a
+SETTINGS = 'steps precision seq_len batch_size lr muon_lr mtp_share seed'.split() # arguments that are fields of TrainConfig
 
 def settings(
     args, # from train_parser
@@ -310,17 +311,24 @@ def eva_convert(
         print(f'{args.dst}: {size/1e9:.2f} GB read in {seconds:.0f} s, {size/1e9/max(seconds, 1e-9):.2f} GB per second')
     return guarded('eva_convert', work)
 
-# %% ../nbs/19_cli.ipynb #d2d5b71a
+# %% ../nbs/19_cli.ipynb #39a4bb70
 def generate_parser()->argparse.ArgumentParser: # of eva_generate
     "What eva_generate understands"
-    p = argparse.ArgumentParser('eva_generate', description='Let a trained model write, until it begins another document.')
+    p = argparse.ArgumentParser('eva_generate', description='Let a trained model write, until it begins another document, or answer, where the folder has a chat template. '
+        'Without a prompt in a terminal it waits for lines.')
     p.add_argument('dir', type=Path, metavar='DIR', help='what eva_train left, or any checkpoint folder with a tokenizer.json')
-    p.add_argument('--prompt', help='what to continue (default: standard input if it is piped, else the start of a document)')
+    p.add_argument('--prompt', help='what to continue or to answer (default: standard input if it is piped, else lines from the terminal)')
     p.add_argument('--max_new_tokens', type=int, default=256, help='at most so many tokens (default: 256)')
     p.add_argument('--temperature', type=float, default=.7, help='0 is greedy, higher is wilder (default: 0.7)')
     p.add_argument('--top_k', type=int, help='choose among so many likeliest tokens')
     p.add_argument('--top_p', type=float, default=.95, help='choose among the likeliest up to this probability (default: 0.95)')
+    p.add_argument('--min_p', type=float, help="choose among tokens that have at least this share of the likeliest one's probability")
+    p.add_argument('--repetition_penalty', type=float, default=1., help='above 1 makes tokens less likely that have been seen (default: 1)')
+    p.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end where this text would come; may be given several times')
+    p.add_argument('--speculate', nargs='?', type=int, const=True, default=False, metavar='N', help='let the MTP modules draft, one token each, or N tokens a step')
     p.add_argument('--seed', type=int, help='for the same text again')
+    p.add_argument('--plain', action='store_true', help='continue the text, even where the folder has a chat template')
+    p.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to compute (default: cuda where there is one, else cpu)')
     return p
 
 def eva_generate(
@@ -329,32 +337,20 @@ def eva_generate(
     "Continue a prompt with a trained model"
     args = generate_parser().parse_args(argv)
     def work():
-        import torch
-        from tokenizers import Tokenizer
-        from eva.generate import stream, text_stream
-        from eva.interop import load_pretrained
-        if not args.dir.is_dir(): raise ValueError(f'{args.dir}: no such folder; give one that eva_train left')
-        if not (args.dir/'tokenizer.json').is_file(): raise ValueError(f'{args.dir}: no tokenizer.json; give a folder that eva_train left or put one there')
-        prompt = args.prompt if args.prompt is not None else '' if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
-        try: tok = Tokenizer.from_file(str(args.dir/'tokenizer.json'))
-        except Exception as e: raise ValueError(f'{args.dir}/tokenizer.json: not a readable tokenizer ({e})') from None # the library raises bare Exception
-        tok.encode_special_tokens,model = True,load_pretrained(args.dir)
-        if len({p.dtype for p in model.parameters()})>1: model.float() # what was FP8 came as bfloat16, the rest as it was stored
-        try: words = tok.encode(prompt, add_special_tokens=False).ids
-        except Exception as e: raise ValueError(f'--prompt {prompt!r}: not in the vocabulary ({e}); see the words in {args.dir}/tokenizer.json') from None
-        ids = torch.tensor([[model.cfg.bos_token_id, *words]])
-        start,tokens = time.time(),stream(model, ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
-                                           eos_token_id=(model.cfg.eos_token_id, model.cfg.bos_token_id))
-        count = 0
-        def counted():
-            nonlocal count
-            for t in tokens:
-                if int(t[0]) in (model.cfg.eos_token_id, model.cfg.bos_token_id): return
-                count += 1; yield t
-        print(prompt, end='', flush=True)
+        from eva.sampling import Sampling
+        how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty) # refused before anything is loaded
+        from eva.talk import Speaker, converse
+        speaker = Speaker(args.dir, how, args.speculate, args.seed, tuple(args.stop), device_of(args), args.plain)
+        terminal = sys.stdin is not None and sys.stdin.isatty()
+        if args.prompt is None and terminal:
+            import contextlib
+            with contextlib.suppress(ImportError): import readline # lines can be edited
+            return converse(speaker, args.max_new_tokens)
+        prompt = args.prompt if args.prompt is not None else '' if sys.stdin is None else sys.stdin.read()
+        before,code = '' if speaker.template else prompt,0 # not shown before something follows it
         try:
-            for piece in text_stream(tok, counted()): print(piece, end='', flush=True)
-        except KeyboardInterrupt: pass
-        seconds = time.time()-start
-        print(f'\n\n{count} tokens in {seconds:.1f} s, {count/seconds:.0f} per second', file=sys.stderr)
+            for piece in speaker.say(prompt, args.max_new_tokens, lambda s: print(s, file=sys.stderr)): print(before+piece, end='', flush=True); before = ''
+        except KeyboardInterrupt: code = 130
+        print(f'\n\n{speaker.tally}', file=sys.stderr)
+        return code
     return guarded('eva_generate', work)

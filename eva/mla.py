@@ -6,7 +6,7 @@
 __all__ = ['SLICE', 'SLICED_UP_TO', 'MLA', 'check_sizes', 'attend', 'as_written', 'CausalSlices', 'keep_freed_memory',
            'absorbing_pays', 'sight']
 
-# %% ../nbs/04_mla.ipynb #d629034b
+# %% ../nbs/04_mla.ipynb #236a1b22
 import ctypes
 from functools import partial, wraps
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from .cache import LatentCache
 from .config import Config
+from .products import Linear, product_each
 from .rope import rotate, softmax_scale
 
-# %% ../nbs/04_mla.ipynb #e46a31df
+# %% ../nbs/04_mla.ipynb #69398d2c
 class MLA(nn.Module):
     "Attention through one latent per position; weights under their published names"
     def __init__(self,
@@ -27,7 +28,7 @@ class MLA(nn.Module):
         super().__init__()
         self.cfg,self.scale = cfg,softmax_scale(cfg)
         d,n,c,r = cfg.hidden_size,cfg.num_attention_heads,cfg.kv_lora_rank,cfg.qk_rope_head_dim
-        linear,norm = partial(nn.Linear, bias=False),partial(nn.RMSNorm, eps=1e-6) # the inner norms keep 1e-6 in every model
+        linear,norm = partial(Linear, bias=False),partial(nn.RMSNorm, eps=1e-6) # the inner norms keep 1e-6 in every model
         if cfg.q_lora_rank is None: self.q_proj = linear(d, n*(cfg.qk_nope_head_dim+r))
         else:
             self.q_a_proj,self.q_a_layernorm = linear(d, cfg.q_lora_rank),norm(cfg.q_lora_rank)
@@ -177,7 +178,7 @@ def keep_freed_memory():
         libc.mallopt(-3, 2**25); libc.mallopt(-1, 2**31-1) # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     except (OSError, AttributeError): pass                 # another C library: it works, only slower
 
-# %% ../nbs/04_mla.ipynb #3041cc8d
+# %% ../nbs/04_mla.ipynb #972d595b
 @patch
 def absorbed(self:MLA,
     q_C:Tensor,  # content queries (batch, seq, heads, qk_nope_head_dim)
@@ -190,11 +191,11 @@ def absorbed(self:MLA,
     W_UK,W_UV = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1)).split((c.qk_nope_head_dim, c.v_head_dim), 1)
     q = torch.cat((torch.einsum('bsnd,ndc->bsnc', q_C, W_UK), q_R), -1)
     b,s,n,_ = q.shape
-    scores = (q.flatten(1, 2) @ rows.mT).view(b, s, n, -1)*self.scale
+    scores = product_each(q.flatten(1, 2), rows).view(b, s, n, -1)*self.scale
     if mask is None and s>1: mask = torch.ones(s, rows.shape[1], dtype=torch.bool, device=rows.device).tril(rows.shape[1]-s)[None,None]
     if mask is not None: scores = scores.masked_fill(~mask.transpose(1, 2), torch.finfo(scores.dtype).min)
     probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-    o = (probs.flatten(1, 2) @ rows[...,:c.kv_lora_rank]).view(b, s, n, -1)
+    o = product_each(probs.flatten(1, 2), rows.mT)[...,:c.kv_lora_rank].view(b, s, n, -1) # the rotated keys are summed too: cheaper than cutting them off
     return torch.einsum('bsnc,nvc->bsnv', o, W_UV)
 
 # %% ../nbs/04_mla.ipynb #7359e460

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Block', 'MTP', 'DeepSeekV3', 'HeadLoss', 'head_loss']
 
-# %% ../nbs/09_model.ipynb #4714d0cb
+# %% ../nbs/09_model.ipynb #fd7440e5
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -15,6 +15,7 @@ from .cache import LatentCache
 from .config import Config
 from .mla import MLA, as_written, sight
 from .moe import MLP, MoE
+from .products import Linear
 from .rope import rope_tables
 
 # %% ../nbs/09_model.ipynb #a5ec520c
@@ -40,7 +41,7 @@ class Block(nn.Module):
         h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, self.layer)
         return h + self.mlp(self.post_attention_layernorm(h))
 
-# %% ../nbs/09_model.ipynb #a2908eeb
+# %% ../nbs/09_model.ipynb #8274f2db
 class MTP(Block):
     "A block that predicts one token further"
     def __init__(self,
@@ -50,19 +51,21 @@ class MTP(Block):
         super().__init__(cfg, layer)
         norm = lambda: nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
         self.enorm,self.hnorm = norm(),norm()
-        self.eh_proj = nn.Linear(2*cfg.hidden_size, cfg.hidden_size, bias=False)
+        self.eh_proj = Linear(2*cfg.hidden_size, cfg.hidden_size, bias=False)
         self.shared_head = nn.ModuleDict(dict(norm=norm()))
 
     def look_ahead(self,
         h:Tensor,     # states of the depth before, normalised (batch, seq, hidden_size)
         emb:Tensor,   # embeddings of the tokens `depth` places on (batch, seq, hidden_size)
         rope:tuple[Tensor,Tensor], # cosines and sines of these positions
+        mask:Tensor|None=None,       # True where a query may look (batch, 1, seq, cached + seq), None for causal
+        cache:LatentCache|None=None, # where the past is, with a place for this layer
     )->Tensor:        # states of this depth, normalised for the head (batch, seq, hidden_size)
         "Join what was thought with what came next"
         joined = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), -1))
-        return self.shared_head['norm'](self(joined, rope))
+        return self.shared_head['norm'](self(joined, rope, mask, cache))
 
-# %% ../nbs/09_model.ipynb #d3274a25
+# %% ../nbs/09_model.ipynb #d8ae3c7f
 class DeepSeekV3(nn.Module):
     "The language model; weights under their published names, experts stacked"
     def __init__(self,
@@ -74,7 +77,7 @@ class DeepSeekV3(nn.Module):
             embed_tokens=nn.Embedding(cfg.vocab_size, cfg.hidden_size),
             layers=nn.ModuleList([Block(cfg, i) for i in range(L)] + [MTP(cfg, L+i) for i in range(cfg.num_nextn_predict_layers)]),
             norm=nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)))
-        self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_word_embeddings: self.lm_head.weight = self.model['embed_tokens'].weight
         for p in self.parameters():
             if p.dim()>1: nn.init.normal_(p, std=cfg.initializer_range)
@@ -116,7 +119,7 @@ def hidden(self:DeepSeekV3,
     if cache is not None: cache.advance(seq)
     return self.model['norm'](h)
 
-# %% ../nbs/09_model.ipynb #78687ab7
+# %% ../nbs/09_model.ipynb #fd2edaca
 @patch
 def _check(self:DeepSeekV3, input_ids, cache, attention_mask, documents, prefix)->int:
     "Refuse what cannot be meant; return the number of cached positions"
@@ -125,10 +128,15 @@ def _check(self:DeepSeekV3, input_ids, cache, attention_mask, documents, prefix)
     if input_ids.device.type=='cpu' and not 0<=input_ids.min()<=input_ids.max()<self.cfg.vocab_size: raise ValueError(
         f'input_ids from {input_ids.min()} to {input_ids.max()}: must lie in 0..{self.cfg.vocab_size-1}, the vocabulary; was another tokenizer used?')
     past = 0 if cache is None else cache.length
-    if cache is not None: cache.check_room(*input_ids.shape)
+    if cache is not None:
+        cache.check_room(*input_ids.shape)
+        if cache.rank!=self.cfg.kv_lora_rank or len(cache.rows)<self.cfg.num_hidden_layers: raise ValueError(
+            f'a cache of {len(cache.rows)} layers with latents of {cache.rank}: this model has {self.cfg.num_hidden_layers} layers with '
+            f'kv_lora_rank={self.cfg.kv_lora_rank}; make one from its config')
     end = past+input_ids.shape[1]
-    if end>self.cfg.max_position_embeddings: raise ValueError(
-        f'{end} positions: the model has max_position_embeddings={self.cfg.max_position_embeddings}; shorten the input')
+    count = end if end<=self.cfg.max_position_embeddings or attention_mask is None else int(attention_mask.sum(1).max()) # holes take no position
+    if count>self.cfg.max_position_embeddings: raise ValueError(
+        f'{count} positions: the model has max_position_embeddings={self.cfg.max_position_embeddings}; shorten the input')
     for name,m in dict(attention_mask=attention_mask, documents=documents, prefix=prefix).items():
         if m is None: continue
         if tuple(m.shape)!=(len(input_ids), end): raise ValueError(f'{name} of shape {tuple(m.shape)}: must be (batch, cached + seq)={(len(input_ids), end)}')
@@ -175,23 +183,33 @@ def head_loss(
     wide = torch.promote_types(h.dtype, torch.float32)
     return sum(F.cross_entropy((a @ W.T).to(wide), t, reduction='sum') for a,t in zip(h.split(chunk), targets.split(chunk)))
 
-# %% ../nbs/09_model.ipynb #4c900ca3
+# %% ../nbs/09_model.ipynb #a4207236
 @patch
 def losses(self:DeepSeekV3,
     tokens:Tensor,      # windows (batch, seq + 1 + depths), int64
     mtp_rows:int|None=None, # rows of the batch that MTP learns from: all by default, 0 for none
+    documents:Tensor|None=None, # changes where another document begins (batch, seq + 1 + depths): MTP predicts from within one
+    apart:bool=False,   # may tokens not look into other documents either?
 )->list[Tensor]:        # nats per token: the main loss, then one for each MTP depth
     "Mean next-token loss, and that of each MTP module"
     D = len(self.mtp)
     seq = tokens.shape[1]-1-D
     if seq<1: raise ValueError(f'tokens of shape {tuple(tokens.shape)}: a window needs at least {2+D} tokens, one more than {1+D} predictions ahead')
-    W,h = self.lm_head.weight,self.hidden(tokens[:,:seq])
+    if documents is not None and documents.shape!=tokens.shape: raise ValueError(
+        f'documents of shape {tuple(documents.shape)}: must be that of tokens, {tuple(tokens.shape)}')
+    seen = documents[:,:seq] if apart and documents is not None else None
+    W,h = self.lm_head.weight,self.hidden(tokens[:,:seq], documents=seen)
     out = [head_loss(h, W, tokens[:,1:seq+1])/tokens[:,:seq].numel()]
     rows = len(tokens) if mtp_rows is None else min(mtp_rows, len(tokens))
     if D==0 or rows==0: return out
     h,tokens = h[:rows],tokens[:rows]
-    rope = rope_tables(self.cfg, torch.arange(seq, device=h.device)[None], h.dtype)
+    positions,mask = torch.arange(seq, device=h.device)[None],None
+    if seen is not None: positions,mask = sight(torch.ones_like(tokens[:,:seq], dtype=torch.bool), seq, seen[:rows])
+    rope = rope_tables(self.cfg, positions, h.dtype)
+    if documents is not None: run = F.pad((documents[:rows,1:]!=documents[:rows,:-1]).cumsum(1), (1, 0))
     for k,module in enumerate(self.mtp, 1):
-        h = module.look_ahead(h, self.model['embed_tokens'](tokens[:,k:k+seq]), rope)
-        out.append(head_loss(h, W, tokens[:,k+1:k+1+seq])/(rows*seq))
+        h = module.look_ahead(h, self.model['embed_tokens'](tokens[:,k:k+seq]), rope, mask)
+        said,label = h,tokens[:,k+1:k+1+seq]
+        if documents is not None: within = run[:,k:k+seq]==run[:,:seq]; said,label = h[within],label[within]
+        out.append(head_loss(said, W, label)/(rows*seq))
     return out

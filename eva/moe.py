@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'Routing', 'Gate', 'grouped_linear', 'Dispatch', 'Collect', 'layout', 'relu2', 'Experts', 'MLP', 'MoE']
 
-# %% ../nbs/05_moe.ipynb #cd796f6c
+# %% ../nbs/05_moe.ipynb #5867eb42
 from functools import partial
 from typing import NamedTuple
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .config import Config
+from .products import Linear, onednn_pays, product
 
 # %% ../nbs/05_moe.ipynb #19a5c9bb
 class Routing(NamedTuple):
@@ -21,7 +22,7 @@ class Routing(NamedTuple):
     indices:Tensor # the chosen experts (..., num_experts_per_tok)
     scores:Tensor  # s of every expert, without bias (..., n_routed_experts)
 
-# %% ../nbs/05_moe.ipynb #d7573a2f
+# %% ../nbs/05_moe.ipynb #7f2f0bae
 class Gate(nn.Module):
     "The router of one layer"
     def __init__(self,
@@ -39,7 +40,7 @@ class Gate(nn.Module):
         if h.shape[-1:]!=self.weight.shape[1:]: raise ValueError(
             f'hidden states of shape {tuple(h.shape)}: must end in hidden_size={self.weight.shape[1]}, the width of this router')
         wide = torch.promote_types(h.dtype, torch.float32)
-        logits = F.linear(h.to(wide), self.weight.to(wide))
+        logits = product(h.to(wide), self.weight.to(wide))
         if logits.device.type=='cpu': self.refuse_nan(h, logits) # on CUDA asking would wait for the device; NaN flows on into the weights
         scores = logits.sigmoid() if self.cfg.scoring_func=='sigmoid' else logits.softmax(-1)
         indices = self.choose(scores.detach())
@@ -83,7 +84,7 @@ def refuse_nan(self:Gate,
     raise FloatingPointError(f'{bad} of {logits[...,0].numel()} tokens: their router logits are not finite, because of '
         + (f"the router's {culprit}" if culprit else 'their hidden states') + '; look for the first step or layer that gives NaN or infinity')
 
-# %% ../nbs/05_moe.ipynb #acdc8222
+# %% ../nbs/05_moe.ipynb #9fc505d8
 def grouped_linear(
     x:Tensor,    # rows sorted by expert (rows, in)
     W:Tensor,    # stacked weights (experts, out, in)
@@ -91,9 +92,11 @@ def grouped_linear(
 )->Tensor:       # each row times its expert's weights (rows, out)
     "One product per stretch of rows, all at once where PyTorch can"
     fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(o*x.element_size()%16==0 for o in W.shape[1:])
-    if fits: return F.grouped_mm(x, W.mT, offs=ends)
+    apart = x.dtype==torch.float32 and x.device.type=='cpu' and onednn_pays() # there PyTorch's is a loop too, over a slower library
+    if fits and not apart: return F.grouped_mm(x, W.mT, offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([F.linear(rows, w) for rows,w in zip(x.split(sizes), W.unbind(0))])
+    if torch.is_grad_enabled(): return torch.cat([product(rows, w) for rows,w in zip(x.split(sizes), W.unbind(0))])
+    return torch.cat([product(rows, W[e]) for e,rows in enumerate(x.split(sizes)) if len(rows)] or [x.new_empty(0, W.shape[1])])
 
 # %% ../nbs/05_moe.ipynb #f4adfdb9
 class Dispatch(torch.autograd.Function):
@@ -181,7 +184,7 @@ def _check(self:Experts, x, weights, indices):
     if indices.dtype not in (torch.int32, torch.int64): raise ValueError(
         f'indices of {indices.dtype}: must be int64, numbers of experts; were weights and indices swapped?')
 
-# %% ../nbs/05_moe.ipynb #458d767f
+# %% ../nbs/05_moe.ipynb #34a22026
 class MLP(nn.Module):
     "A gated feed-forward layer"
     def __init__(self,
@@ -192,8 +195,8 @@ class MLP(nn.Module):
         super().__init__()
         if act not in ACTIVATIONS: raise ValueError(f'act={act!r}: must be one of {", ".join(ACTIVATIONS)}')
         self.act = ACTIVATIONS[act]
-        self.gate_proj,self.up_proj = (nn.Linear(hidden_size, width, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj,self.up_proj = (Linear(hidden_size, width, bias=False) for _ in range(2))
+        self.down_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x): return self.down_proj(self.act(self.gate_proj(x))*self.up_proj(x))
 

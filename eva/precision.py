@@ -8,7 +8,7 @@ __all__ = ['PRODUCTS', 'KINDS', 'Rounding', 'RoundedProduct', 'multiply', 'fits'
            'named_recipe', 'usable', 'products_of', 'equip', 'convert', 'why_not', 'best_backend', 'FP8LatentCache',
            'choices', 'StabilityMonitor']
 
-# %% ../nbs/08_precision.ipynb #42f53d47
+# %% ../nbs/08_precision.ipynb #00856d7e
 import importlib
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from .cache import LatentCache
 from .config import Config
 from .fp8 import RECIPES, DelayedScale, Recipe, dequantize, fake_quantize, quantize, scale_shape
 from .moe import Collect, Dispatch, Experts, Gate, grouped_linear, layout
+from .products import Linear
 from .stability import StabilityMonitor
 _all_ = ['StabilityMonitor'] # made by the chapter before, used from here too
 
@@ -210,8 +211,8 @@ class Engine:
 
 PRODUCTS = dict(emulate=Emulate, native=Native, te=Engine)
 
-# %% ../nbs/08_precision.ipynb #b2582734
-KINDS = {nn.Linear: FP8Linear, Experts: FP8Experts}
+# %% ../nbs/08_precision.ipynb #8e0d4387
+KINDS = {nn.Linear: FP8Linear, Linear: FP8Linear, Experts: FP8Experts}
 
 def named_recipe(recipe):
     "A recipe by its name, or as it is"
@@ -241,7 +242,7 @@ def convert(
     keep:tuple=('lm_head', 'eh_proj'), # last parts of the names of layers left alone
 )->nn.Module:             # the model itself
     "Let linear layers and experts multiply in eight bits, or no longer"
-    back = {v: k for k,v in KINDS.items()}
+    back = {FP8Linear: Linear, FP8Experts: Experts}
     chosen = [m for n,m in model.named_modules() if (type(m) in KINDS or type(m) in back) and n.rpartition('.')[2] not in keep]
     if recipe is not None: # whatever can go wrong goes wrong here, before anything is changed
         if not chosen: raise ValueError(f'{type(model).__name__}: has no linear layer or stack of experts to convert')
@@ -249,10 +250,10 @@ def convert(
         made = [products_of(m, recipe, backend) for m in chosen]
     for m in model.modules():
         if type(m) not in back: continue
-        m.__class__ = back[type(m)]
+        m.__class__ = m.__dict__.pop('was', back[type(m)])
         for o in ('product', 'product2', 'fp8'): m.__dict__.pop(o, None)
     for m,products in zip(chosen, made if recipe is not None else ()):
-        m.__class__ = KINDS[type(m)]
+        m.__dict__['was'],m.__class__ = type(m),KINDS[type(m)]
         equip(m, products, f'{recipe}, {backend}')
     return model
 
@@ -293,7 +294,7 @@ def best_backend(
         reasons.append(f'not {b}: {why}')
     return 'emulate','; '.join(reasons)
 
-# %% ../nbs/08_precision.ipynb #3af2acc2
+# %% ../nbs/08_precision.ipynb #3d718f0b
 class FP8LatentCache(LatentCache):
     "Latents in E4M3 with a scale for each 128 values, rotated keys in bfloat16"
     def __init__(self,
@@ -301,8 +302,10 @@ class FP8LatentCache(LatentCache):
         batch:int,    # sequences side by side
         max_len:int,  # positions it can hold
         device:str|torch.device|None=None, # where it lives
+        mtp:bool=False, # layers for the MTP modules too?
+        spare:int=0,  # slots beyond max_len
     ):
-        super().__init__(cfg, batch, max_len, device='meta') # checks the sizes
+        super().__init__(cfg, batch, max_len, device='meta', mtp=mtp, spare=spare) # checks the sizes
         self.scales,self.width = scale_shape((cfg.kv_lora_rank,), (1, 128))[0],cfg.kv_lora_rank+cfg.qk_rope_head_dim
         self.rows = torch.zeros(*self.rows.shape[:3], cfg.kv_lora_rank + 4*self.scales + 2*cfg.qk_rope_head_dim, dtype=torch.uint8, device=device)
 

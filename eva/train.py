@@ -139,7 +139,7 @@ def computes(self:Trainer)->str: # of fp8: by which backend, and why by no faste
     "Its precision in words"
     return 'fp8 by {}: {}'.format(*best_backend(self.device, self.cfg.recipe)) if self.precision=='fp8' else self.precision
 
-# %% ../nbs/11b_train.ipynb #399bacd3
+# %% ../nbs/11b_train.ipynb #c996456b
 @patch
 def gradients(self:Trainer,
     batch:Tensor,    # windows (sequences, seq_len + 1 + depths)
@@ -152,7 +152,7 @@ def gradients(self:Trainer,
     for tokens in batch.split(c.micro_batch):
         part,rows = len(tokens)/len(batch),min(left, len(tokens))
         left -= rows
-        try: losses = self.model.losses(tokens, mtp_rows=rows)
+        try: losses = self.model.losses(tokens, mtp_rows=rows, documents=(tokens==self.model.cfg.bos_token_id).cumsum(1))
         except FloatingPointError: return total.fill_(math.nan)
         loss = part*(losses[0] + c.balance_weight*self.meter.balance_loss(c.balance_over))
         if rows: loss = loss + mtp_weight/depths*rows/ahead*sum(losses[1:])
