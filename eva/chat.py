@@ -10,7 +10,7 @@ import json
 from datetime import datetime
 from pathlib import Path
 
-# %% ../nbs/12c_chat.ipynb #3bcd3206
+# %% ../nbs/12c_chat.ipynb #067c3b9e
 class ChatTemplate:
     "Messages to text, as the publisher of a checkpoint wants it"
     def __init__(self,
@@ -23,7 +23,7 @@ class ChatTemplate:
         env,self.marks,self.error = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]),marks,TemplateError
         def refuse(message): raise TemplateError(message)
         env.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
-        env.filters['tojson'] = lambda x, indent=None, **kw: json.dumps(x, ensure_ascii=False, indent=indent) # the filter of Jinja writes for HTML
+        env.filters['tojson'] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw) # the filter of Jinja writes for HTML
         try: self.template = env.from_string(template)
         except TemplateError as e: raise ValueError(f'chat template: {e}; it is not valid Jinja') from None
 
@@ -51,6 +51,6 @@ class ChatTemplate:
         answer:bool=True,    # open the model's next turn?
     )->str:                  # to be tokenised without adding special tokens
         "The conversation as text"
-        try: return self.template.render(messages=messages, add_generation_prompt=answer, **self.marks)
+        try: return self.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=answer, **self.marks)
         except self.error as e: raise ValueError(f'chat template: {e}') from None
-        except (TypeError, OverflowError, ValueError, ArithmeticError) as e: raise ValueError(f'chat template: {type(e).__name__}: {e}') from None
+        except (TypeError, OverflowError, ValueError, ArithmeticError, RecursionError, MemoryError) as e: raise ValueError(f'chat template: {type(e).__name__}: {e}') from None

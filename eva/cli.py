@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'LEAVES', 'SETTINGS', 'train_parser', 'new_run', 'new_task_run', 'old_run', 'prepare', 'settings', 'device_of',
            'check_memory', 'train_with_bar', 'sample_text', 'finish', 'summary', 'guarded', 'eva_train',
-           'convert_parser', 'eva_convert', 'generate_parser', 'eva_generate']
+           'convert_parser', 'eva_convert', 'bench_parser', 'eva_bench', 'generate_parser', 'eva_generate']
 
 # %% ../nbs/19_cli.ipynb #2909e24a
 import argparse, sys, time
@@ -310,6 +310,31 @@ def eva_convert(
         size,seconds = sum(b.n for b in bars),time.time()-start
         print(f'{args.dst}: {size/1e9:.2f} GB read in {seconds:.0f} s, {size/1e9/max(seconds, 1e-9):.2f} GB per second')
     return guarded('eva_convert', work)
+
+# %% ../nbs/19_cli.ipynb #bdda21f8
+def bench_parser()->argparse.ArgumentParser: # of eva_bench
+    "What eva_bench understands"
+    p = argparse.ArgumentParser('eva_bench', description='Measure Eva, what one would use instead, and the limits of this machine, in turn in one process.')
+    p.add_argument('--only', nargs='+', metavar='NAME', help='cases to measure: generate (default: all)')
+    p.add_argument('--quick', action='store_true', help='small versions, to see that it works')
+    p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where to compute (default: cpu)')
+    p.add_argument('--dir', type=Path, help='what eva_train left, for drafts on held-out text (default: runs/mini, if it is there)')
+    p.add_argument('--out', type=Path, default=Path('runs/bench'), help='folder for bench.json and pictures (default: runs/bench)')
+    return p
+
+def eva_bench(
+    argv:list[str]|None=None, # arguments, those of the command line by default
+)->int:                       # exit code
+    "Measure speeds"
+    args = bench_parser().parse_args(argv)
+    def work():
+        device_of(args)                                    # refuses cuda where there is none
+        if args.dir is not None and not (args.dir/'tokens').is_dir(): raise ValueError(f'{args.dir}: not a folder that eva_train left; drafts need its model and its held-out tokens')
+        from eva.bench import machine, run
+        print(machine(args.device), flush=True)
+        run(args.only, args.quick, args.device, args.out, dir=args.dir)
+        print(f'everything is in {args.out}: bench.json, generate.png')
+    return guarded('eva_bench', work)
 
 # %% ../nbs/19_cli.ipynb #39a4bb70
 def generate_parser()->argparse.ArgumentParser: # of eva_generate

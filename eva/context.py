@@ -16,7 +16,7 @@ from .mla import sight
 from .model import DeepSeekV3
 from .rope import rope_tables
 
-# %% ../nbs/11f_context.ipynb #a0523a55
+# %% ../nbs/11f_context.ipynb #6892c237
 class Context:
     "What a model has read"
     def __init__(self,
@@ -36,6 +36,7 @@ class Context:
         self.real,self.held = None,None       # which slots are real (batch, slots) and how many (batch,), None while all are
         self.states,self.starts = None,deque(maxlen=max(1, depths)) # of the last slots, and where the last steps began
         self.behind = False # have MTP modules not read the window since it came?
+        self.computed = 0   # tokens that the last go_to had to read
         self.paused = False # has a row kept nothing of a step? Then the window has passed it by
 
     @property
@@ -44,14 +45,14 @@ class Context:
     def counts(self): return self.held if self.held is not None else torch.full((self.batch,), self.cache.length, device=self.tokens.device)
     def __repr__(self): return f'Context({self.counts.tolist()} of {self.max_len} positions, {self.cache.nbytes:,} bytes)'
 
-# %% ../nbs/11f_context.ipynb #92ce08a2
+# %% ../nbs/11f_context.ipynb #73b52c3b
 @patch
 def extend(self:Context,
     new:Tensor,            # tokens (batch, seq)
     mask:Tensor|None=None, # False for holes (batch, seq)
 )->Tensor:                 # normalised states (batch, seq, hidden_size)
     "Put new tokens behind the old ones"
-    self.make_room(new.shape[1])
+    self.make_room(new.shape[1], mask)
     start,s,c = self.cache.length,new.shape[1],self.cache
     if mask is not None and mask.all(): mask = None
     if mask is not None: self.open_holes()
@@ -74,6 +75,7 @@ def open_holes(self:Context):
 @patch
 def make_room(self:Context,
     seq:int, # slots needed
+    mask:Tensor|None=None, # False for holes (batch, seq)
 ):
     "Close holes when there are many, or refuse"
     if self.real is not None and self.cache.length-int(self.held.max())>self.spare:
@@ -84,7 +86,8 @@ def make_room(self:Context,
         self.real[:,:self.cache.length] = torch.cat((sorted, real[:,upto:]), 1)
         self.starts = deque((s-won for s in self.starts), maxlen=self.starts.maxlen)
     longest = self.cache.length if self.held is None else int(self.held.max())
-    if longest+seq>self.max_len+self.spare or self.cache.length+seq>self.cache.max_len: raise ValueError(
+    total = longest+seq if mask is None else int((self.counts+mask.sum(1)).max())
+    if total>self.max_len+self.spare or self.cache.length+seq>self.cache.max_len: raise ValueError(
         f'{longest} positions read + {seq} new: this context was made for {self.max_len}; make a longer one, or rewind')
 
 @patch
@@ -157,7 +160,7 @@ def follow(self:Context):
     for k in range(1, self.depths+1): h = self.module(k, h, window)
     self.behind = False
 
-# %% ../nbs/11f_context.ipynb #6e9327cc
+# %% ../nbs/11f_context.ipynb #25d31ab4
 @patch
 @torch.inference_mode()
 def step(self:Context,
@@ -169,6 +172,7 @@ def step(self:Context,
         for j in range(min(self.depths, new.shape[1])): self.foresee(j, new[:,j])
         self.follow()
     h = self.extend(new, mask)
+    self.behind = self.depths>0
     self.fresh = new.shape[1],(new.shape[1] if mask is None else mask.sum(1))
     if self.depths: self.starts.append(self.cache.length-new.shape[1]); self.states = torch.cat((self.states, h), 1)
     return h
@@ -231,7 +235,9 @@ def go_to(self:Context,
     same = (left[:,:width]==self.tokens[:,:width]) & (place[:,:width]<self.counts[:,None]) & (place[:,:width]<n[:,None]-1) # the last one is read for its state
     common = same.long().cumprod(1).sum(1)
     self.rewind(common)
+    if self.cache.length+int((n-common).max())>self.cache.max_len: common = common*0; self.rewind(0) # rows too far apart: from the beginning
     fresh = n-common
+    self.computed = int(fresh.sum())
     where = n[:,None]-fresh.max()+torch.arange(int(fresh.max()), device=ids.device)
     return self.read(left.gather(1, where.clamp(min=0)), where>=common[:,None], piece, progress)
 

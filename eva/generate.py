@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['Detokenizer', 'text_stream', 'Ends', 'Tally', 'stream', 'generate']
 
-# %% ../nbs/12_generate.ipynb #bca76ca7
+# %% ../nbs/12_generate.ipynb #49543f0a
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from .cache import LatentCache
 from .context import Context
 from .model import DeepSeekV3
-from .sampling import Dice, Sampling, draw, probabilities
-from .speculate import accept
+from .sampling import Dice, Sampling, draw, probabilities, sample, scores
+from .speculate import accept, agree
 
 # %% ../nbs/12_generate.ipynb #1629905d
 class Detokenizer:
@@ -83,12 +84,13 @@ class Ends:
             self.tails[i] = text[-max(map(len, self.strings)):]
         return True
 
-# %% ../nbs/12_generate.ipynb #8b904b13
+# %% ../nbs/12_generate.ipynb #ffa32841
 @dataclass
 class Tally:
     "What a generation did"
-    read:int = 0              # tokens of prompts that were computed
+    read:int = 0              # tokens of prompts that were computed, without what a context knew
     reading:float = 0.        # seconds for them
+    rows:int = 0              # prompts
     tokens:int = 0            # new ones, of all rows
     steps:int = 0             # passes of the main model after the prompt
     seconds:float = 0.        # for them
@@ -98,12 +100,12 @@ class Tally:
     @property
     def acceptance(self): return sum(self.accepted)/max(1, sum(self.offered))
     @property
-    def per_second(self): return (self.tokens-1)/self.seconds if self.seconds else 0. # the first one belongs to the prompt
+    def per_second(self): return (self.tokens-self.rows)/self.seconds if self.seconds else 0. # the first one of a row belongs to its prompt
     def __str__(self):
         text = f'{self.tokens} tokens, {self.per_second:.0f} per second after {self.reading:.2f} s for a prompt of {self.read}'
         return text + (f'; {self.acceptance:.0%} of {sum(self.offered)} drafts accepted' if self.offered else '')
 
-# %% ../nbs/12_generate.ipynb #86c3b088
+# %% ../nbs/12_generate.ipynb #48317a12
 @torch.inference_mode()
 def stream(
     model:DeepSeekV3,          # to speak
@@ -122,17 +124,17 @@ def stream(
     progress=None,             # called with the share of the prompt that has been read
 )->Iterator[list[list[int]]]:  # new tokens of each row, none for rows that have ended
     "New tokens as they come"
-    limit,k,stops = _check(model, input_ids, max_new_tokens, how, speculate, attention_mask, stop_strings, tokenizer, context)
+    limit,k,stops,total = _check(model, input_ids, max_new_tokens, how, speculate, attention_mask, stop_strings, tokenizer, context)
     b,start,tally = len(input_ids),time.perf_counter(),tally if tally is not None else Tally()
-    c = context or Context(model, input_ids.shape[1]+limit, b, min(k, len(model.mtp)), cache)
+    input_ids = input_ids.long()
+    c = context or Context(model, total, b, min(k, len(model.mtp)), cache)
     dice,ends = Dice(seed, b),Ends(b, limit, set(torch.tensor([] if eos_token_id is None else eos_token_id).flatten().int().tolist()), stops, tokenizer)
     h,seen = c.go_to(input_ids, attention_mask, progress=progress),None
     if how.repetition_penalty!=1:
         seen = torch.zeros(b, model.cfg.vocab_size+1, dtype=torch.bool, device=input_ids.device)
         seen = seen.scatter_(1, input_ids if attention_mask is None else input_ids.masked_fill(attention_mask==0, model.cfg.vocab_size), True)[:,:-1]
-    p = probabilities(model.lm_head(h), how, seen)
-    token = p.argmax(-1) if how.temperature==0 else draw(p, dice.roll(1)[:,0])
-    tally.read += int(input_ids.numel() if attention_mask is None else attention_mask.sum()); tally.reading += time.perf_counter()-start
+    token = sample(model.lm_head(h), how, dice, seen)
+    tally.read,tally.rows = tally.read+c.computed,tally.rows+b; tally.reading += time.perf_counter()-start
     new = token[:,None].tolist()
     while True:
         said = ends.take(new)
@@ -143,7 +145,7 @@ def stream(
         token,seen,new = _step(c, token, k, how, dice, seen, ends.left, tally)
         tally.steps,tally.seconds = tally.steps+1,tally.seconds+time.perf_counter()-start
 
-# %% ../nbs/12_generate.ipynb #d418d13d
+# %% ../nbs/12_generate.ipynb #7021d3c7
 def _step(c, token, k, how, dice, seen, left, tally):
     "Draft, read, accept; returns the next token of each row, what has been seen, and the new tokens"
     model,b = c.model,c.batch
@@ -155,33 +157,34 @@ def _step(c, token, k, how, dice, seen, left, tally):
         h = c.step(token[:,None])
         if c.depths: c.keep(torch.ones_like(token))
         seen = marked(seen, token[:,None])
-        p = probabilities(model.lm_head(h[:,0]), how, None if seen is None else seen[:,-1])
-        token = p.argmax(-1) if how.temperature==0 else draw(p, dice.roll(1)[:,0])
+        token = sample(model.lm_head(h[:,0]), how, dice, None if seen is None else seen[:,-1])
         return token,None if seen is None else seen[:,-1],token[:,None].tolist()
-    u,said = dice.roll(2*k+1).to(token.device),[token]
+    greedy,u,said = how.temperature==0,dice.roll(2*k+1).to(token.device),[token]
     def choose(logits, j):
-        q = probabilities(logits, how, None if seen is None else marked(seen, torch.stack(said, 1))[:,-1])
-        said.append(q.argmax(-1) if how.temperature==0 else draw(q, u[:,j]))
+        before = None if seen is None else marked(seen, torch.stack(said, 1))[:,-1]
+        q = None if greedy else probabilities(logits, how, before)
+        said.append(scores(logits, how, before).argmax(-1) if greedy else draw(q, u[:,j]))
         return said[-1],q
+    judge,k = u[:,k:],min(k, max(left)) # no row may say more
     drafts,q = c.draft(token, k, choose)
     room = torch.tensor(left, device=token.device)
     feed = torch.stack(said, 1)[:,:min(1+k, max(left))]
     mask = torch.arange(feed.shape[1], device=token.device)<room[:,None]
     h = c.step(feed, None if mask.all() else mask)
-    before = marked(seen, feed)
-    p = q.new_zeros(b, 1+k, q.shape[2])
-    p[:,:feed.shape[1]] = probabilities(model.lm_head(h), how, None if seen is None else before[:,1:])
-    n,token = accept(p, q, drafts, u[:,k:])
+    before,logits,unread = marked(seen, feed),model.lm_head(h),1+k-feed.shape[1] # drafts that no row may say were not read
+    behind = None if seen is None else before[:,1:]
+    if greedy: n,token = agree(F.pad(scores(logits, how, behind).argmax(-1), (0, unread), value=-1), drafts); token = token.clamp(min=0) # rows that are through
+    else: n,token = accept(F.pad(probabilities(logits, how, behind), (0, 0, 0, unread)), q, drafts, torch.cat((judge[:,:k], judge[:,-1:]), 1))
     kept = torch.minimum(n+1, room)
     c.keep(kept)
     for j in range(k):
         if len(tally.offered)==j: tally.offered.append(0); tally.accepted.append(0)
         tally.offered[j] += int(((n>=j) & (room>j)).sum()); tally.accepted[j] += int(((n>j) & (room>j)).sum())
     new = [[*d[:m], t] for d,m,t in zip(drafts.tolist(), n.tolist(), token.tolist())]
-    if seen is not None: seen = before[torch.arange(b), kept]
+    if seen is not None: seen = before[torch.arange(b, device=kept.device), kept]
     return token,seen,new
 
-# %% ../nbs/12_generate.ipynb #5e1e630f
+# %% ../nbs/12_generate.ipynb #18eb7198
 def generate(
     model:DeepSeekV3,          # to speak
     input_ids:Tensor,          # prompts (batch, seq), int64, padded on the left
@@ -208,6 +211,9 @@ def _check(model, input_ids, max_new_tokens, how, speculate, attention_mask, sto
     "Refuse what cannot be meant; return the limit, the number of drafts, and the stop strings"
     if input_ids.dim()!=2 or input_ids.shape[1]==0: raise ValueError(
         f'input_ids of shape {tuple(input_ids.shape)}: must be (batch, seq) with at least one token; start with the bos token')
+    if input_ids.dtype not in (torch.int32, torch.int64): raise ValueError(f'input_ids of {input_ids.dtype}: tokens are integers; call input_ids.long()')
+    if not 0<=input_ids.min()<=input_ids.max()<model.cfg.vocab_size: raise ValueError(
+        f'input_ids from {input_ids.min()} to {input_ids.max()}: must lie in 0..{model.cfg.vocab_size-1}, the vocabulary; was another tokenizer used?')
     if (device := model.lm_head.weight.device)!=input_ids.device: raise ValueError(f'input_ids on {input_ids.device}: the model is on {device}; move them there')
     if attention_mask is not None:
         if attention_mask.shape!=input_ids.shape: raise ValueError(
@@ -224,7 +230,7 @@ def _check(model, input_ids, max_new_tokens, how, speculate, attention_mask, sto
     if not isinstance(max_new_tokens, int) or max_new_tokens<1: raise ValueError(f'max_new_tokens={max_new_tokens!r}: must be a positive integer')
     if seq+max_new_tokens>most: raise ValueError(f'{seq} prompt + {max_new_tokens} new tokens: there are {most} positions'
         f'{" in this context" if context else ", the max_position_embeddings of the model"}; ask for at most {most-seq}')
-    if not (isinstance(speculate, int) and speculate>=0): raise ValueError(f'speculate={speculate!r}: must be True, False or a number of drafts')
+    if not (isinstance(speculate, int) and 0<=speculate<=32): raise ValueError(f'speculate={speculate!r}: must be True, False or a number of drafts up to 32')
     if speculate and not len(model.mtp): raise ValueError('speculate: this model has no MTP module (num_nextn_predict_layers=0); leave it out')
     k = len(model.mtp) if speculate is True else int(speculate)
     if context is not None and context.depths<min(k, len(model.mtp)): raise ValueError(
@@ -232,4 +238,4 @@ def _check(model, input_ids, max_new_tokens, how, speculate, attention_mask, sto
     stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
     if not all(isinstance(s, str) and s for s in stops): raise ValueError(f'stop_strings={stop_strings!r}: must be texts of at least one character')
     if stops and tokenizer is None: raise ValueError('stop_strings: need the tokenizer too; pass tokenizer=')
-    return max_new_tokens,k,stops
+    return max_new_tokens,k,stops,seq+max_new_tokens

@@ -144,7 +144,7 @@ def layout(
 def relu2(x): return F.relu(x).square()
 ACTIVATIONS = dict(silu=F.silu, gelu=F.gelu, gelu_pytorch_tanh=partial(F.gelu, approximate='tanh'), relu=F.relu, relu2=relu2)
 
-# %% ../nbs/05_moe.ipynb #5f2391ae
+# %% ../nbs/05_moe.ipynb #f7ed769f
 class Experts(nn.Module):
     "The routed experts of one layer, stacked"
     def __init__(self,
@@ -166,11 +166,25 @@ class Experts(nn.Module):
     )->Tensor:          # weighted sum over each token's experts (tokens, hidden_size)
         "Every chosen expert on every token that chose it; none is dropped"
         self._check(x, weights, indices)
-        compiled_per_shape = x.device.type=='cpu' and x.dtype==torch.bfloat16
-        source,place,ends = layout(indices, len(self.down_proj), 64 if compiled_per_shape else 1)
+        if indices.numel()<=8 and x.device.type=='cpu' and not torch.is_grad_enabled(): return self.few(x, weights, indices)
+        compiled_per_shape = x.device.type=='cpu' and (x.dtype==torch.bfloat16 or x.dtype==torch.float32 and onednn_pays())
+        source,place,ends = layout(indices, len(self.down_proj), (64 if indices.numel()>=64*len(self.down_proj) else 16) if compiled_per_shape else 1)
         gate,up = grouped_linear(Dispatch.apply(x, source, place), self.gate_up_proj, ends).chunk(2, -1)
         y = grouped_linear(self.act(gate)*up, self.down_proj, ends)
         return (Collect.apply(y, place)*weights.to(y.dtype)[...,None]).sum(1)
+
+    def few(self,
+        x:Tensor,       # tokens (tokens, hidden_size)
+        weights:Tensor, # factor on each choice (tokens, num_experts_per_tok)
+        indices:Tensor, # chosen experts (tokens, num_experts_per_tok)
+    )->Tensor:          # (tokens, hidden_size)
+        "One choice after the other: for a step of generation, sorting takes longer than computing"
+        out,chosen = [],indices.tolist()
+        if bad := [e for es in chosen for e in es if not 0<=e<len(self.down_proj)]: raise ValueError(f'indices hold {bad[0]}: must lie in 0..{len(self.down_proj)-1}, the experts there are')
+        for row,ws,es in zip(x.split(1), weights.to(x.dtype).split(1), chosen):
+            halves = [product(row, self.gate_up_proj[e]).chunk(2, -1) for e in es]
+            out.append(ws @ torch.cat([product(self.act(gate)*up, self.down_proj[e]) for (gate,up),e in zip(halves, es)]))
+        return torch.cat(out) if out else torch.zeros_like(x)
 
 # %% ../nbs/05_moe.ipynb #a23921c0
 @patch

@@ -8,7 +8,7 @@ __all__ = ['PRODUCTS', 'KINDS', 'Rounding', 'RoundedProduct', 'multiply', 'fits'
            'named_recipe', 'usable', 'products_of', 'equip', 'convert', 'why_not', 'best_backend', 'FP8LatentCache',
            'choices', 'StabilityMonitor']
 
-# %% ../nbs/08_precision.ipynb #00856d7e
+# %% ../nbs/08_precision.ipynb #7c5efe59
 import importlib
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from .cache import LatentCache
 from .config import Config
 from .fp8 import RECIPES, DelayedScale, Recipe, dequantize, fake_quantize, quantize, scale_shape
 from .moe import Collect, Dispatch, Experts, Gate, grouped_linear, layout
-from .products import Linear
+from .products import Linear, product
 from .stability import StabilityMonitor
 _all_ = ['StabilityMonitor'] # made by the chapter before, used from here too
 
@@ -53,7 +53,7 @@ class Rounding:
         if block is None or block[0]==block[1]: return kept      # one scale for both directions
         return self(kept if kind=='x' else t, kind, rows=True)
 
-# %% ../nbs/08_precision.ipynb #1c16f718
+# %% ../nbs/08_precision.ipynb #0ae3bf32
 class RoundedProduct(torch.autograd.Function):
     "A linear layer's product and its two gradients, each of rounded tensors"
     @staticmethod
@@ -84,7 +84,7 @@ def multiply(
     ends:Tensor|None=None, # where each expert's rows end (experts,), int32
 )->Tensor:    # (rows, out)
     "Plain or grouped"
-    return x @ W.mT if ends is None else grouped_linear(x, W, ends)
+    return product(x, W) if ends is None else grouped_linear(x, W, ends)
 
 def fits(*matrices): return all(m.shape[-1]*m.element_size()%16==0 and m.dtype!=torch.float64 for m in matrices) # PyTorch's grouped products ask for it
 def sizes_of(ends): return ends.diff(prepend=ends.new_zeros(1)).tolist()

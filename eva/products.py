@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/01b_products.ipynb #f8843696
+# %% ../nbs/01b_products.ipynb #2faeda4f
 @cache
 def onednn_pays()->bool: # on this machine
     "Is oneDNN there, and the processor one that MKL does not know well?"
@@ -34,9 +34,12 @@ def multiply(
     if rows==0 or W.numel()==0 or rows==1 and W.numel()<2**19: return F.linear(x, W)
     if 1<rows<5 and W.numel()<2**21: return (W @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], len(W)) # few rows as columns: MKL's better side
     if not (W.is_contiguous() or W.mT.is_contiguous()): W = W.contiguous() # cut out of something wider: oneDNN would take it element by element
-    return by_onednn(x.contiguous(), W)
+    step = 8 if rows<64 else 16 if rows<256 else 64
+    if rows<5 or rows%step==0: return by_onednn(x.contiguous(), W)
+    filled = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows%step))             # oneDNN compiles for each number of rows, and few numbers are enough
+    return by_onednn(filled, W)[:rows].reshape(*x.shape[:-1], len(W))
 
-# %% ../nbs/01b_products.ipynb #84af8426
+# %% ../nbs/01b_products.ipynb #f32cf502
 class Product(torch.autograd.Function):
     "x Wᵀ with all three products by one library"
     @staticmethod
@@ -71,5 +74,8 @@ def product_each(
     y:Tensor, # rows of each sequence, or their transpose (batch, n, width)
 )->Tensor:    # x yᵀ of each (batch, m, n)
     "A product for each sequence of a batch"
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad) or x.dtype!=torch.float32 or x.device.type!='cpu' or not onednn_pays(): return x @ y.mT
+    n,k = y.shape[1:]
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad) or x.dtype!=torch.float32 or x.device.type!='cpu' or not onednn_pays() or x.shape[1]*n*k<2**20: return x @ y.mT
+    if rest := n%64: return torch.cat((product_each(x, y[:,:-rest]), x @ y[:,-rest:].mT), 2) # lengths change from step to step
+    if rest := k%64: return product_each(x[...,:-rest], y[...,:-rest]).baddbmm_(x[...,-rest:], y[...,-rest:].mT)
     return torch.stack([multiply(a, b) for a,b in zip(x, y)]) if len(x)>1 else multiply(x[0], y[0])[None]

@@ -16,7 +16,7 @@ from .context import Context
 from .generate import Sampling, Tally, stream, text_stream
 from .interop import load_pretrained
 
-# %% ../nbs/13c_talk.ipynb #ecbac604
+# %% ../nbs/13c_talk.ipynb #d113aef4
 class Speaker:
     "A model with its tokenizer, its template and what it has read"
     def __init__(self,
@@ -76,10 +76,12 @@ class Speaker:
             limit = room
         new = stream(self.model, torch.tensor([ids], device=self.model.lm_head.weight.device), limit, self.how, self.speculate, self.seed, eos_token_id=tuple(self.ends),
                      stop_strings=self.stops, tokenizer=self.tok, context=self.context, tally=self.tally)
+        complete = False
         try:
             for piece in text_stream(self.tok, (t for said in new for t in said[0] if t not in self.ends), self.stops): answer += piece; yield piece
-        finally:
-            if self.template is not None: self.talk += [dict(role='user', content=text), dict(role='assistant', content=answer)]
+            complete = True
+        finally: # what was refused or never begun is not remembered
+            if self.template is not None and (answer or complete): self.talk += [dict(role='user', content=text), dict(role='assistant', content=answer)]
 
 # %% ../nbs/13c_talk.ipynb #0f55cbbf
 def converse(

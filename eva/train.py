@@ -6,7 +6,7 @@
 __all__ = ['bits_per_byte', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'Diverged', 'Trainer', 'stop_on_interrupt',
            'read_metrics', 'TrainConfig']
 
-# %% ../nbs/11b_train.ipynb #807a9afc
+# %% ../nbs/11b_train.ipynb #be1aac20
 import hashlib, json, math, shutil, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +22,7 @@ from .mla import keep_freed_memory
 from .model import DeepSeekV3, head_loss
 from .optim import MasterOptimizer
 from .precision import best_backend, convert
+from .products import Linear
 from .settings import DTYPES, TrainConfig
 _all_ = ['TrainConfig'] # made by the chapter on settings, used from here
 

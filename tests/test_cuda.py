@@ -65,3 +65,14 @@ def test_training_in_eight_bits(tmp_path):
     t.fit()
     rows = read_metrics(tmp_path/'run'/'metrics.jsonl')
     assert rows[-1]['loss'] < .7*rows[0]['loss'] and not any(r.get('skipped') for r in rows)
+
+@pytest.mark.parametrize('speculate', [0, 2])
+def test_generation_says_on_the_gpu_what_it_says_on_the_cpu(speculate):
+    from eva.generate import generate
+    torch.manual_seed(0)
+    model = DeepSeekV3(Config.preset('mini', vocab_size=200, hidden_size=64, initializer_range=.15)).double().eval()
+    ids, mask = torch.randint(2, 200, (3, 9)), torch.tensor([[1]*9, [0]*4+[1]*5, [0]*8+[1]])
+    for how in (dict(temperature=0), dict(temperature=.9, top_p=.95, repetition_penalty=1.2)):
+        want = generate(model.cpu(), ids, 20, seed=1, speculate=speculate, attention_mask=mask, **how)
+        got = generate(model.cuda(), ids.cuda(), 20, seed=1, speculate=speculate, attention_mask=mask.cuda(), **how)
+        assert torch.equal(got.cpu(), want)
