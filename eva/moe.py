@@ -84,7 +84,7 @@ def refuse_nan(self:Gate,
     raise FloatingPointError(f'{bad} of {logits[...,0].numel()} tokens: their router logits are not finite, because of '
         + (f"the router's {culprit}" if culprit else 'their hidden states') + '; look for the first step or layer that gives NaN or infinity')
 
-# %% ../nbs/05_moe.ipynb #9fc505d8
+# %% ../nbs/05_moe.ipynb #ff4dc12b
 def grouped_linear(
     x:Tensor,    # rows sorted by expert (rows, in)
     W:Tensor,    # stacked weights (experts, out, in)
@@ -92,10 +92,10 @@ def grouped_linear(
 )->Tensor:       # each row times its expert's weights (rows, out)
     "One product per stretch of rows, all at once where PyTorch can"
     fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(o*x.element_size()%16==0 for o in W.shape[1:])
-    apart = x.dtype==torch.float32 and x.device.type=='cpu' and onednn_pays() # there PyTorch's is a loop too, over a slower library
+    apart = x.dtype==W.dtype==torch.float32 and x.device.type=='cpu' and onednn_pays() and not torch.is_grad_enabled() and not torch.is_autocast_enabled('cpu') # there PyTorch's is a loop too, over a slower library
     if fits and not apart: return F.grouped_mm(x, W.mT, offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    if torch.is_grad_enabled(): return torch.cat([product(rows, w) for rows,w in zip(x.split(sizes), W.unbind(0))])
+    if torch.is_grad_enabled(): return torch.cat([F.linear(rows, w) for rows,w in zip(x.split(sizes), W.unbind(0))])
     return torch.cat([product(rows, W[e]) for e,rows in enumerate(x.split(sizes)) if len(rows)] or [x.new_empty(0, W.shape[1])])
 
 # %% ../nbs/05_moe.ipynb #f4adfdb9
@@ -144,7 +144,7 @@ def layout(
 def relu2(x): return F.relu(x).square()
 ACTIVATIONS = dict(silu=F.silu, gelu=F.gelu, gelu_pytorch_tanh=partial(F.gelu, approximate='tanh'), relu=F.relu, relu2=relu2)
 
-# %% ../nbs/05_moe.ipynb #f7ed769f
+# %% ../nbs/05_moe.ipynb #318e1b60
 class Experts(nn.Module):
     "The routed experts of one layer, stacked"
     def __init__(self,
@@ -167,7 +167,7 @@ class Experts(nn.Module):
         "Every chosen expert on every token that chose it; none is dropped"
         self._check(x, weights, indices)
         if indices.numel()<=8 and x.device.type=='cpu' and not torch.is_grad_enabled(): return self.few(x, weights, indices)
-        compiled_per_shape = x.device.type=='cpu' and (x.dtype==torch.bfloat16 or x.dtype==torch.float32 and onednn_pays())
+        compiled_per_shape = x.device.type=='cpu' and (x.dtype==torch.bfloat16 or x.dtype==torch.float32 and onednn_pays() and not torch.is_grad_enabled())
         source,place,ends = layout(indices, len(self.down_proj), (64 if indices.numel()>=64*len(self.down_proj) else 16) if compiled_per_shape else 1)
         gate,up = grouped_linear(Dispatch.apply(x, source, place), self.gate_up_proj, ends).chunk(2, -1)
         y = grouped_linear(self.act(gate)*up, self.down_proj, ends)
