@@ -45,7 +45,7 @@ class Context:
     def counts(self): return self.held if self.held is not None else torch.full((self.batch,), self.cache.length, device=self.tokens.device)
     def __repr__(self): return f'Context({self.counts.tolist()} of {self.max_len} positions, {self.cache.nbytes:,} bytes)'
 
-# %% ../nbs/11f_context.ipynb #73b52c3b
+# %% ../nbs/11f_context.ipynb #3aa2b059
 @patch
 def extend(self:Context,
     new:Tensor,            # tokens (batch, seq)
@@ -64,6 +64,7 @@ def extend(self:Context,
     if self.held is not None: self.held = self.held+(s if mask is None else mask.sum(1))
     return h
 
+# %% ../nbs/11f_context.ipynb #64f6f64c
 @patch
 def open_holes(self:Context):
     "Begin to tell slots from positions"
@@ -90,6 +91,7 @@ def make_room(self:Context,
     if total>self.max_len+self.spare or self.cache.length+seq>self.cache.max_len: raise ValueError(
         f'{longest} positions read + {seq} new: this context was made for {self.max_len}; make a longer one, or rewind')
 
+# %% ../nbs/11f_context.ipynb #562410c2
 @patch
 @torch.inference_mode()
 def read(self:Context,
@@ -113,6 +115,7 @@ def read(self:Context,
             self.behind = True
         if progress: progress(min(1., (i+piece)/new.shape[1]))
     return h[:,-1]
+
 @patch
 def reach(self:Context,
     j:int, # positions
