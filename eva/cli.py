@@ -311,12 +311,12 @@ def eva_convert(
         print(f'{args.dst}: {size/1e9:.2f} GB read in {seconds:.0f} s, {size/1e9/max(seconds, 1e-9):.2f} GB per second')
     return guarded('eva_convert', work)
 
-# %% ../nbs/19_cli.ipynb #bdda21f8
+# %% ../nbs/19_cli.ipynb #8c0c62d7
 def bench_parser()->argparse.ArgumentParser: # of eva_bench
     "What eva_bench understands"
     p = argparse.ArgumentParser('eva_bench', description='Measure Eva, what one would use instead, and the limits of this machine, in turn in one process.')
-    p.add_argument('--only', nargs='+', metavar='NAME', help='cases to measure: generate (default: all)')
-    p.add_argument('--quick', action='store_true', help='small versions, to see that it works')
+    p.add_argument('--only', nargs='+', metavar='NAME', help='cases to measure: attention, moe, experts, loss, cache, train, prefill, decode, generate, drafts, quantize, convert, tokenize, load, start (default: all, a quarter of an hour)')
+    p.add_argument('--quick', action='store_true', help='small versions in two minutes, to see that it works')
     p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where to compute (default: cpu)')
     p.add_argument('--dir', type=Path, help='what eva_train left, for drafts on held-out text (default: runs/mini, if it is there)')
     p.add_argument('--out', type=Path, default=Path('runs/bench'), help='folder for bench.json and pictures (default: runs/bench)')
@@ -333,7 +333,7 @@ def eva_bench(
         from eva.bench import machine, run
         print(machine(args.device), flush=True)
         run(args.only, args.quick, args.device, args.out, dir=args.dir)
-        print(f'everything is in {args.out}: bench.json, generate.png')
+        print(f'everything is in {args.out}: bench.json, bench.png')
     return guarded('eva_bench', work)
 
 # %% ../nbs/19_cli.ipynb #39a4bb70
