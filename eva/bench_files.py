@@ -50,7 +50,7 @@ def quantize(
         lines.append(compared(f'and back from {block[0]}x{block[1]}', times, memory_bound(times, about, 5*x.numel())))
     return lines
 
-# %% ../nbs/16c_bench_files.ipynb #8113af59
+# %% ../nbs/16c_bench_files.ipynb #2c91a88d
 def model_folder(folder, quick, to='fp32'): # a Path
     "A small model on disk"
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def load(
     with tempfile.TemporaryDirectory() as tmp:
         src = model_folder(Path(tmp), quick)
         touch = lambda tensors: sum(t.sum().item() for t in tensors)
-        work = dict(eva=lambda: touch(load_pretrained(src).parameters()) is None, copy=lambda: touch(t.clone() for f in src.glob('*.safetensors') for t in load_file(f).values()) is None, memory=about['memory'][0])
+        work = dict(eva=lambda: touch(load_pretrained(src).parameters()) is None, copy=lambda: touch([t.clone() for f in src.glob('*.safetensors') for t in load_file(f).values()]) is None, memory=about['memory'][0])
         times = in_turn(work, 2 if quick else 5)
         size = size_of(src)
         lines = [compared(f'load {size/1e6:.0f} MB and touch every weight', times, memory_bound(times, about, size))]

@@ -6,10 +6,9 @@
 __all__ = ['EIGHT', 'NOT_COPIED', 'TYPES', 'published', 'published_state', 'save_pretrained', 'block_of', 'load_pretrained',
            'convert_checkpoint']
 
-# %% ../nbs/13_interop.ipynb #7ff2f9db
+# %% ../nbs/13_interop.ipynb #864d618e
 import json, math, re, shutil, warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -184,7 +183,7 @@ def convert_checkpoint(
     part.rename(dst)
     return dst
 
-# %% ../nbs/13_interop.ipynb #d7e13637
+# %% ../nbs/13_interop.ipynb #2c21ebd7
 class _Job:
     "What becomes of each tensor of a checkpoint"
     def __init__(self, ck, block, to, pow2, progress):
@@ -217,7 +216,7 @@ class _Job:
     def convert(self, file, names):
         "One file; what a former call completed stays"
         shapes = {n: s for name in names for n,s in self.outputs(name).items()}
-        if shapes and not file.exists(): write_safetensors(file, shapes, self.ahead(names))
+        if shapes and not file.exists(): write_safetensors(file, shapes, self.made(names))
         else: self.read(*names)
         self.ck.files.clear() # unmap what was read
 
@@ -226,19 +225,11 @@ class _Job:
         self.done += sum(math.prod(shape)*dtype.itemsize for dtype,shape in map(self.ck.shape, names))
         if self.progress: self.progress(self.done, self.total)
 
-    def ahead(self, names):
-        "One tensor is made while the one before it is written"
-        with ThreadPoolExecutor(1) as pool:
-            waiting = None
-            for name in names:
-                now = pool.submit(self.make, name)
-                if waiting is not None: yield from self.report(*waiting)
-                waiting = name,now
-            if waiting is not None: yield from self.report(*waiting)
-
-    def report(self, name, made):
-        yield from made.result()
-        self.read(name)
+    def made(self, names):
+        "The tensors of a file, one after the other; a thread that makes the next one meanwhile was measured: it only fights over the cores"
+        for name in names:
+            yield from self.make(name)
+            self.read(name)
 
     def index(self):
         "The index of several files"
