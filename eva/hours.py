@@ -6,14 +6,14 @@
 __all__ = ['one_f_one_b', 'dualpipe', 'simulate', 'bubble', 'orders', 'Assumptions', 'stage_seconds', 'step_seconds', 'plan',
            'table', 'plan_parser', 'assumptions', 'eva_plan']
 
-# %% ../nbs/15c_eva_plan.ipynb #920dafa3
+# %% ../nbs/15c_eva_plan.ipynb #7188f11d
 import argparse, json, sys
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from .config import Config
 from .data import replacing
-from .plan import GPUS, RECOMPUTE, SCHEDULES, Layout, block_activations, memory, pieces, stages, traffic
+from .plan import GPUS, RECOMPUTE, SCHEDULES, Layout, block_activations, blocks_of, memory, pieces, stages, traffic
 
 # %% ../nbs/15c_eva_plan.ipynb #c2f4e238
 def one_f_one_b(
@@ -67,7 +67,7 @@ def dualpipe(
         out.append(ops)
     return out
 
-# %% ../nbs/15c_eva_plan.ipynb #a02d92cb
+# %% ../nbs/15c_eva_plan.ipynb #b3457779
 def simulate(
     orders:list,  # for each rank its operations
     times,        # seconds: of (kind, stage), and of a pair that runs together
@@ -91,7 +91,9 @@ def simulate(
                 free[r] = start+times(*((a[0], a[2]) for a in group))
                 for kind,*a in group: done['I' if kind=='B' else kind,*a] = free[r]
                 log[r].append((start, free[r], group)); place[r] += 1; moved = True
-        if not moved: raise ValueError(f'the schedule waits for itself: rank {min(r for r,o in enumerate(orders) if place[r]<len(o))} needs what comes later; check its order')
+        if not moved:
+            r = min(r for r,o in enumerate(orders) if place[r]<len(o))
+            raise ValueError(f'the schedule waits for itself: rank {r} needs what comes later for {orders[r][place[r]]}; check its order')
     def most(entries):
         open_,peak = 0,0
         for _,_,group in entries:
@@ -120,7 +122,7 @@ def orders(
     "The lists of a schedule"
     return dualpipe(pp, m) if schedule=='dualpipe' else one_f_one_b(pp, m, schedule=='zb')
 
-# %% ../nbs/15c_eva_plan.ipynb #cc1f7887
+# %% ../nbs/15c_eva_plan.ipynb #d3953ec9
 @dataclass
 class Assumptions:
     "Shares of the published peaks that are reached"
@@ -135,9 +137,10 @@ class Assumptions:
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
-            if not (isinstance(v, (int, float)) and (0<=v<1 if f.name=='sms' else 0<v<=1)): raise ValueError(f'{f.name}={v!r}: a share of the peak must lie above 0 and be at most 1'
-                if f.name!='sms' else f'sms={v!r}: the share of multiprocessors must be 0 or more, and below 1')
+            ok,said = (0<=v<1, '0 or more, and below 1') if f.name=='sms' else (0<v<=1, 'above 0, and at most 1')
+            if not ok: raise ValueError(f'{f.name}={v}: must be a share {said}, such as {f.default:.3g}')
 
+# %% ../nbs/15c_eva_plan.ipynb #a4f95ce9
 def stage_seconds(
     cfg:Config,     # the model
     lay:Layout,     # checked
@@ -154,20 +157,21 @@ def stage_seconds(
     low = total('low_products')
     products = 2*T*(low/low_rate+(total('products')-low)/(g.bf16*a.bf16))
     core = 2*T*total('core')*(lay.seq+1)/2/(g.bf16*a.attention)
-    blocks = ['moe' if o=='mtp' and cfg.first_k_dense_replace<cfg.num_hidden_layers else 'dense' if o=='mtp' else o for o in stage if o not in ('embedding', 'head')]
+    blocks = blocks_of(cfg, stage)
     bytes_of = lambda how: T*sum(sum(block_activations(cfg, o, lay.precision, how).values()) for o in blocks)
     every,kept = bytes_of('none'),bytes_of(lay.recompute)
     rate,n = g.hbm*a.hbm,cfg.num_attention_heads
     up = n*((cfg.q_lora_rank or 0)*(cfg.qk_nope_head_dim+cfg.qk_rope_head_dim)+cfg.kv_lora_rank*(cfg.qk_nope_head_dim+cfg.v_head_dim))
     again = dict(none=0., selective=2*T*up*len(blocks)/lay.tp/low_rate, full=products)[lay.recompute]
-    moe = sum(o=='moe' for o in blocks)
-    way = max((sent['dispatch_network']+sent['combine_network'])/(g.network*a.network), (sent['dispatch_nvlink']+sent['combine_nvlink'])/(g.nvlink*a.nvlink))*moe
+    moe,whole = sum(o=='moe' for o in blocks),lay.recompute=='full'         # which sends and receives again, too
+    way = moe*max((sent[f'dispatch_{o}']+sent[f'combine_{o}'])/(getattr(g, o)*getattr(a, o)) for o in ('network', 'nvlink'))
     tensor = sent['tensor']*len(blocks)/(g.nvlink*a.nvlink)
     return dict(F=dict(products=products, attention=core, elementwise=2*every/rate, all_to_all=way, tensor=tensor),
-                I=dict(products=products+again, attention=2.5*core+(lay.recompute=='full')*core, elementwise=(3*every+2*(every-kept))/rate, all_to_all=way, tensor=tensor),
+                I=dict(products=products+again, attention=(2.5+whole)*core,
+                       elementwise=(3*every+2*(every-kept))/rate, all_to_all=way*(1+whole), tensor=tensor*(1+whole)),
                 W=dict(products=products, attention=0., elementwise=0., all_to_all=0., tensor=0.))
 
-# %% ../nbs/15c_eva_plan.ipynb #100500ac
+# %% ../nbs/15c_eva_plan.ipynb #14d3be2b
 def step_seconds(
     cfg:Config,    # the model
     lay:Layout,    # checked
@@ -192,6 +196,7 @@ def step_seconds(
     return mean | {'exposed communication': busy-sum(mean.values()), 'imbalance': max(ran['busy'])-busy, 'bubble': ran['seconds']-max(ran['busy']),
                    'ZeRO-1': sent['zero_network']/(g.network*a.network)+sent['zero_nvlink']/(g.nvlink*a.nvlink)}
 
+# %% ../nbs/15c_eva_plan.ipynb #8896e9eb
 def plan(
     cfg:Config,    # the model
     lay:Layout,    # how it is spread
@@ -209,10 +214,11 @@ def plan(
     flops = 3*sum(cfg.flops_per_token((lay.seq+o)//2) for o in (1, 2))/2     # a token sees half of the sequence on average
     return dict(gpu=gpu, layout=asdict(lay) | dict(dp=lay.dp, micro_batches=lay.micro_batches), assumptions=asdict(a),
         stages=[len([o for o in s if o not in ('embedding', 'head')]) for s in stages(cfg, lay.pp, lay.seq)],
-        memory=fullest, memory_total=sum(fullest.values()), fits=sum(fullest.values())<=GPUS[gpu].memory, traffic=traffic(cfg, lay), seconds=seconds, step_seconds=step, tokens_per_step=tokens,
+        memory=fullest, memory_total=sum(fullest.values()), fits=sum(fullest.values())<=GPUS[gpu].memory, traffic=traffic(cfg, lay),
+        seconds=seconds, step_seconds=step, tokens_per_step=tokens,
         tokens_per_gpu_second=tokens/step/lay.gpus, mfu=flops*tokens/step/lay.gpus/GPUS[gpu].bf16, hours_per_trillion=lay.gpus*step/3600*1e12/tokens)
 
-# %% ../nbs/15c_eva_plan.ipynb #f30a6bf9
+# %% ../nbs/15c_eva_plan.ipynb #4f8f715d
 def table(
     p:dict,          # from plan
     trillions:float=14.8, # tokens of the whole run, in trillions
@@ -221,24 +227,30 @@ def table(
     l,t,gb = p['layout'],p['traffic'],lambda v: f'{v/1e9:9.2f} GB'
     line = lambda name,text: f'  {name:44}{text:>16}'
     runs = [(n, len(list(o))) for n,o in groupby(p['stages'])]
-    out = [f'{l["gpus"]} {p["gpu"]}: pp {l["pp"]} · dp {l["dp"]} · tp {l["tp"]}, ep {l["ep"]}', f'{l["schedule"]}, {l["precision"]}, recompute {l["recompute"]}, moments {l["moments"]}',
+    out = [f'{l["gpus"]} {p["gpu"]}: pp {l["pp"]} · dp {l["dp"]} · tp {l["tp"]}, ep {l["ep"]}',
+           f'{l["schedule"]}, {l["precision"]}, recompute {l["recompute"]}, moments {l["moments"]}',
            f'{l["batch"]} sequences of {l["seq"]} tokens a step, {l["micro_batches"]} micro-batches of {l["micro_batch"]} a replica',
            'stages: '+', '.join(f'{k} of {n} blocks' for n,k in runs), '', 'memory of the fullest GPU']
     out += [line(k, gb(v)) for k,v in p['memory'].items()]
     out += [line(f'together, of {GPUS[p["gpu"]].memory/1e9:.0f} GB'+('' if p['fits'] else ': DOES NOT FIT'), gb(p['memory_total'])), '', 'bytes that a GPU sends']
-    names = dict(dispatch_network='dispatch, per layer and micro-batch, network', combine_network='combine, network', dispatch_nvlink='dispatch, NVLink', combine_nvlink='combine, NVLink',
-                 boundary='to the next stage, per micro-batch', tensor='tensor parallelism, per block', zero_nvlink='ZeRO-1, per step, NVLink', zero_network='ZeRO-1, network')
+    names = dict(dispatch_network='dispatch, per layer and micro-batch, network', combine_network='combine, network',
+                 dispatch_nvlink='dispatch, NVLink', combine_nvlink='combine, NVLink',
+                 boundary='to the next stage, per micro-batch', tensor='tensor parallelism, per block',
+                 zero_nvlink='ZeRO-1, per step, NVLink', zero_network='ZeRO-1, network')
     out += [line(names[k], f'{v/1e6:9.1f} MB') for k,v in t.items() if v] + ['', 'seconds of a step, of an average GPU']
     out += [line(k, f'{v:9.3f} s ') for k,v in p['seconds'].items()] + [line('together', f'{p["step_seconds"]:9.3f} s '), '']
     days = p['hours_per_trillion']*trillions/l['gpus']/24
     out += [line('tokens per GPU and second', f'{p["tokens_per_gpu_second"]:9,.0f}   '), line('MFU, of the bfloat16 peak', f'{p["mfu"]:9.1%}   '),
-            line('GPU hours per trillion tokens', f'{p["hours_per_trillion"]:9,.0f}   '), line(f'GPU hours for {trillions:g} trillion, in {days:,.1f} days', f'{p["hours_per_trillion"]*trillions:9,.0f}   ')]
+            line('GPU hours per trillion tokens', f'{p["hours_per_trillion"]:9,.0f}   '),
+            line(f'GPU hours for {trillions:g} trillion, in {days:,.1f} days', f'{p["hours_per_trillion"]*trillions:9,.0f}   ')]
     return '\n'.join(out)
 
+# %% ../nbs/15c_eva_plan.ipynb #c89b430c
 def plan_parser()->argparse.ArgumentParser: # of eva_plan
     "What eva_plan understands"
     d = Layout()
-    p = argparse.ArgumentParser('eva_plan', description='Memory, traffic, time and GPU hours of a training run over many GPUs, from published peaks and stated assumptions.')
+    p = argparse.ArgumentParser('eva_plan',
+        description='Memory, traffic, time and GPU hours of a training run over many GPUs, from published peaks and stated assumptions.')
     add = p.add_argument
     add('--preset', default='v3', help='size of the model: mini, v2-lite, v2 or v3 (default: v3)')
     add('--config', type=Path, metavar='PATH', help='a published config.json instead, or the folder that holds one')
@@ -249,14 +261,16 @@ def plan_parser()->argparse.ArgumentParser: # of eva_plan
     add('--dp', type=int, help='replicas of each stage (default: gpus/(pp·tp))')
     for name,text in dict(batch='sequences per step', seq='tokens per sequence', micro_batch='sequences per pass', per_node='GPUs of a machine').items():
         add(f'--{name}', type=int, default=getattr(d, name), help=f'{text} (default: {getattr(d, name)})')
-    for name,ok,text in (('schedule', SCHEDULES, 'of the pipeline'), ('recompute', RECOMPUTE, 'in the backward pass'), ('precision', ('bf16', 'fp8'), 'of the products'), ('moments', ('bf16', 'fp32'), 'of AdamW')):
+    for name,ok,text in (('schedule', SCHEDULES, 'of the pipeline'), ('recompute', RECOMPUTE, 'in the backward pass'),
+                         ('precision', ('bf16', 'fp8'), 'of the products'), ('moments', ('bf16', 'fp32'), 'of AdamW')):
         add(f'--{name}', choices=ok, default=getattr(d, name), help=f'{text} (default: {getattr(d, name)})')
-    add('--assume', nargs='+', default=[], metavar='NAME=SHARE', help='shares of the published peaks that are reached: '+', '.join(f'{f.name}={f.default:.3g}' for f in fields(Assumptions)))
+    add('--assume', nargs='+', default=[], metavar='NAME=SHARE',
+        help='shares of the published peaks that are reached: '+', '.join(f'{f.name}={f.default:.3g}' for f in fields(Assumptions)))
     add('--trillions', type=float, default=14.8, help='tokens of the whole run, in trillions (default: 14.8)')
     add('--out', type=Path, metavar='FILE', help='write everything as JSON as well')
     return p
 
-# %% ../nbs/15c_eva_plan.ipynb #d3338477
+# %% ../nbs/15c_eva_plan.ipynb #a1a19756
 def assumptions(
     given:list, # NAME=SHARE
 )->Assumptions: # the defaults with these changes
@@ -280,7 +294,8 @@ def eva_plan(
         for o in ('gpus', 'pp', 'dp', 'tp'):
             if (v := getattr(args, o)) is not None and v<1: raise ValueError(f'--{o} {v}: must be a positive integer')
         made = args.pp*args.tp*args.dp if args.dp else None
-        if made and args.gpus and made!=args.gpus: raise ValueError(f'--gpus {args.gpus} --dp {args.dp}: pp·dp·tp is {made}; give one of the two, or gpus={made}')
+        if made and args.gpus and made!=args.gpus: raise ValueError(
+            f'--gpus {args.gpus} --dp {args.dp}: pp·dp·tp is {made}; give one of the two, or gpus={made}')
         lay = Layout(**{f.name: getattr(args, f.name) for f in fields(Layout)} | dict(gpus=args.gpus or made or Layout.gpus))
         p = plan(cfg, lay, args.gpu, assumptions(args.assume))
         print(table(p, args.trillions))
