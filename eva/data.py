@@ -114,7 +114,7 @@ def replacing(
         if tmp.is_dir(): shutil.rmtree(tmp)
         else: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/10_data.ipynb #3994fa5d
+# %% ../nbs/10_data.ipynb #bb389e55
 class TokenStream:
     "A memory-mapped row of tokens, cut into shuffled windows"
     def __init__(self,
@@ -122,28 +122,37 @@ class TokenStream:
     ):
         self.path = Path(path)
         try:
-            self.tokens = np.load(self.path, mmap_mode='r', allow_pickle=False)
-            meta = json.loads(self.path.with_suffix('.json').read_text())
-            self.bytes,self.vocab_size = meta['bytes'],meta['vocab_size']
-            self.align,self.optimum,self.task = meta.get('align', 1),meta.get('optimum'),meta.get('task') # tokens, nats per token, name
-            if not isinstance(self.align, int) or self.align<1: raise ValueError(f'align={self.align!r} is no length of documents')
-        except (OSError, ValueError, EOFError, KeyError) as e:
+            self.tokens = np.lib.format.open_memmap(self.path, mode='r') # never objects, never a pickle
+            meta = self._about()
+        except (OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, RecursionError) as e:
             raise ValueError(f'{self.path}: not a readable token file ({e}); make it again with write_tokens') from None
         if self.tokens.ndim!=1 or self.tokens.dtype not in (np.uint16, np.uint32) or len(self.tokens)!=meta.get('tokens'):
             raise ValueError(f'{self.path}: {self.tokens.dtype} of shape {self.tokens.shape} is no row of {meta.get("tokens")} tokens; make it again')
-        self._orders = {}
+        self._orders,self.learn = {},None # which tokens are learned, where it is not all: of conversations
 
     def __len__(self): return len(self.tokens)
 
-# %% ../nbs/10_data.ipynb #d6993230
+    def _about(self):
+        "What the .json beside it says, checked"
+        with open(self.path.with_suffix('.json'), 'rb') as f: meta = json.loads(f.read(2**20)) # a real one has some hundred bytes
+        if not isinstance(meta, dict): raise ValueError(f'its .json holds a {type(meta).__name__}')
+        self.bytes,self.vocab_size = meta['bytes'],meta['vocab_size']
+        self.align,self.optimum,self.task = meta.get('align', 1),meta.get('optimum'),meta.get('task') # tokens, nats per token, name
+        for o in ('bytes', 'vocab_size', 'align'):
+            if type(v := getattr(self, o)) is not int or v<(o!='bytes'): raise ValueError(f'{o}={v!r} is no number of {dict(align="tokens that documents have", vocab_size="entries").get(o, o)}')
+        if not (self.optimum is None or isinstance(self.optimum, float)) or not (self.task is None or isinstance(self.task, str)): raise ValueError(f'task={self.task!r}, optimum={self.optimum!r} is no task')
+        return meta
+
+# %% ../nbs/10_data.ipynb #a143b012
 def write_tokens(
     path:str|Path,        # the .npy file to be
     docs:list[Document],  # what to write
     tok:Tokenizer,        # how to cut it
+    bos:int=0,            # the start token
 )->TokenStream:           # opened
     "Encode documents, each after a start token"
     path,vocab,tok.encode_special_tokens = Path(path),tok.get_vocab_size(),True # the setting is not in tokenizer.json
-    rows = [np.array([0, *e.ids]) for i in range(0, len(docs), 64) for e in tok.encode_batch([d.text for d in docs[i:i+64]])]
+    rows = [np.array([bos, *e.ids]) for i in range(0, len(docs), 64) for e in tok.encode_batch([d.text for d in docs[i:i+64]])]
     tokens = np.concatenate(rows).astype(np.uint16 if vocab<=65536 else np.uint32) if rows else np.empty(0, np.uint16)
     return _write(path, tokens, bytes=sum(len(d.text.encode()) for d in docs), documents=len(docs), vocab_size=vocab)
 
@@ -156,7 +165,7 @@ def _write(path, tokens, **meta):
         with open(t, 'wb') as f: np.save(f, tokens, allow_pickle=False)
     return TokenStream(path)
 
-# %% ../nbs/10_data.ipynb #5ac94c55
+# %% ../nbs/10_data.ipynb #6d5b4b51
 @patch
 def batch(self:TokenStream,
     first:int,     # windows already seen, over all epochs
@@ -166,6 +175,25 @@ def batch(self:TokenStream,
     seed:int=0,    # of the order
 )->torch.Tensor:   # (count, seq + extra), int64
     "The next windows, always the same for the same arguments"
+    return self._cut(self.tokens, self.starts(first, count, seq, extra, seed), seq+extra, np.int64)
+
+@patch
+def learned(self:TokenStream,
+    first:int,     # windows already seen, over all epochs
+    count:int,     # windows wanted
+    seq:int,       # tokens by which windows are apart
+    extra:int=1,   # tokens that a window has beyond seq
+    seed:int=0,    # of the order
+)->torch.Tensor|None: # (count, seq + extra), bool; None where every token is
+    "Which tokens of the windows of `batch` are learned"
+    return None if self.learn is None else self._cut(self.learn, self.starts(first, count, seq, extra, seed), seq+extra, np.bool_)
+
+@patch
+def _cut(self:TokenStream, row, starts, length, dtype): return torch.from_numpy(np.stack([row[s:s+length] for s in starts]).astype(dtype))
+
+@patch
+def starts(self:TokenStream, first, count, seq, extra, seed)->list[int]: # where the windows of `batch` begin
+    "The order of the windows: a function of the seed and their numbers"
     if seq%self.align: raise ValueError(f'seq={seq}: documents of {self.align} tokens are cut only between them; use a multiple, {max(1, round(seq/self.align))*self.align}')
     n = (len(self)-extra)//seq
     if n<1: raise ValueError(f'{self.path}: {len(self)} tokens, but one sequence needs seq + {extra} = {seq+extra}; give more text or a shorter seq')
@@ -177,8 +205,7 @@ def batch(self:TokenStream,
             shift = self.align*rng.integers(-(-min(seq, len(self)-extra-n*seq+1)//self.align))
             self._orders = {**dict(list(self._orders.items())[-1:]), key: shift + seq*rng.permutation(n)} # keep this epoch and the last
         return self._orders[key][i]
-    starts = [start(g) for g in range(first, first+count)]
-    return torch.from_numpy(np.stack([self.tokens[s:s+seq+extra] for s in starts]).astype(np.int64))
+    return [start(g) for g in range(first, first+count)]
 
 # %% ../nbs/10_data.ipynb #847150b5
 def write_synthetic(
