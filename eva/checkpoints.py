@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from .data import replacing
 
-# %% ../nbs/10c_checkpoints.ipynb #166c98d4
+# %% ../nbs/10c_checkpoints.ipynb #7935c9d8
 LARGEST = 2**26 # bytes of a state.json: a real one has some thousands
 
 def _sha(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+def _check(state): return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 def save_checkpoint(
     path:Path,               # the folder to be
@@ -33,7 +35,8 @@ def save_checkpoint(
         with replacing(path) as t:
             t.mkdir(parents=True)
             save_file({k: v.contiguous() for k,v in tensors.items()}, t/'tensors.safetensors')
-            (t/'state.json').write_text(json.dumps(dict(state, sha256=_sha(t/'tensors.safetensors'))))
+            state = dict(state, sha256=_sha(t/'tensors.safetensors'))
+            (t/'state.json').write_text(json.dumps(dict(state, check=_check(state))))
     except (OSError, SafetensorError) as e: raise OSError(
         f'{path}: could not be written ({e}); what was saved before is untouched: make room or give write access, then resume') from None
 
@@ -45,7 +48,7 @@ def load_checkpoint(
         if (size := (path/'state.json').stat().st_size)>LARGEST: raise ValueError(f'state.json has {size:,} bytes, at most {LARGEST:,} are read')
         state = json.loads((path/'state.json').read_text(encoding='utf-8'))
         if not isinstance(state, dict): raise ValueError(f'state.json holds a {type(state).__name__}')
-        if _sha(path/'tensors.safetensors')!=state['sha256']: raise ValueError('the checksum does not match')
+        if state.pop('check')!=_check(state) or _sha(path/'tensors.safetensors')!=state['sha256']: raise ValueError('the checksum does not match')
         return load_file(path/'tensors.safetensors'),state
     except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as e:
         raise ValueError(f'{path}: no complete checkpoint ({e}); remove it to go on from an older one') from None

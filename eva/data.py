@@ -75,16 +75,17 @@ def hold_out(
     if not out: raise ValueError(f'{size(docs)} characters of text: too few to hold any out; give more')
     return [Document(d.name, d.text[:cut(d)]) for d in docs],out,False
 
-# %% ../nbs/10_data.ipynb #2081fd97
+# %% ../nbs/10_data.ipynb #95121a4e
 def train_tokenizer(
     texts:list[str],      # what to learn from
     vocab_size:int=4096,  # entries, special tokens and the 256 bytes included
+    marks:tuple=(),       # further special tokens
 )->Tokenizer:             # with at most so many entries: a small corpus has fewer merges
     "Byte-level BPE; token 0 starts a document, token 1 is there for whoever wants to end one"
-    if vocab_size<258: raise ValueError(f'vocab_size={vocab_size}: must be at least 258, 256 bytes and 2 special tokens')
+    if vocab_size<258+len(marks): raise ValueError(f'vocab_size={vocab_size}: must be at least {258+len(marks)}, 256 bytes and {2+len(marks)} special tokens')
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer,tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False),decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[BOS, EOS], show_progress=False,
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[BOS, EOS, *marks], show_progress=False,
                                                        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     tok.encode_special_tokens = True # what looks like a special token in a text is text
     return tok
@@ -228,17 +229,18 @@ def word_tokenizer(
     tok.encode_special_tokens = True
     return tok
 
-# %% ../nbs/10_data.ipynb #ae432dba
+# %% ../nbs/10_data.ipynb #66f820fb
 def bigram_bits_per_byte(
     train:TokenStream,    # to count in
     held_out:TokenStream, # to predict
+    most:int=2**25,       # tokens that are counted at most
 )->float:                 # bits per byte
     "What an interpolated bigram of the same tokens reaches"
-    V = train.vocab_size
-    a,b = np.asarray(train.tokens[:-1], np.int64),np.asarray(train.tokens[1:], np.int64)
+    V,x = train.vocab_size,np.asarray(train.tokens[:most], np.int64)
+    a,b = x[:-1],x[1:]
     pairs,n_ab = np.unique(a*V+b, return_counts=True)
     n_a,d_a = np.bincount(a, minlength=V),np.bincount(pairs//V, minlength=V)
-    single = (np.bincount(np.asarray(train.tokens), minlength=V)+1)/(len(train)+V)
+    single = (np.bincount(x, minlength=V)+1)/(len(x)+V)
     x,y = np.asarray(held_out.tokens[:-1], np.int64),np.asarray(held_out.tokens[1:], np.int64)
     at = np.minimum(np.searchsorted(pairs, x*V+y), len(pairs)-1)
     seen = np.where(pairs[at]==x*V+y, n_ab[at], 0)
