@@ -50,7 +50,7 @@ def _table(path, name):
     except ValueError: raise
     except Exception as e: raise ValueError(f'{path}: not readable as Parquet ({type(e).__name__}: {str(e)[:200]})') from None
 
-# %% ../nbs/10d_corpus.ipynb #5b9ba25f
+# %% ../nbs/10d_corpus.ipynb #731240ec
 def _pieces(path, name):
     "A text file, cut at ends of lines where it is long; nothing where it is no text"
     with open(path, 'rb') as f:
@@ -89,6 +89,7 @@ def documents(
     "The texts in the sources, one at a time"
     for name,row in rows(sources):
         text = row.get('text')
+        if text is None and 'messages' in row: raise ValueError(f'{name}: messages: conversations need a checkpoint to start from; give --init')
         if not isinstance(text, str): raise ValueError(f'{name}: has {", ".join(map(str, list(row)[:6])) or "nothing"} and no text; a document is {{"text": "..."}}')
         if text: yield Document(name, text)
 

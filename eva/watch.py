@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .balance import load_figures
 
-# %% ../nbs/10e_watch.ipynb #ec10197f
+# %% ../nbs/10e_watch.ipynb #2516449c
 class Event(NamedTuple):
     "Something to be said about a step"
     what:str # spike, not_finite, dead or collapse
@@ -27,7 +27,7 @@ class Watch:
         least:float=.25,   # share of the median that a spike exceeds in any case
         quiet:int=10,      # steps before the first judgement
         dead_after:int=50, # steps without a token after which an expert counts as dead
-        even:float=.5,     # balance score below which a load counts as collapsed
+        even:float=.35,    # balance score below which a load counts as collapsed
     ):
         if not 0<quiet<=window: raise ValueError(f'quiet={quiet}: must lie between 1 and window={window}, the steps that are compared with')
         if not (factor>0 and least>0): raise ValueError(f'factor={factor}, least={least}: must be positive, or every second step is a spike')
