@@ -6,7 +6,7 @@
 __all__ = ['LONGEST', 'PIECE', 'READERS', 'FIM', 'rows', 'documents', 'cut_middle', 'encode_documents', 'ShardWriter', 'Row',
            'shuffled', 'ShardStream', 'sample', 'tokenise', 'rank_windows']
 
-# %% ../nbs/10d_corpus.ipynb #5cb0f11e
+# %% ../nbs/10d_corpus.ipynb #5e70f24c
 import hashlib, importlib.util, json, os, queue, shutil, threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from tokenizers import Tokenizer
-from .data import Document, TokenStream, _listed, replacing
+from .data import Document, TokenStream, _listed, memory_map, replacing
 
 # %% ../nbs/10d_corpus.ipynb #9ab75a9b
 LONGEST = 2**26 # bytes of one document; a line that is longer is no document
@@ -165,7 +165,7 @@ class ShardWriter:
         with replacing(self.folder/'index.json') as t: t.write_text(json.dumps(meta | about))
         return ShardStream(self.folder)
 
-# %% ../nbs/10d_corpus.ipynb #f26bff40
+# %% ../nbs/10d_corpus.ipynb #1d2b449f
 class Row:
     "Arrays of one size in a row, memory-mapped when they are needed"
     def __init__(self, files:list[Path], lengths:list[int], dtype):
@@ -173,8 +173,8 @@ class Row:
     def __len__(self): return self.ends[-1]
     def _shard(self, i):
         if i not in self.open:
-            try: a = np.lib.format.open_memmap(self.files[i], mode='r') # never objects, never a pickle
-            except (OSError, ValueError, EOFError, TypeError, OverflowError) as e: raise ValueError(f'{self.files[i]}: not a readable shard ({e}); tokenise again') from None
+            try: a = memory_map(self.files[i])
+            except (OSError, ValueError) as e: raise ValueError(f'{self.files[i]}: not a readable shard ({e}); tokenise again') from None
             n = self.ends[i]-(self.ends[i-1] if i else 0)
             if a.shape!=(n,) or a.dtype!=self.dtype: raise ValueError(f'{self.files[i]}: {a.dtype} of shape {a.shape}, but the index promises {n} of {self.dtype}; tokenise again')
             self.open[i] = a

@@ -240,7 +240,7 @@ def random_states()->dict[str,Tensor]:
     "Where PyTorch's random numbers are"
     return {'random.cpu': torch.get_rng_state()} | {f'random.cuda{i}': s for i,s in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])}
 
-# %% ../nbs/11b_train.ipynb #790b3598
+# %% ../nbs/11b_train.ipynb #c46397a0
 @patch
 def restore(self:Trainer,
     path:Path,    # of the checkpoint, for messages
@@ -251,7 +251,7 @@ def restore(self:Trainer,
     defaults = dict(train=asdict(TrainConfig()), data=self.settings['data']) # of what older checkpoints do not say
     for name,now in self.settings.items(): check_same(path, state.get(name, {}), now, defaults.get(name, {}))
     found = {o: counter(path, state, o, kind, 0 if o in ('passed', 'rewound') else None) for o,kind in COUNTERS.items()}
-    if (precision := state.get('precision', self.precision)) not in DTYPES: raise ValueError(f'{path}: precision={precision!r}: must be one of {", ".join(DTYPES)}')
+    if not isinstance(precision := state.get('precision', self.precision), str) or precision not in DTYPES: raise ValueError(f'{path}: precision={precision!r}: must be one of {", ".join(DTYPES)}')
     for n,b in self.model.named_buffers():
         if (t := tensors.get(f'buffer.{n}')) is None or t.shape!=b.shape: raise ValueError(f'{path}: {n} is missing or has another shape than {tuple(b.shape)}; remove it to go on from an older one')
     try:
