@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from tokenizers import Tokenizer
 from .data import Document, TokenStream, _listed, memory_map, replacing
 
-# %% ../nbs/10d_corpus.ipynb #9ab75a9b
+# %% ../nbs/10d_corpus.ipynb #e1db0fb4
 LONGEST = 2**26 # bytes of one document; a line that is longer is no document
 PIECE = 2**20   # bytes of a text file that become one document
 
@@ -37,18 +37,16 @@ def _object(line, path, n):
 
 def _table(path, name):
     "Rows of a Parquet file, some hundred at a time"
-    if importlib.util.find_spec('datasets'):
-        import datasets
-        rows = datasets.load_dataset('parquet', data_files=str(path), split='train', streaming=True)
-    elif importlib.util.find_spec('pyarrow'):
-        import pyarrow.parquet as pq
-        try: rows = (row for b in pq.ParquetFile(path).iter_batches(256) for row in b.to_pylist())
-        except Exception as e: raise ValueError(f'{path}: not readable as Parquet ({e})') from None # its own kinds of error
-    else: raise ValueError(f'{path}: Parquet needs a library to read it; pip install datasets, or pyarrow')
+    if not (importlib.util.find_spec('datasets') or importlib.util.find_spec('pyarrow')): raise ValueError(f'{path}: Parquet needs a library to read it; pip install datasets, or pyarrow')
     try:
-        for n,row in enumerate(rows): yield f'{name}#{n}',row
-    except ValueError: raise
-    except Exception as e: raise ValueError(f'{path}: not readable as Parquet ({type(e).__name__}: {str(e)[:200]})') from None
+        if importlib.util.find_spec('datasets'):
+            import datasets
+            found = datasets.load_dataset('parquet', data_files=str(path), split='train', streaming=True)
+        else:
+            import pyarrow.parquet as pq
+            found = (row for b in pq.ParquetFile(path).iter_batches(256) for row in b.to_pylist())
+        for n,row in enumerate(found): yield f'{name}#{n}',row
+    except Exception as e: raise ValueError(f'{path}: not readable as Parquet ({type(e).__name__}: {str(e)[:200]}); fetch it again') from None # errors of many kinds
 
 # %% ../nbs/10d_corpus.ipynb #731240ec
 def _pieces(path, name):
