@@ -144,9 +144,9 @@ def _read(pieces, want, ck, block, dtype):
         out[index] = t
     return out
 
-# %% ../nbs/13_interop.ipynb #f5269c24
+# %% ../nbs/13_interop.ipynb #54c03342
 EIGHT = re.compile(r'\.(q_a_proj|q_b_proj|q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj)\.weight$') # what is published in FP8
-NOT_COPIED = 'config.json model.safetensors.index.json run.json metrics.jsonl report.png sample.txt'.split() # made anew, or about the run and not the model
+NOT_COPIED = 'config.json model.safetensors.index.json run.json metrics.jsonl events.jsonl report.png sample.txt'.split() # made anew, or about the run and not the model
 TYPES = dict(bf16=torch.bfloat16, fp32=torch.float32, fp8=torch.float8_e4m3fn)
 
 def convert_checkpoint(

@@ -188,23 +188,26 @@ def head_loss(
     wide = torch.promote_types(h.dtype, torch.float32)
     return sum(F.cross_entropy((a @ W.T).to(wide), t, reduction='sum') for a,t in zip(h.split(chunk), targets.split(chunk)))
 
-# %% ../nbs/09_model.ipynb #a4207236
+# %% ../nbs/09_model.ipynb #1cce43e3
 @patch
 def losses(self:DeepSeekV3,
     tokens:Tensor,      # windows (batch, seq + 1 + depths), int64
     mtp_rows:int|None=None, # rows of the batch that MTP learns from: all by default, 0 for none
     documents:Tensor|None=None, # changes where another document begins (batch, seq + 1 + depths): MTP predicts from within one
     apart:bool=False,   # may tokens not look into other documents either?
+    learn:Tensor|None=None, # True for tokens to be predicted, all by default (batch, seq + 1 + depths)
 )->list[Tensor]:        # nats per token: the main loss, then one for each MTP depth
     "Mean next-token loss, and that of each MTP module"
     D = len(self.mtp)
     seq = tokens.shape[1]-1-D
     if seq<1: raise ValueError(f'tokens of shape {tuple(tokens.shape)}: a window needs at least {2+D} tokens, one more than {1+D} predictions ahead')
-    if documents is not None and documents.shape!=tokens.shape: raise ValueError(
-        f'documents of shape {tuple(documents.shape)}: must be that of tokens, {tuple(tokens.shape)}')
+    for name,o in dict(documents=documents, learn=learn).items():
+        if o is not None and o.shape!=tokens.shape: raise ValueError(f'{name} of shape {tuple(o.shape)}: must be that of tokens, {tuple(tokens.shape)}')
+    if learn is not None and learn.dtype!=torch.bool: raise TypeError(f'learn of {learn.dtype}: must be boolean, True for tokens to be predicted')
     seen = documents[:,:seq] if apart and documents is not None else None
     W,h = self.lm_head.weight,self.hidden(tokens[:,:seq], documents=seen)
-    out = [head_loss(h, W, tokens[:,1:seq+1])/tokens[:,:seq].numel()]
+    if learn is None: out = [head_loss(h, W, tokens[:,1:seq+1])/tokens[:,:seq].numel()]
+    else: on = learn[:,1:seq+1]; out = [head_loss(h[on], W, tokens[:,1:seq+1][on])/on.sum().clamp(min=1)]
     rows = len(tokens) if mtp_rows is None else min(mtp_rows, len(tokens))
     if D==0 or rows==0: return out
     h,tokens = h[:rows],tokens[:rows]
@@ -215,6 +218,8 @@ def losses(self:DeepSeekV3,
     for k,module in enumerate(self.mtp, 1):
         h = module.look_ahead(h, self.model['embed_tokens'](tokens[:,k:k+seq]), rope, mask)
         said,label = h,tokens[:,k+1:k+1+seq]
-        if documents is not None: within = run[:,k:k+seq]==run[:,:seq]; said,label = h[within],label[within]
-        out.append(head_loss(said, W, label)/(rows*seq))
+        within = None if documents is None else run[:,k:k+seq]==run[:,:seq]
+        if learn is not None: within = learn[:rows,k+1:k+1+seq] if within is None else within & learn[:rows,k+1:k+1+seq]
+        if within is not None: said,label = h[within],label[within]
+        out.append(head_loss(said, W, label)/(rows*seq if learn is None else on[:rows].sum().clamp(min=1)))
     return out

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .balance import BALANCE_LOSSES
 from .fp8 import RECIPES
 
-# %% ../nbs/10b_settings.ipynb #cfc6326b
+# %% ../nbs/10b_settings.ipynb #1c508fe9
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16, fp8=torch.bfloat16) # of the model, by precision
 
 @dataclass
@@ -44,7 +44,10 @@ class TrainConfig:
     eval_every:int = 50         # steps between quick evaluations
     save_every:int = 100        # steps between checkpoints
     keep:int = 2                # checkpoints to keep
-    max_bad:int = 5             # steps in a row with a loss or gradient that is not finite, before giving up
+    max_bad:int = 5             # steps in a row that were skipped, before going back or giving up
+    apart:bool = False          # may tokens not look into other documents of their window?
+    on_spike:str = 'log'        # what a spike of the loss leads to: log, skip, rewind or stop
+    on_collapse:str = 'log'     # what dead experts and collapsed loads lead to: log, rewind or stop
 
     def __post_init__(self):
         for o in ('steps', 'batch_size', 'micro_batch', 'seq_len', 'eval_every', 'save_every', 'keep', 'max_bad'):
@@ -58,6 +61,9 @@ class TrainConfig:
         if self.precision not in DTYPES: raise ValueError(f'precision={self.precision!r}: must be one of {", ".join(DTYPES)}')
         if self.recipe not in RECIPES: raise ValueError(f'recipe={self.recipe!r}: must be one of {", ".join(RECIPES)}')
         if self.moments not in ('fp32', 'bf16'): raise ValueError(f'moments={self.moments!r}: must be fp32 or bf16')
+        if not isinstance(self.apart, bool): raise ValueError(f'apart={self.apart!r}: must be True or False')
+        for o,can in (('on_spike', ('log', 'skip', 'rewind', 'stop')), ('on_collapse', ('log', 'rewind', 'stop'))):
+            if getattr(self, o) not in can: raise ValueError(f'{o}={getattr(self, o)!r}: must be one of {", ".join(can)}')
 
 # %% ../nbs/10b_settings.ipynb #c1d8d5b6
 @patch

@@ -17,8 +17,8 @@ from .data import TokenStream, find_documents, hold_out, replacing, train_tokeni
 from .model import DeepSeekV3
 from .train import TrainConfig, Trainer, bits_per_byte, read_metrics
 
-# %% ../nbs/11d_study.ipynb #f9fa83cc
-LATER = dict(moments='fp32', recipe='block_pow2') # settings that came later do not outdate trials made without them
+# %% ../nbs/11d_study.ipynb #18f0d220
+LATER = dict(moments='fp32', recipe='block_pow2', apart=False, on_spike='log', on_collapse='log') # settings that came later do not outdate trials made without them
 
 def fingerprint(
     model:DeepSeekV3,     # before training
