@@ -16,7 +16,7 @@ from .balance import BALANCE_LOSSES
 from .model import DeepSeekV3, head_loss
 from .rope import rope_tables
 
-# %% ../nbs/14c_pipeline.ipynb #d7f2112a
+# %% ../nbs/14c_pipeline.ipynb #e0abb651
 SCHEDULES = {'1f1b': Schedule1F1B, 'zero_bubble': ScheduleInterleavedZeroBubble, 'zbv': ScheduleZBVZeroBubble, 'dualpipev': ScheduleDualPipeV}
 
 def owners(
@@ -38,7 +38,7 @@ def split_layers(
     sizes = [layers//stages + (i<layers%stages) for i in range(stages)]
     spare = min(mtp, sizes[-1]-1)
     sizes[-1] -= spare
-    for i in range(spare): sizes[i%max(1, stages-1)] += 1
+    for _ in range(spare): sizes[min(range(max(1, stages-1)), key=lambda i: sizes[i])] += 1 # to the shortest
     ends = [sum(sizes[:i+1]) for i in range(stages)]
     return [range(e-n, e) for e,n in zip(ends, sizes)]
 

@@ -89,7 +89,7 @@ def checkpoints(
 # %% ../nbs/11b_train.ipynb #6a638c46
 class Diverged(RuntimeError): "Training gave up after several steps in a row that were not finite"
 
-# %% ../nbs/11b_train.ipynb #3708c39a
+# %% ../nbs/11b_train.ipynb #510223e4
 class Alone:
     "One process, which has nobody to ask; `eva.distributed.Parallel` has the same methods for many"
     rank,ranks = 0,1                                    # who writes; how many share a batch
@@ -110,6 +110,7 @@ class Alone:
         trainer.model.float().eval()
         trainer.opt.publish()
 
+# %% ../nbs/11b_train.ipynb #d2409158
 class Trainer:
     "Trains a model on a token stream; watch it from outside through `metrics`"
     def __init__(self,
