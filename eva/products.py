@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/01b_products.ipynb #2faeda4f
+# %% ../nbs/01b_products.ipynb #6538cf87
 @cache
 def onednn_pays()->bool: # on this machine
     "Is oneDNN there, and the processor one that MKL does not know well?"
@@ -31,7 +31,7 @@ def multiply(
 )->Tensor:    # x Wᵀ (..., out)
     "The product in float32, by the route that suits its shape"
     rows = x.numel()//max(1, x.shape[-1])
-    if rows==0 or W.numel()==0 or rows==1 and W.numel()<2**19: return F.linear(x, W)
+    if rows==0 or W.numel()==0 or rows==1 and W.numel()<2**17: return F.linear(x, W)
     if 1<rows<5 and W.numel()<2**21: return (W @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], len(W)) # few rows as columns: MKL's better side
     if not (W.is_contiguous() or W.mT.is_contiguous()): W = W.contiguous() # cut out of something wider: oneDNN would take it element by element
     step = 8 if rows<64 else 16 if rows<256 else 64
