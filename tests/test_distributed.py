@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 import ranks
 from eva.interop import load_pretrained, save_pretrained
-from eva.train import checkpoints, load_checkpoint, read_metrics
+from eva.checkpoints import checkpoints, load_checkpoint, read_metrics
 
 HERE = Path(__file__).parent
 ENV = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', PYTHONPATH=f'{HERE.parent}{os.pathsep}{os.environ.get("PYTHONPATH", "")}')
