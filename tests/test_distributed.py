@@ -65,7 +65,7 @@ def test_answers_are_learned_alike(tmp_path):
 
 def test_all_ranks_go_back_together(tmp_path):
     "Past windows that made the loss jump, to the same result as one process"
-    how = dict(spoil=True, steps=20, save_every=5, on_spike='rewind', lr=.02, muon_lr=.02, ramp=0.)
+    how = dict(spoil=True, steps=40, batch_size=4, seq_len=32, mtp_share=1., save_every=10, on_spike='rewind', lr=.02, muon_lr=.02, ramp=0.)
     cases = [case(f'{k}-back', LAYOUTS[k], run=how) for k in ('fsdp', 'pipeline_ep')]
     got = together(4, tmp_path, *cases)
     one = alone(tmp_path/'alone-back', dtype='float64', **how); one.fit()
@@ -73,10 +73,10 @@ def test_all_ranks_go_back_together(tmp_path):
     want = [(r['step'], r['loss']) for r in read_metrics(one.out/'metrics.jsonl')]
     for c, everyone in zip(cases, got):
         rows = [(r['step'], r['loss']) for r in read_metrics(tmp_path/c['name']/'metrics.jsonl')]
-        assert [s for s, _ in rows] == [s for s, _ in want] == list(range(1, 21))
+        assert [s for s, _ in rows] == [s for s, _ in want] == list(range(1, 41))
         assert max(abs(a-b) for (_, a), (_, b) in zip(rows, want)) < 1e-8
         event, = map(json.loads, (tmp_path/c['name']/'events.jsonl').read_text().splitlines())
-        assert (event['step'], event['answer']) == (13, 'back to step 10, past 24 windows')
+        assert (event['step'], event['answer']) == (36, 'back to step 30, past 24 windows')
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float64', 'float32'])
@@ -100,7 +100,7 @@ def test_checkpoints_suit_any_number_of_ranks(tmp_path):
         written, state = load_checkpoint(first)                            # what one process reads: the same file
         t = alone(tmp_path/k, **short)
         assert 'going on from step 3 of 6' in t.resume()
-        same(t.opt.state_dict() | {f'buffer.{n}': b for n, b in t.model.named_buffers()}, written)
+        same(t.opt.state_dict() | {f'buffer.{n}': b for n, b in t.model.named_buffers()}, {n: w for n, w in written.items() if not n.startswith('random.')})
         t.out = tmp_path/f'{k}-alone'
         t.fit()                                                            # and it goes on as four ranks did
         ours, theirs = (load_checkpoint(o/'step-000006')[0] for o in (t.out/'checkpoints', tmp_path/f'{k}-later'))
