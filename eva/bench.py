@@ -199,16 +199,17 @@ def picture(
     lines:list[Line], # from `run`
     path,             # of a PNG file
 ):
-    "How many times Eva's figure each peer's is, case by case"
+    "How many times better Eva's figure is than each peer's, case by case"
     from matplotlib.figure import Figure
     some = [(l, n) for l in lines for n in l.times if l.times[n]>0]
+    ahead = lambda l, n: 1/l.times[n] if l.unit.endswith('/s') else l.times[n] # of a rate, more is better
     fig = Figure(figsize=(7, max(2, .19*len(some)+1)), layout='constrained')
     ax = fig.subplots()
     for i,(l,n) in enumerate(some):
-        ax.plot([1, l.times[n]], [i, i], color='C0' if l.times[n]>=1 else 'C1', lw=2)
-        ax.plot(l.times[n], i, 'o', ms=3, color='C0' if l.times[n]>=1 else 'C1')
+        ax.plot([1, x := ahead(l, n)], [i, i], color='C0' if x>=1 else 'C1', lw=2)
+        ax.plot(x, i, 'o', ms=3, color='C0' if x>=1 else 'C1')
         if n in l.goals: ax.plot(l.goals[n], i, '|', color='k', ms=7)
     ax.axvline(1, color='gray', lw=.8)
-    ax.set(xscale='log', xlabel="times Eva's figure; a stroke is the goal", yticks=range(len(some)), yticklabels=[f'{l.case}: {n}' for l,n in some], title='Right of 1, Eva is ahead')
+    ax.set(xscale='log', xlabel="how many times better Eva's figure is; a stroke is the goal", yticks=range(len(some)), yticklabels=[f'{l.case}: {n}' for l,n in some], title='Right of 1, Eva is ahead')
     ax.tick_params(axis='y', labelsize=6); ax.invert_yaxis()
     fig.savefig(path, format='png', dpi=120)
