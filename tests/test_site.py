@@ -1,8 +1,9 @@
 """The site in a real browser: every page of it, on a desktop and at the width of a phone
 
 Needs the `docs` extra and Chromium; without them it is skipped, unless SITE_TEST=required."""
-import functools, http.server, importlib.util, os, re, shutil, subprocess, sys, threading
+import functools, http.server, importlib.util, os, re, runpy, shutil, subprocess, sys, threading
 from pathlib import Path
+from urllib.parse import unquote
 import pytest
 
 root = Path(__file__).parents[1]
@@ -113,7 +114,6 @@ def lost(pages, base):
         for to in links:
             if not to.startswith(base): continue
             path,_,anchor = to[len(base):].partition('#')
-            from urllib.parse import unquote
             path,anchor = path.partition('?')[0] or 'index.html',unquote(anchor)
             if path not in pages: yield f'{name}: {path} is no page'
             elif anchor and anchor not in pages[path][2]: yield f'{name}: {path} has no #{anchor}'
@@ -124,8 +124,7 @@ def test_every_link_lands(pages, reader):
 
 def test_other_projects_links_land(pages):
     "Where nbdev sends those who use our symbols, there is something"
-    from importlib import import_module
-    symbols = import_module('eva._modidx').d['syms']
+    symbols = runpy.run_path(root/'eva'/'_modidx.py')['d']['syms']
     public = [(s, at) for m in symbols.values() for s,(at,_) in m.items() if not any(p.startswith('_') for p in s.split('.')[2:])]
     there = [s for s,at in public if (p := pages.get(at.partition('#')[0])) and at.partition('#')[2] in p[2]]
     assert len(public) > 300 and len(there) > .8*len(public), (len(there), len(public)) # methods that say nothing of themselves have no entry
