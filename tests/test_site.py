@@ -132,7 +132,7 @@ def test_other_projects_links_land(pages):
 
 @pytest.mark.parametrize('word,page', [('absorbed', 'mla.html'),             # prose and code
                                        ('quantisation', 'fp8.html'),         # prose
-                                       ('itertools', 'tasks.html'),          # code that is no symbol of ours
+                                       ('itertools', 'placement.html'),      # code that is no symbol of ours
                                        ('LatentCache', 'cache.html'),        # a symbol
                                        ('eva.moe.Gate', 'moe.html')])        # and its full name
 def test_search_finds(reader, word, page):
