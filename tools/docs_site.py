@@ -188,10 +188,12 @@ class Site:
             if 'image/png' in data:
                 self.pictures += 1
                 name = f'{chapter.page}_{self.pictures}.png'
-                (self.src/'pictures'/name).write_bytes(base64.b64decode(''.join(data['image/png'])))
+                png = base64.b64decode(''.join(data['image/png']))
+                (self.src/'pictures'/name).write_bytes(png)
+                width = int.from_bytes(png[16:20], 'big')//2    # stored with twice the pixels, for fine screens
                 title = re.findall(r'''title(?:=|\()f?(['"])(.*?)(?<!\\)\1''', cell.code)
                 alt = '; '.join(re.sub(r'[\[\]{}\\`$*]', ' ', t) for _,t in title) or f'Picture {self.pictures} of this chapter'
-                yield f'```{{image}} pictures/{name}\n:class: picture\n:alt: {alt}\n```'
+                yield f'```{{image}} pictures/{name}\n:class: picture\n:width: {width}px\n:alt: {alt}\n```'
             elif 'text/markdown' in data: yield self.text(''.join(data['text/markdown']), chapter)
             else: text = text or ''.join(data.get('text/plain', ''))
             if text.strip(): yield self.fence(re.sub(r'\x1b\[[\d;]*m', '', text).rstrip().replace('\t', '    '), 'text', 'output')
