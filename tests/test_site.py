@@ -78,7 +78,7 @@ LOOK = r'''async () => {
   return {wrong, links, ids, formulas: rendered};
 }'''
 WIDE = r'''() => {
-  const most = document.documentElement.clientWidth, over = document.documentElement.scrollWidth - most;
+  const most = document.documentElement.clientWidth, over = Math.max(...[document.documentElement, ...document.querySelectorAll('.main, .content, article')].map(e => e.scrollWidth - e.clientWidth)); // the theme scrolls inside of .content
   if (over < 1 && innerWidth <= 390) return [];
   const who = [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > most + 1 && ![...e.children].some(c => c.getBoundingClientRect().right > most + 1));
   return [`${over} px: ` + who.slice(0, 2).map(e => e.outerHTML.slice(0, 80)).join(' | ')];
@@ -184,7 +184,7 @@ BUGS = {
 @pytest.mark.parametrize('kind', BUGS)
 def test_the_examination_bites(kind, browser, site, pages, tmp_path):
     "A page with one bug in it, each of another kind"
-    for p in ('_static', 'mla.html'): (tmp_path/p).symlink_to(site/p)
+    for p in ('_static', '_images', 'mla.html'): (tmp_path/p).symlink_to(site/p)
     (tmp_path/'favicon.svg').write_bytes((root/'docs'/'favicon.svg').read_bytes())
     whole = (site/'mla.html').read_text(encoding='utf-8')
     (tmp_path/'planted.html').write_text(re.sub(r'(<article[^>]*>)', lambda m: m[1]+BUGS[kind], whole, count=1), encoding='utf-8')
