@@ -78,7 +78,7 @@ LOOK = r'''async () => {
   return {wrong, links, ids, formulas: rendered};
 }'''
 WIDE = r'''() => {
-  const most = document.documentElement.clientWidth, over = document.documentElement.scrollWidth - most;
+  const most = document.documentElement.clientWidth, over = Math.max(...[document.documentElement, ...document.querySelectorAll('.main, .content, article')].map(e => e.scrollWidth - e.clientWidth)); // the theme scrolls inside of .content
   if (over < 1 && innerWidth <= 390) return [];
   const who = [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > most + 1 && ![...e.children].some(c => c.getBoundingClientRect().right > most + 1));
   return [`${over} px: ` + who.slice(0, 2).map(e => e.outerHTML.slice(0, 80)).join(' | ')];
@@ -109,19 +109,20 @@ def test_nothing_is_wrong_on_any_page(pages):
     "No error, nothing from outside, formulas rendered, pictures there, no sideways scroll at 390 px"
     assert not (bad := {name: wrong for name,(wrong,*_) in pages.items() if wrong}), '\n'.join(f'{n}: {w}' for n,o in bad.items() for w in o)
 
-def lost(pages, base):
+def lost(pages, base, folder):
     "Links between pages that do not land, with the pages where they stand"
     for name,(_,links,*_) in pages.items():
         for to in links:
             if not to.startswith(base): continue
             path,_,anchor = to[len(base):].partition('#')
             path,anchor = path.partition('?')[0] or 'index.html',unquote(anchor)
+            if path.startswith('_images/') and (folder/path).is_file(): continue # a picture in full size
             if path not in pages: yield f'{name}: {path} is no page'
             elif anchor and anchor not in pages[path][2]: yield f'{name}: {path} has no #{anchor}'
 
-def test_every_link_lands(pages, reader):
+def test_every_link_lands(pages, reader, site):
     assert sum(to.startswith(reader.base) for _,links,*_ in pages.values() for to in links) > 2000
-    assert not (bad := sorted(set(lost(pages, reader.base)))), '\n'.join(bad)
+    assert not (bad := sorted(set(lost(pages, reader.base, site)))), '\n'.join(bad)
 
 def test_other_projects_links_land(pages):
     "Where nbdev sends those who use our symbols, there is something"
@@ -183,13 +184,13 @@ BUGS = {
 @pytest.mark.parametrize('kind', BUGS)
 def test_the_examination_bites(kind, browser, site, pages, tmp_path):
     "A page with one bug in it, each of another kind"
-    for p in ('_static', 'mla.html'): (tmp_path/p).symlink_to(site/p)
+    for p in ('_static', '_images', 'mla.html'): (tmp_path/p).symlink_to(site/p)
     (tmp_path/'favicon.svg').write_bytes((root/'docs'/'favicon.svg').read_bytes())
     whole = (site/'mla.html').read_text(encoding='utf-8')
     (tmp_path/'planted.html').write_text(re.sub(r'(<article[^>]*>)', lambda m: m[1]+BUGS[kind], whole, count=1), encoding='utf-8')
     r = Reader(browser, tmp_path)
     wrong, links, ids, n = r.examine('planted.html')
     r.page.close()
-    wrong += list(lost({**pages, 'planted.html': (wrong, links, ids, n)}, r.base))
+    wrong += list(lost({**pages, 'planted.html': (wrong, links, ids, n)}, r.base, site))
     wanted = 'script: ' if kind == 'console' else kind
     assert any(wanted in w for w in wrong), wrong
