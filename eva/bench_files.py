@@ -114,7 +114,7 @@ model = load_pretrained(sys.argv[1]); sum(p.sum().item() for p in model.paramete
 print(1024*(own()-before))
 '''
 
-# %% ../nbs/16c_bench_files.ipynb #2ee1e103
+# %% ../nbs/16c_bench_files.ipynb #d2f1de3a
 def tokenize(
     quick:bool=False, # a few files?
 )->list[Line]:
@@ -128,7 +128,7 @@ def tokenize(
         def ours(): write_tokens(Path(tmp)/'tokens.npy', docs, tok)
         def theirs(): np.save(Path(tmp)/'plain.npy', np.concatenate([[0, *tok.encode(d.text).ids] for d in docs]).astype(np.uint16))
         times = in_turn(dict(eva=ours, loop=theirs), 2 if quick else 3)
-        same('tokens', *([torch.from_numpy(np.load(Path(tmp)/f).astype(np.int64))] for f in ('tokens.npy', 'plain.npy')), 0)
+        same('tokens', *([torch.from_numpy(np.load(Path(tmp)/f, allow_pickle=False).astype(np.int64))] for f in ('tokens.npy', 'plain.npy')), 0)
     return [compared(f'tokenise {size/1e6:.1f} MB', times, goals=dict(loop=1.), more=dict(MB_per_second=size/1e6/median(times['eva'])))]
 
 # %% ../nbs/16c_bench_files.ipynb #c1f1083d
