@@ -30,10 +30,13 @@ def site(needed, tmp_path_factory):
 class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128                   # a browser opens many connections at once; refused ones wait for seconds
+
 class Reader:
     "Opens pages and says what is wrong with them"
     def __init__(self, browser, folder):
-        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=folder))
+        self.server = Server(('127.0.0.1', 0), functools.partial(Handler, directory=folder))
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.base = f'http://127.0.0.1:{self.server.server_port}/'
         self.page = browser.new_page()
@@ -54,7 +57,7 @@ class Reader:
         self.found.clear()
         self.page.set_viewport_size(dict(width=width, height=900))
         self.page.goto(self.base+path, wait_until='load')
-        self.page.evaluate('window.MathJax?.startup?.promise')
+        self.page.evaluate('window.MathJax?.startup?.promise.then(() => true)')
 
     def examine(self, name):
         "(what is wrong, links, ids, formulas) of a page"
@@ -77,8 +80,9 @@ LOOK = r'''async () => {
   const links = [...document.querySelectorAll('a[href]')].map(a => a.href), ids = [...document.querySelectorAll('[id]')].map(e => e.id);
   return {wrong, links, ids, formulas: rendered};
 }'''
-WIDE = r'''() => {
-  const most = document.documentElement.clientWidth, over = Math.max(...[document.documentElement, ...document.querySelectorAll('.main, .content, article')].map(e => e.scrollWidth - e.clientWidth)); // the theme scrolls inside of .content
+WIDE = r'''async () => {
+  for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
+  const most = document.documentElement.clientWidth, over = Math.max(...[document.documentElement, document.querySelector('.content')].map(e => e.scrollWidth - e.clientWidth)); // the theme hides what sticks out of the page and lets .content scroll
   if (over < 1 && innerWidth <= 390) return [];
   const who = [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > most + 1 && ![...e.children].some(c => c.getBoundingClientRect().right > most + 1));
   return [`${over} px: ` + who.slice(0, 2).map(e => e.outerHTML.slice(0, 80)).join(' | ')];

@@ -276,7 +276,7 @@ class Site:
             self.page(c.page, text)
         self.page('api', self.api())
         for p in self.project: self.page(p.stem.lower(), [self.text(p.read_text(encoding='utf-8'))])
-        for p in (*root.glob('docs/*.svg'), *root.glob('docs/*.css'), *root.glob('docs/*.js'), root/'docs'/'conf.py', *root.glob('nbs/*.svg')): shutil.copy(p, self.src)
+        for p in (*root.glob('docs/*.svg'), *root.glob('docs/*.css'), root/'docs'/'conf.py', *root.glob('nbs/*.svg')): shutil.copy(p, self.src)
         mathjax(self.src/'mathjax')
 
     def page(self, name, parts): (self.src/f'{name}.md').write_text('\n\n'.join(p.strip('\n') for p in parts)+'\n', encoding='utf-8')
