@@ -418,7 +418,7 @@ def summary(
     return '\n'.join(lines + [f'{t.tokens:,} tokens in {t.seconds:.0f} s of training, {t.tokens/max(t.seconds, 1e-9):,.0f} per second'
         + (f'; {t.bad} step{"s"*(t.bad!=1)} skipped' if t.bad else ''), f'everything is in {t.out}: report.png, sample.txt, model.safetensors, …'])
 
-# %% ../nbs/19_cli.ipynb #8fbb8549
+# %% ../nbs/19_cli.ipynb #b64d19aa
 def guarded(
     name:str, # of the command
     work,     # to be done
@@ -459,8 +459,8 @@ def eva_train(
             import signal
             say(f'stopped at step {t.step} of {t.cfg.steps}, nothing is lost; go on with: eva_train --out {t.out} --resume'); return 128+getattr(signal, t.stop)
         if parallel is not None:
-            if parallel.rank: return
             t = parallel.leave(t) # the rest is for one
+            if t is None: return
         finish(t, tok, baselines)
         say(f'{time.time()-start:.0f} s altogether; let it write: eva_generate {t.out}' + (' --prompt "def "' if t.held_out.optimum is None else ''))
     return guarded('eva_train', work, lambda: ranks[0])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parallel', 'recompute', 'again', 'Quiet', 'is_lost', 'ShardedMuon', 'ShardedOptimizer', 'Traffic']
 
-# %% ../nbs/14e_distributed.ipynb #9748cabd
+# %% ../nbs/14e_distributed.ipynb #209e3b23
 import math, os, signal
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from .checkpoints import RunLog, newest, seal
 from .data import replacing
-from .exchange import ParallelExperts, Traffic, spread
+from .exchange import ParallelExperts, Traffic, disband, spread, torchrun
 from .interop import load_pretrained, published, save_about
 from .model import Block, DeepSeekV3
 from .moe import Gate, MoE
@@ -243,7 +243,7 @@ class Quiet:
     def __exit__(self, *args): "Nothing was opened"
     def __getattr__(self, name): return lambda *args: None
 
-# %% ../nbs/14e_distributed.ipynb #5ce943ba
+# %% ../nbs/14e_distributed.ipynb #3a43f9f4
 @patch
 def stretch(self:Parallel,
     p:Tensor, # stacked experts, divided
@@ -274,8 +274,10 @@ def export(self:Parallel,
 @patch
 def leave(self:Parallel,
     trainer:Trainer, # whose model was exported to its folder
-)->Trainer:          # a trainer of this process alone, at the same step
+)->Trainer|None:     # a trainer of the first process alone, at the same step; None for the others
     "Judge a run in one process"
+    disband()
+    if self.rank: return None
     t = Trainer(load_pretrained(trainer.out).to(trainer.device), trainer.train, trainer.held_out, trainer.cfg, trainer.out)
     for o in (*COUNTERS, 'stop'): setattr(t, o, getattr(trainer, o))
     return t

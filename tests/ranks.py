@@ -6,12 +6,13 @@ import torch
 import torch.distributed as dist
 from eva.config import Config
 from eva.data import TokenStream, _write
+from eva.exchange import disband
 from eva.model import DeepSeekV3
 from eva.train import TrainConfig, Trainer
 
 SIZES = dict(vocab_size=67, hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=40, moe_intermediate_size=12, n_routed_experts=8,
              num_experts_per_tok=3, n_group=4, topk_group=2, q_lora_rank=12, kv_lora_rank=8, num_nextn_predict_layers=1)
-SETTINGS = dict(batch_size=8, micro_batch=2, seq_len=16, mtp_share=.5, eval_every=10, save_every=1000, lr=3e-3, muon_lr=3e-3, balance_weight=1e-2, bias_speed=1e-3)
+SETTINGS = dict(batch_size=8, micro_batch=2, seq_len=16, mtp_share=.5, eval_every=20, save_every=1000, lr=3e-3, muon_lr=3e-3, balance_weight=1e-2, bias_speed=1e-3)
 
 def stream(path):
     "A row of tokens that is not quite random, the same for every caller"
@@ -87,5 +88,5 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     dist.init_process_group('gloo')
     for raw in sys.argv[2:]: run(Path(sys.argv[1]), json.loads(raw))
-    dist.barrier()
-    dist.destroy_process_group()
+    disband()
+    os._exit(0)  # threads of a process group have been seen to take a finished rank down with the interpreter
