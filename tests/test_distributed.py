@@ -211,7 +211,8 @@ def uninterrupted(tmp_path_factory):
     p = job(folder)
     out, err = p.communicate(timeout=500)
     assert p.returncode == 0, err[-2000:]
-    assert [r['step'] for r in read_metrics(folder/'run'/'metrics.jsonl')] == list(range(1, 25)) and 'everything is in run' in out
+    assert [r['step'] for r in read_metrics(folder/'run'/'metrics.jsonl')] == list(range(1, 25)) and out.count('everything is in run') == 1
+    assert {'model.safetensors', 'config.json', 'tokenizer.json', 'run.json', 'report.png', 'sample.txt'} <= {o.name for o in (folder/'run').iterdir()}
     return digest(folder), [r['loss'] for r in read_metrics(folder/'run'/'metrics.jsonl')]
 
 def test_a_dead_rank_is_replaced(tmp_path, uninterrupted):
