@@ -174,7 +174,7 @@ class Traffic(TorchDispatchMode):
 
     def total(self, kind=None)->int: return sum(b for (k,_),b in self.bytes.items() if kind in (None, k)) # bytes
 
-# %% ../nbs/14a_exchange.ipynb #987225b2
+# %% ../nbs/14a_exchange.ipynb #76373075
 def disband(
     minutes:float=10., # to wait for the others
 ):
@@ -188,7 +188,7 @@ LAST = '\nimport os, sys; sys.stdout.flush(); os._exit(0)\n' # threads of a proc
 
 def torchrun(
     script,               # the text of a Python script, or the `Path` of one
-    *args,                # of the script
+    *args,                # of the script; one rank should print
     ranks:int=4,          # processes
     timeout:float=900.,   # seconds
     env:dict|None=None,   # further variables
