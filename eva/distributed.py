@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parallel', 'recompute', 'again', 'Quiet', 'is_lost', 'ShardedMuon', 'ShardedOptimizer', 'Traffic']
 
-# %% ../nbs/14e_distributed.ipynb #209e3b23
+# %% ../nbs/14e_distributed.ipynb #0f3a133b
 import math, os, signal
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from .checkpoints import RunLog, newest, seal
 from .data import replacing
-from .exchange import ParallelExperts, Traffic, disband, spread, torchrun
+from .exchange import ParallelExperts, Traffic, disband, spread
 from .interop import load_pretrained, published, save_about
 from .model import Block, DeepSeekV3
 from .moe import Gate, MoE

@@ -6,8 +6,8 @@
 __all__ = ['LAST', 'addresses', 'slots', 'fetch', 'gather', 'swap', 'Exchange', 'ParallelExperts', 'spread', 'Traffic', 'disband',
            'torchrun']
 
-# %% ../nbs/14a_exchange.ipynb #05c46772
-import json, os, subprocess, sys, tempfile
+# %% ../nbs/14a_exchange.ipynb #8354e084
+import json, os, re, subprocess, sys, tempfile
 from datetime import timedelta
 from pathlib import Path
 import torch
@@ -174,7 +174,7 @@ class Traffic(TorchDispatchMode):
 
     def total(self, kind=None)->int: return sum(b for (k,_),b in self.bytes.items() if kind in (None, k)) # bytes
 
-# %% ../nbs/14a_exchange.ipynb #76373075
+# %% ../nbs/14a_exchange.ipynb #05ddd309
 def disband(
     minutes:float=10., # to wait for the others
 ):
@@ -184,7 +184,7 @@ def disband(
     store.wait(['all arrived'], timedelta(minutes=minutes))
     dist.destroy_process_group()
 
-LAST = '\nimport os, sys; sys.stdout.flush(); os._exit(0)\n' # threads of a process group have been seen to take a finished rank down with the interpreter
+LAST = '\nimport os, sys; sys.stdout.flush(); os._exit(0)\n' # a rank has been seen to die after its work was done, while process and interpreter were taken down
 
 def torchrun(
     script,               # the text of a Python script, or the `Path` of one
@@ -200,7 +200,7 @@ def torchrun(
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks), str(file), *map(str, args)]
         r = subprocess.run(command, env=os.environ|dict(OMP_NUM_THREADS='1')|(env or {}), capture_output=True, text=True, timeout=timeout)
     if r.returncode:
-        said = [o.removeprefix('[') for o in r.stderr.splitlines() if o.startswith('[rank') and ']:' in o and not o.split(']:', 1)[1].startswith((' ', 'Traceback'))]
+        said = [o for o in r.stderr.splitlines() if re.match(r'(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt)\b', o) and 'ChildFailedError' not in o]
         died = [o.strip() for o in r.stderr.splitlines() if o.strip().startswith('traceback : Signal')]
         raise RuntimeError('; '.join(dict.fromkeys(said or died)) or r.stderr[-2000:])
     return json.loads(r.stdout.strip().splitlines()[-1]) if r.stdout.strip() else None

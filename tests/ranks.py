@@ -89,4 +89,4 @@ if __name__ == '__main__':
     dist.init_process_group('gloo')
     for raw in sys.argv[2:]: run(Path(sys.argv[1]), json.loads(raw))
     disband()
-    os._exit(0)  # threads of a process group have been seen to take a finished rank down with the interpreter
+    os._exit(0)  # a rank has been seen to die after its work was done, while process and interpreter were taken down

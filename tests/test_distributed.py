@@ -1,5 +1,5 @@
 "Several processes: the same result in every layout, checkpoints for any number of ranks, exports, and ranks that die"
-import hashlib, json, os, shutil, signal, subprocess, sys, time
+import hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -222,7 +222,7 @@ def test_a_dead_rank_is_replaced(tmp_path, uninterrupted):
     kill_one(p, tmp_path, 0, 17)
     out, err = p.communicate(timeout=500)
     assert p.returncode == 0, err[-2000:]
-    assert 'going on from step 5 of 24' in out and ('going on from step 15 of 24' in out or 'going on from step 20 of 24' in out), out
+    assert re.search('going on from step (5|10) of 24', out) and re.search('going on from step (15|20) of 24', out), out # a late kill finds a later checkpoint
     rows = read_metrics(tmp_path/'run'/'metrics.jsonl')
     assert [r['step'] for r in rows] == list(range(1, 25))
     assert (digest(tmp_path), [r['loss'] for r in rows]) == uninterrupted
