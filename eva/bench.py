@@ -10,6 +10,7 @@ __all__ = ['CASES', 'sync', 'in_turn', 'median', 'ratio', 'limits', 'bounds', 'p
 import inspect, json, math, time
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -189,10 +190,11 @@ def table(
     return '\n'.join(rows)
 
 def read(
-    path:str|Path, # bench.json
-)->tuple[list[Line],dict]: # lines; machine, date, threads
-    "What a run wrote"
-    about = json.loads(Path(path).read_text(encoding='utf-8'))
+    path:str|Path|None=None, # bench.json (default: the one that comes with the package)
+)->tuple[list[Line],dict]:   # lines; machine, date, threads
+    "The lines that a run of the benchmark wrote, and where and when it ran"
+    path = files('eva')/'results'/'bench_cpu.json' if path is None else Path(path)
+    about = json.loads(path.read_text(encoding='utf-8'))
     return [Line(**l) for l in about.pop('lines')],about
 
 def picture(

@@ -81,7 +81,7 @@ def main(argv=None):
     p.add_argument('--device', default='cuda', help='cuda, or cpu to try the script itself')
     p.add_argument('--small', action='store_true', help='sizes for trying the script')
     p.add_argument('--no_tests', action='store_true', help='leave out the tests and cells flagged cuda')
-    p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'nbs'/'results'/'gpu_fp8.json', help='file to write')
+    p.add_argument('--out', type=Path, default=Path(__file__).parents[1]/'eva'/'results'/'gpu_fp8.json', help='file to write')
     a = p.parse_args(argv)
     device = torch.device(a.device)
     if device.type == 'cuda' and not torch.cuda.is_available(): sys.exit('PyTorch sees no GPU here; --device cpu --small --out FILE tries the script')

@@ -1,0 +1,110 @@
+"The commands in the environments that cron jobs, containers, strict interpreters and other systems give them"
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ('train', 'generate', 'convert', 'bench', 'plan')
+C_LOCALE = dict(LC_ALL='C', LANG='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+ENVIRONMENTS = {
+    'as it is': {},
+    'warnings are errors': dict(PYTHONWARNINGS='error'),
+    'ascii output': dict(PYTHONIOENCODING='ascii'),
+    'C locale': C_LOCALE,
+    'no HOME': dict(HOME=None),
+    'HOME cannot be written': dict(HOME='/nonexistent'),
+    'all of them': dict(C_LOCALE, PYTHONWARNINGS='error', PYTHONIOENCODING='ascii', HOME=None),
+}
+
+
+def run(
+    *argv: object,  # what follows `python`
+    environment: str = 'as it is',  # a key of ENVIRONMENTS
+    cwd: Path | None = None,  # where it runs
+) -> subprocess.CompletedProcess:
+    "A real process with one thread, the environment's variables and the usual umask"
+    changes = ENVIRONMENTS[environment] | dict(OMP_NUM_THREADS='1')
+    env = {k: v for k, v in (os.environ | changes).items() if v is not None}
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        env=env,
+        cwd=cwd,
+        umask=0o022,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+def said(done: subprocess.CompletedProcess) -> str:
+    return (done.stdout + done.stderr).decode('utf-8', 'backslashreplace')
+
+
+@pytest.mark.parametrize('environment', ENVIRONMENTS)
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help(command, environment):
+    done = run('-m', 'eva', command, '--help', environment=environment)
+    assert done.returncode == 0, said(done)
+    assert f'usage: eva_{command}'.encode() in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize('module', ['eva', 'eva.cli'])
+@pytest.mark.parametrize('environment', ENVIRONMENTS)
+def test_list_of_commands(module, environment):
+    "`python -m eva` and `python -m eva.cli` say what there is, and refuse what there is not"
+    done = run('-m', module, environment=environment)
+    assert done.returncode == 0 and not done.stderr, said(done)
+    assert all(f'    {c} ' in done.stdout.decode() for c in COMMANDS)
+    done = run('-m', module, 'nonsense', environment=environment)
+    assert done.returncode == 2 and b'invalid choice' in done.stderr
+
+
+def chain(folder: Path, environment: str) -> dict[str, str]:
+    "Train, generate, convert and plan; what each printed"
+    text = folder/'größe'
+    text.mkdir()
+    lines = (f'Zeile {i}: naïve café — {i * i} größer als √{i}\n' for i in range(400))
+    text.joinpath('naïve.txt').write_text(''.join(lines), encoding='utf-8')
+    small = ('--steps', 2, '--batch_size', 1, '--seq_len', 16, '--vocab_size', 300)
+    commands = {
+        'train': ('train', '--data', 'größe', *small, '--out', 'run'),
+        'generate': ('generate', 'run', '--prompt', 'naïve', '--max_new_tokens', 8),
+        'convert': ('convert', 'run', 'run8', '--to', 'fp8'),
+        'plan': ('plan', '--out', 'plan.json'),
+    }
+    printed = {}
+    for module, (name, argv) in zip(('eva', 'eva.cli') * 2, commands.items()):
+        done = run('-m', module, *argv, environment=environment, cwd=folder)
+        printed[name] = said(done)
+        assert done.returncode == 0, (name, printed[name])
+        assert 'Traceback' not in printed[name], (name, printed[name])
+    return printed
+
+
+@pytest.mark.parametrize(
+    'environment',
+    [pytest.param(e, marks=() if e == 'all of them' else pytest.mark.slow) for e in ENVIRONMENTS],
+)
+def test_train_generate_convert_plan(environment, tmp_path):
+    printed = chain(tmp_path, environment)
+    left = {p.relative_to(tmp_path).as_posix(): p for p in tmp_path.rglob('*') if p.is_file()}
+    assert {'run/model.safetensors', 'run8/model.safetensors', 'plan.json'} <= set(left)
+    assert 'café' in left['run/sample.txt'].read_text(encoding='utf-8')
+    assert printed['generate'].startswith(('naïve', 'na\\xefve'))
+    modes = {name: oct(p.stat().st_mode & 0o777) for name, p in left.items()}
+    assert {name: mode for name, mode in modes.items() if mode != '0o644'} == {}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+@pytest.mark.parametrize('arguments', [(), ('--help',), ('--nonsense',)], ids=' '.join)
+def test_windows_is_refused_in_one_sentence(command, arguments):
+    fake = 'import sys, eva.cli as c; sys.platform = "win32"; sys.exit(c.main(sys.argv[1:]))'
+    done = run('-c', fake, command, *arguments)
+    sentence = 'eva: Windows is not supported; use Linux, or the Windows Subsystem for Linux\n'
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b'', sentence)
+
+
+def test_the_readme_says_so():
+    readme = Path(__file__).parents[1]/'README.md'
+    assert 'Windows is not supported' in readme.read_text(encoding='utf-8')
