@@ -7,10 +7,10 @@ __all__ = ['MOST', 'LEAVES', 'SETTINGS', 'COMMANDS', 'train_parser', 'new_run', 
            'new_answers_run', 'copy_template', 'new_task_run', 'streams_of', 'old_run', 'opened', 'opened_together',
            'prepare', 'start_model', 'settings', 'device_of', 'parallel_of', 'check_memory', 'train_with_bar',
            'sample_text', 'finish', 'summary', 'guarded', 'eva_train', 'convert_parser', 'eva_convert', 'bench_parser',
-           'eva_bench', 'generate_parser', 'eva_generate', 'escape_unknown_characters', 'typed_command', 'main']
+           'eva_bench', 'typed_text', 'generate_parser', 'eva_generate', 'prepare_streams', 'typed_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #2909e24a
-import argparse, io, sys, time
+import argparse, codecs, io, sys, time
 from importlib import import_module
 from pathlib import Path
 
@@ -523,20 +523,30 @@ def eva_bench(
         print(f'everything is in {args.out}: bench.json, bench.png')
     return guarded('eva_bench', work)
 
+# %% ../nbs/19_cli.ipynb #65d42987
+def typed_text(
+    argument: str,  # as Python decoded it
+) -> str:
+    "Return an argument as the UTF-8 that was typed; the C locale leaves surrogates of its bytes"
+    try:
+        return argument.encode(errors='surrogateescape').decode()
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f'{argument!a} is not UTF-8; type it as UTF-8') from None
+
 # %% ../nbs/19_cli.ipynb #39a4bb70
 def generate_parser()->argparse.ArgumentParser: # of eva_generate
     "What eva_generate understands"
     p = argparse.ArgumentParser('eva_generate', description='Let a trained model write, until it begins another document, or answer, where the folder has a chat template. '
         'Without a prompt in a terminal it waits for lines.')
     p.add_argument('dir', type=Path, metavar='DIR', help='what eva_train left, or any checkpoint folder with a tokenizer.json')
-    p.add_argument('--prompt', help='what to continue or to answer (default: standard input if it is piped, else lines from the terminal)')
+    p.add_argument('--prompt', type=typed_text, help='what to continue or to answer (default: standard input if it is piped, else lines from the terminal)')
     p.add_argument('--max_new_tokens', type=int, default=256, help='at most so many tokens (default: 256)')
     p.add_argument('--temperature', type=float, default=.7, help='0 is greedy, higher is wilder (default: 0.7)')
     p.add_argument('--top_k', type=int, help='choose among so many likeliest tokens')
     p.add_argument('--top_p', type=float, default=.95, help='choose among the likeliest up to this probability (default: 0.95)')
     p.add_argument('--min_p', type=float, help="choose among tokens that have at least this share of the likeliest one's probability")
     p.add_argument('--repetition_penalty', type=float, default=1., help='above 1 makes tokens less likely that have been seen (default: 1)')
-    p.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end where this text would come; may be given several times')
+    p.add_argument('--stop', type=typed_text, action='append', default=[], metavar='TEXT', help='end where this text would come; may be given several times')
     p.add_argument('--speculate', nargs='?', type=int, const=True, default=False, metavar='N', help='let the MTP modules draft, one token each, or N tokens a step')
     p.add_argument('--seed', type=int, help='for the same text again')
     p.add_argument('--plain', action='store_true', help='continue the text, even where the folder has a chat template')
@@ -577,11 +587,13 @@ COMMANDS = {
 }
 
 
-def escape_unknown_characters() -> None:
-    "Let standard output and error write a character that their encoding lacks as an escape"
+def prepare_streams() -> None:
+    "Escape characters that the output's encoding lacks, and read UTF-8 where the input is ASCII"
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == 'ascii':
+        sys.stdin.reconfigure(encoding='utf-8', errors='strict')
 
 
 def typed_command() -> list[str]:
@@ -597,7 +609,7 @@ def main(
     argv: list[str] | None = None,  # a command and its arguments (default: what was typed)
 ) -> int:  # exit code
     "Run one of the commands"
-    escape_unknown_characters()
+    prepare_streams()
     if sys.platform == 'win32':
         print(
             'eva: Windows is not supported; use Linux, or the Windows Subsystem for Linux',

@@ -100,7 +100,7 @@ def cut_middle(
     seed:int=0,   # of the choice
 )->tuple[str,str,str]|None: # prefix, suffix, middle; None where it stays as it is
     "Draw whether and where a document is cut"
-    rng = np.random.default_rng(np.frombuffer(hashlib.sha256(f'{seed} {doc.name}'.encode()).digest(), np.uint32))
+    rng = np.random.default_rng(np.frombuffer(hashlib.sha256(f'{seed} {doc.name}'.encode(errors='surrogateescape')).digest(), np.uint32))
     if rng.random()>=rate or len(doc.text)<3: return None
     i,j = sorted(rng.choice(np.arange(1, len(doc.text)), 2, replace=False)) if len(doc.text)<10**4 else sorted(rng.integers(1, len(doc.text), 2))
     return doc.text[:i],doc.text[j:],doc.text[i:j]
@@ -240,7 +240,7 @@ class ShardStream(TokenStream):
         return out
 
 # %% ../nbs/10d_corpus.ipynb #3af4f9e1
-def _hash(name): return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big')
+def _hash(name): return int.from_bytes(hashlib.sha256(name.encode(errors='surrogateescape')).digest()[:8], 'big')
 
 def sample(
     docs:Iterable[Document], # a stream

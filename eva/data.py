@@ -66,7 +66,7 @@ def hold_out(
     docs:list[Document], # all documents
 )->tuple[list[Document],list[Document],bool]: # to train on, to test on, were whole files held out?
     "Hold out about one file in twenty, or the ends of files where there are too few"
-    is_out = [hashlib.sha256(d.name.encode()).digest()[0]%20==0 for d in docs]
+    is_out = [hashlib.sha256(d.name.encode(errors='surrogateescape')).digest()[0]%20==0 for d in docs]
     train,out = ([d for d,o in zip(docs, is_out) if o==which] for which in (False, True))
     size = lambda ds: sum(len(d.text) for d in ds)
     if 0<size(out)<.2*size(docs): return train,out,True

@@ -60,7 +60,7 @@ def _draw_load(fig, load):
     "One strip a layer: experts up, time along, colour for utilisation"
     n,steps = max(1, len(load)//200),len(load)
     u = load[:len(load)//n*n].unflatten(0, (-1, n)).sum(1)
-    u = u/u.mean(-1, keepdim=True)
+    u = (u/u.mean(-1, keepdim=True)).numpy()
     axes = np.atleast_1d(fig.subplots(load.shape[1], 1, sharex=True))
     for i,ax in enumerate(axes):
         im = ax.imshow(u[:,i].T, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2, extent=(0, steps, load.shape[2]-.5, -.5), interpolation='nearest')

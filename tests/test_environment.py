@@ -60,13 +60,39 @@ def test_list_of_commands(module, environment):
     assert done.returncode == 2 and b'invalid choice' in done.stderr
 
 
-def chain(folder: Path, environment: str) -> dict[str, str]:
+TINY = """
+from eva.config import Config
+from eva.data import train_tokenizer
+from eva.interop import save_pretrained
+from eva.model import DeepSeekV3
+
+tok = train_tokenizer(['naïve café größer als √2'] * 9, 300)
+small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+ranks = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+experts = dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2)
+groups = dict(n_group=1, topk_group=1, num_nextn_predict_layers=0)
+cfg = Config.preset('mini', vocab_size=tok.get_vocab_size(), **small, **ranks, **experts, **groups)
+save_pretrained(DeepSeekV3(cfg), 'tiny', tok)
+"""
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "A checkpoint that is quickly trained"
+    folder = tmp_path_factory.mktemp('checkpoint')
+    done = run('-c', TINY, cwd=folder)
+    assert done.returncode == 0, said(done)
+    return folder/'tiny'
+
+
+def chain(folder: Path, tiny: Path, environment: str) -> dict[str, str]:
     "Train, generate, convert and plan; what each printed"
     text = folder/'größe'
     text.mkdir()
-    lines = (f'Zeile {i}: naïve café — {i * i} größer als √{i}\n' for i in range(400))
-    text.joinpath('naïve.txt').write_text(''.join(lines), encoding='utf-8')
-    small = ('--steps', 2, '--batch_size', 1, '--seq_len', 16, '--vocab_size', 300)
+    for i in range(60):
+        lines = f'Zeile {i}: naïve café — {i * i} größer als √{i}\n' * 9
+        text.joinpath(f'naïve {i}.txt').write_text(lines, encoding='utf-8')
+    small = ('--init', tiny, '--steps', 2, '--batch_size', 1, '--seq_len', 16)
     commands = {
         'train': ('train', '--data', 'größe', *small, '--out', 'run'),
         'generate': ('generate', 'run', '--prompt', 'naïve', '--max_new_tokens', 8),
@@ -86,8 +112,8 @@ def chain(folder: Path, environment: str) -> dict[str, str]:
     'environment',
     [pytest.param(e, marks=() if e == 'all of them' else pytest.mark.slow) for e in ENVIRONMENTS],
 )
-def test_train_generate_convert_plan(environment, tmp_path):
-    printed = chain(tmp_path, environment)
+def test_train_generate_convert_plan(environment, tiny, tmp_path):
+    printed = chain(tmp_path, tiny, environment)
     left = {p.relative_to(tmp_path).as_posix(): p for p in tmp_path.rglob('*') if p.is_file()}
     assert {'run/model.safetensors', 'run8/model.safetensors', 'plan.json'} <= set(left)
     assert 'café' in left['run/sample.txt'].read_text(encoding='utf-8')

@@ -119,7 +119,7 @@ SPANS = re.compile(r'\$\$.*?\$\$|\$[^$\n]+\$|!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]
 class Site:
     "Chapters and other pages as MyST markdown for Sphinx"
     def __init__(self, src):
-        self.src, self.chapters = src, [Chapter(p) for p in [*sorted((root/"nbs").glob("[0-9]*.ipynb")), root/"nbs"/"index.ipynb"]]
+        self.src, self.chapters = src, [Chapter(p) for p in [*sorted((root/'nbs').glob('[0-9]*.ipynb')), root/'nbs'/'index.ipynb']]
         self.pages = {c.path.stem: c.page for c in self.chapters}
         if len(set(self.pages.values())) < len(self.pages): sys.exit('two notebooks differ only in their number: their pages would have one name')
         self.project = [p for p in (*sorted((root/'docs').glob('*.md')), root/'CONTRIBUTING.md', root/'AGENTS.md') if p.exists()]
