@@ -12,7 +12,6 @@ import math
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/07_fp8.ipynb #a99adff9
@@ -181,30 +180,79 @@ RECIPES = dict(block=Recipe(), block_pow2=Recipe(pow2=True), tensor=Recipe(None,
 
 class DelayedScale:
     "One scale for a tensor, from the calls before"
-    def __init__(self,
-        history:int=16,   # calls that are remembered
-        fmt:str='e4m3',   # e4m3 or e5m2
-    ):
-        if history<1: raise ValueError(f'history={history}: must be a positive number of calls')
-        self.fmt,self.history,self.seen,self.overflow = fmt,history,[],0 # overflow: values that saturated, until somebody sets it to 0
 
-    def scale(self,
-        x:Tensor, # of this step
-    )->Tensor:    # one number
-        "From the largest magnitude of the calls before, zeros and what is not finite left out; where there is none, this call's own"
-        amax = x.detach().abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
-        before = torch.stack([*self.seen, torch.zeros_like(amax)]).nan_to_num(0., 0., 0.).amax() # no decision that would wait for a device
-        self.seen = [*self.seen, amax][-self.history:]
-        scale = block_scale(torch.where(before>0, before, amax), limit := _format(self.fmt).max)
-        self.overflow = self.overflow + (x.detach().abs()>scale*(limit*(1+1e-6))).sum()
+    def __init__(
+        self,
+        history: int = 16,  # calls that are remembered
+        fmt: str = "e4m3",  # e4m3 or e5m2
+    ):
+        if history < 1:
+            raise ValueError(f"history={history}: must be a positive number of calls")
+        self.fmt = fmt
+        self.history = history
+        self.seen = torch.empty(0)  # largest magnitudes of the last calls (calls,), float32
+        self.overflow = 0  # values that saturated, until somebody sets it to 0
+
+    def scale(
+        self,
+        x: Tensor,  # of this call
+        update: bool = True,  # remember this call? False in evaluation
+    ) -> Tensor:  # one number, float32
+        """The largest magnitude of the calls before, over the format's largest value
+
+        Zeros and what is not finite are left out. Without a call before, this call's own counts.
+        """
+        magnitude = x.detach().abs()
+        amax = magnitude.amax().float() if x.numel() else torch.zeros((), device=x.device)
+        seen = self.seen.to(x.device)  # a model may have been moved since
+        # A zero stands for an empty history: a decision would wait for the device.
+        before = torch.cat((seen, torch.zeros_like(amax)[None])).nan_to_num(0.0, 0.0, 0.0).amax()
+        limit = _format(self.fmt).max
+        scale = block_scale(torch.where(before > 0, before, amax), limit)
+        # Tensors without values (none at all, or on the meta device) have no magnitude to remember.
+        if update and x.numel() and not x.is_meta:
+            self.seen = torch.cat((seen, amax[None]))[-self.history :]
+            saturated = (magnitude > scale * (limit * (1 + 1e-6))).sum()
+            self.overflow = torch.as_tensor(self.overflow, device=x.device) + saturated
         return scale
 
-    def quantize(self,
-        x:Tensor,     # of this step
-    )->tuple[Tensor,Tensor]: # values in eight bits, the scale
-        "With the scale of the calls before; what has grown beyond it saturates"
-        scale = self.scale(x)
-        return cast(x.detach().float()/scale, self.fmt),scale
+    def quantize(
+        self,
+        x: Tensor,  # of this call
+        update: bool = True,  # remember this call?
+    ) -> tuple[Tensor, Tensor]:  # values in eight bits, the scale
+        "Eight bits with the scale of the calls before; what has grown beyond it saturates"
+        scale = self.scale(x, update)
+        return cast(x.detach().float() / scale, self.fmt), scale
+
+    def round(
+        self,
+        x: Tensor,  # of this call
+        update: bool = True,  # remember this call?
+    ) -> Tensor:  # float32
+        "What the eight bits of `quantize` stand for, without making them: see `round_to_` below"
+        scale = self.scale(x, update)
+        limit = _format(self.fmt).max
+        return round_to_((x.detach().float() / scale).clamp_(-limit, limit), self.fmt).mul_(scale)
+
+    def state(self) -> dict[str, Tensor]:  # seen (calls,) and overflow (), both on the CPU
+        "All that a run has to keep to go on with the same scales"
+        overflow = torch.as_tensor(self.overflow, dtype=torch.int64)
+        return dict(seen=self.seen.detach().cpu().clone(), overflow=overflow.cpu().clone())
+
+    def load_state(
+        self,
+        state: dict[str, Tensor],  # from `state`
+    ):
+        "Go on where another run stood"
+        seen, overflow = state["seen"], state["overflow"]
+        if seen.dim() != 1 or len(seen) > self.history or seen.dtype != torch.float32:
+            raise ValueError(
+                f"seen of {seen.dtype} and shape {tuple(seen.shape)}: must be float32 with at most "
+                f"history={self.history} magnitudes; was another recipe used?"
+            )
+        self.seen = seen.clone()
+        self.overflow = overflow.clone()
 
 # %% ../nbs/07_fp8.ipynb #b7e13297
 def scaled_matmul(
@@ -272,11 +320,3 @@ def fake_quantize(
     scale = block_scale(t.abs().amax((-3, -1)), f.max, pow2)[...,:,None,:,None].to(x.dtype)
     y = t*scale.reciprocal() if pow2 else (t/scale).clamp_(-f.max, f.max) # a scale that is subnormal is too coarse to keep within the format
     return untiled(round_to_(y, fmt).mul_(scale), m.shape).reshape(x.shape)
-
-@patch
-def round(self:DelayedScale,
-    x:Tensor, # of this call
-)->Tensor:    # float32
-    "What the eight bits of `quantize` stand for"
-    scale,limit = self.scale(x),_format(self.fmt).max
-    return round_to_((x.detach().float()/scale).clamp_(-limit, limit), self.fmt).mul_(scale)
