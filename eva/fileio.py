@@ -19,7 +19,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -347,10 +347,12 @@ class FolderLock:
         if self._descriptor is None:
             return
         self._held.discard((os.getpid(), str(self.path.resolve())))
-        if self._is_current(self._descriptor):
-            self.path.unlink()
-        os.close(self._descriptor)
-        self._descriptor = None
+        try:
+            if self._is_current(self._descriptor):
+                self.path.unlink()
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = None
         for folder in self._made:
             if not _remove_if_empty(folder):
                 break
@@ -435,6 +437,7 @@ class Manifest:
     """
 
     NAME = '.eva-manifest.json'
+    checksums: dict[Path, str] = {}  # SHA-256 of files under temporary names, by whoever computed them already
 
     def __init__(
         self,
@@ -445,7 +448,6 @@ class Manifest:
         # name -> what the file may be recognised by; None: whatever is there, until it is complete
         self.files: dict[str, list[dict] | None] = {}
         self.folders: set[str] = set()  # that were made here
-        self.checksums: dict[Path, str] = {}  # SHA-256 of files under temporary names, where known
         self._version: tuple | None = None
         self._refresh()
 
@@ -521,8 +523,8 @@ class Manifest:
         names = [name, *map(Path.as_posix, list(Path(name).parents)[:-1])]
         return any(self.files.get(n, ()) is None for n in names)
 
-    def _temporary(self):
-        "Listed names that are given to files before they are complete"
+    def temporary(self) -> list[str]:
+        "Return listed names that are given to files before they are complete"
         pattern = re.compile(r'\..*\.(tmp|old)\d+')
         return [n for n, known in self.files.items() if known is None and pattern.fullmatch(Path(n).name)]
 
@@ -620,7 +622,7 @@ class Manifest:
         self.check(*self._below(name), tmp, aside)
         _remove(tmp)
         _remove(aside)
-        for n in self._temporary():
+        for n in self.temporary():
             if not os.path.lexists(self.folder / n):
                 del self.files[n]
         self.files |= {self._name(tmp): None, self._name(aside): None}
@@ -669,7 +671,7 @@ class Manifest:
     def recover(self):
         "Undo what a process left that was killed; nobody else may be writing, so lock the folder before"
         self._refresh()
-        temporary = self._temporary()
+        temporary = self.temporary()
         for name in temporary:
             place = self.folder / name
             real, marked, _ = place.name[1:].rpartition('.old')
@@ -703,7 +705,8 @@ class Manifest:
                     _remove_if_empty(inner)
                 _remove_if_empty(place)
         if len(self.files) < before:
-            self._save(durable=False)  # a name that is gone does no harm
+            with suppress(OSError):  # of a full disk: a name that is gone does no harm
+                self._save(durable=False)
         return kept
 
 
