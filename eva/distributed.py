@@ -19,8 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
-from .checkpoints import RunLog, newest, seal
-from .data import replacing
+from .checkpoints import RunLog, newest, owned_write, seal
 from .exchange import ParallelExperts, Traffic, disband, spread
 from .interop import load_pretrained, published, save_about
 from .model import Block, DeepSeekV3
@@ -209,7 +208,7 @@ def replacing(self:Parallel,
     path, # the file or folder to be
 ): # yields the temporary name to write to
     "Write somewhere else together; when all have written, the first rank gives the name"
-    with replacing(path) if self.rank==0 else nullcontext(path.with_name(f'.{path.name}.tmp{self.first}')) as t:
+    with owned_write(path) if self.rank==0 else nullcontext(path.with_name(f'.{path.name}.tmp{self.first}')) as t:
         yield t
         dist.barrier()
     dist.barrier()

@@ -46,7 +46,7 @@ def bits_per_byte(
             rows = torch.from_numpy(np.stack([stream.tokens[a:e+1] for a,_,e in part]).astype(np.int64)).to(device)
             h,y = model.hidden(rows[:,:-1], documents=apart_by(model, rows[:,:-1], apart))[:,-scored:],rows[:,-scored:]
             if stream.learn is not None: on = torch.from_numpy(np.stack([stream.learn[e-scored+1:e+1] for _,_,e in part])).bool().to(device); h,y = h[on],y[on]
-            total += head_loss(h, model.lm_head.weight, y).item()
+            total += head_loss(h, model.lm_head, y).item()
             done += len(part)
             if progress: progress(done/len(spans))
     return total/math.log(2)/stream.bytes

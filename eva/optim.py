@@ -40,8 +40,14 @@ class Muon(torch.optim.Optimizer):
                 if p.dim() not in (2, 3): raise ValueError(f'a parameter of shape {tuple(p.shape)}: Muon is for matrices and stacks of them; give it to AdamW')
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self,
+        closure=None, # makes the gradients anew and returns the loss, as for PyTorch's optimizers
+    )->Tensor|None:   # what the closure returned
         "One step for all parameters that have a gradient; same shapes go through one product"
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             lr,mu,ahead = group['lr'],group['momentum'],[]
             for p in group['params']:
@@ -52,6 +58,7 @@ class Muon(torch.optim.Optimizer):
                 ahead.append((p, p.grad.lerp(m, mu))) # Nesterov's look ahead
             for p,O,(rows,columns) in self.directions(ahead):
                 p.mul_(1-lr*group['weight_decay']).add_(O.to(p.dtype).view_as(p)*(-lr*math.sqrt(max(1, rows/columns))))
+        return loss
 
     def directions(self,
         ahead:list, # parameters and what is to be orthogonalised
@@ -99,11 +106,12 @@ class MasterOptimizer:
         muon_lr:float=0.02,       # of Muon; 0 gives everything to AdamW
         betas:tuple=(0.9, 0.95),  # of AdamW
         momentum:float=0.95,      # of Muon
-        weight_decay:float=0.1,   # per unit of AdamW's lr, on its matrices and tables
-        muon_decay:float=0.1,     # per unit of Muon's lr
+        weight_decay:float=0.1,   # per unit of an optimizer's lr, on matrices and tables
+        muon_decay:float|None=None, # the same for Muon's matrices alone; None: `weight_decay`
         moments:torch.dtype|None=None, # of what both remember between steps (V3: bfloat16); None: as the masters
     ):
         self.moments = moments
+        muon_decay = weight_decay if muon_decay is None else muon_decay
         self.params = dict(model.named_parameters())
         wide = lambda p: local(p.detach()).to(torch.promote_types(p.dtype, torch.float32), copy=p.dtype.itemsize<4)
         self.masters = {n: nn.Parameter(wide(p)) for n,p in self.params.items()}
@@ -190,7 +198,7 @@ def state_dict(self:MasterOptimizer)->dict[str,Tensor]: # masters by name, and w
 def load_state_dict(self:MasterOptimizer,
     state:dict[str,Tensor], # from `state_dict`
 ):
-    "Take up masters and memory, and round the masters into the model"
+    "Take up masters and memory, keep no other memory, and round the masters into the model"
     names = self.names
     for n,w in self.masters.items():
         saved = state.get(f'master.{n}')
@@ -203,5 +211,6 @@ def load_state_dict(self:MasterOptimizer,
                 keys = ('momentum_buffer',) if isinstance(o, Muon) else ('step', 'exp_avg', 'exp_avg_sq')
                 found = {k: state[f'{k}.{names[p]}'].to(p.device, copy=True) for k in keys if f'{k}.{names[p]}' in state}
                 if found and len(found)<len(keys): raise ValueError(f'{names[p]}: the checkpoint has only {", ".join(found)} of {", ".join(keys)}')
+                o.state.pop(p, None) # a checkpoint of step 0 has no memory, and none must stay
                 if found: o.state[p] = {k: v.view_as(p) if v.dim() else v for k,v in found.items()}
     self.publish()

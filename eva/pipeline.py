@@ -208,7 +208,7 @@ def judge(self:Pipeline,
         if s==0: h = stage.embed_tokens(rows[:,:-1])
         rope = rope_tables(cfg, torch.arange(seq, device=h.device)[None], h.dtype)
         for b in stage.blocks: h = b(h, rope)
-        if s==last: loss = head_loss(stage.norm(h), stage.lm_head.weight, rows[:,1:])
+        if s==last: loss = head_loss(stage.norm(h), stage.lm_head, rows[:,1:])
         elif self.owners[s+1]!=o: dist.send(h.contiguous(), whole[self.owners[s+1]], group=self.group)
     dist.broadcast(loss, whole[self.owners[-1]], group=self.group)
     return loss.item()

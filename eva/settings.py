@@ -29,7 +29,7 @@ class TrainConfig:
     warmup:float = 0.02         # share of the run over which the rates rise
     decay:float = 0.8           # share of the run over which they fall at the end
     final_lr:float = 0.02       # where they end, as a share of the peak
-    weight_decay:float = 0.1    # of AdamW
+    weight_decay:float = 0.1    # of matrices and tables, per unit of their rate, by AdamW and by Muon
     clip:float = 1.0            # norm to which gradients are clipped
     mtp_weight:float = 0.3      # lambda of the MTP loss; a third of it from two thirds of the run on
     mtp_share:float = 0.25      # share of each batch that MTP learns from (V3: 1)
@@ -54,6 +54,8 @@ class TrainConfig:
             if not isinstance(v := getattr(self, o), int) or v<1: raise ValueError(f'{o}={v!r}: must be a positive integer')
         for o in ('warmup', 'decay', 'final_lr', 'mtp_share', 'ramp', 'bias_rest'):
             if not 0<=getattr(self, o)<=1: raise ValueError(f'{o}={getattr(self, o)}: must lie between 0 and 1')
+        if self.warmup + self.decay > 1 + 1e-9: raise ValueError(f'warmup={self.warmup}, decay={self.decay}: '
+            'must not exceed 1 together, or the rate would fall before it has risen and jump in between; lower one of them')
         for o in ('lr', 'muon_lr', 'weight_decay', 'clip', 'mtp_weight', 'bias_speed', 'balance_weight'):
             if not (math.isfinite(v := getattr(self, o)) and v>=0): raise ValueError(f'{o}={v}: must be 0 or more, and finite')
         if not isinstance(self.seed, int) or self.seed<0: raise ValueError(f'seed={self.seed!r}: must be an integer, 0 or more')

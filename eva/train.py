@@ -49,7 +49,7 @@ class Alone:
 
     def judge(self, model, rows, apart, on=None):
         h,y = model.hidden(rows[:,:-1], documents=apart_by(model, rows[:,:-1], apart)),rows[:,1:]
-        return head_loss(h if on is None else h[on], model.lm_head.weight, y if on is None else y[on]).item()
+        return head_loss(h if on is None else h[on], model.lm_head, y if on is None else y[on]).item()
 
     def settle(self, trainer):
         trainer.compute_in('fp32')
