@@ -1,7 +1,16 @@
 "Every chapter has what a reader is promised: an opening, exercises with checkers that bite, an ending, and links that lead somewhere"
-import json, re
+import ast
+import json
+import re
+import shlex
+import sys
+from configparser import ConfigParser
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
+
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 nbs = Path(__file__).parents[1]/'nbs'
 chapters = sorted(nbs.glob('[0-9]*.ipynb'))
@@ -16,7 +25,7 @@ def test_opening(path):
     assert re.fullmatch(r'# [^\n]+\n\n> [^\n]+[^.\n]', title.strip()), title
     assert '**You will be able to**' in callout and '**Time**' in callout and 'CPU' in callout
     assert f'](hosted.svg)](https://colab.research.google.com/github/eva-project/eva/blob/main/nbs/{path.name})' in callout
-    assert fetch.startswith('#| eval: false') and "find_spec('eva')" in fetch
+    assert fetch.startswith('#| eval: false') and "find_spec('eva')" in fetch and "'./eva[course]'" in fetch
 
 @pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
 def test_exercises(path):
@@ -36,7 +45,6 @@ def test_ending(path):
     text = cells(path, 'markdown')
     assert any('## What was proved' in c for c in text)
     assert any(re.search(r'^Next: ', c, flags=re.M) for c in text[-2:]) or path == chapters[-1]
-    assert 'nbdev.nbdev_export()' in cells(path)[-1]
     assert len(cells(path)) <= 100
 
 def test_links_lead_somewhere():
@@ -47,3 +55,71 @@ def test_links_lead_somewhere():
 def test_the_index_lists_every_chapter():
     listed = re.findall(r'^\|[^|]*\| \[[^]]*\]\((\d\w+\.ipynb)\)', '\n'.join(cells(nbs/'index.ipynb', 'markdown')), flags=re.M)
     assert sorted(listed) == [p.name for p in chapters] and len(set(listed)) == len(listed)
+
+
+def code_of(path: Path) -> str:
+    "A chapter's code without the lines that are the shell's or IPython's"
+    runs = (c for c in cells(path, 'code') if 'find_spec(\'eva\')' not in c)
+    return '\n'.join(re.sub(r'^\s*[!%].*$', '', c, flags=re.M) for c in runs)
+
+def imported(code: str) -> set[str]:
+    "Names of the packages that code imports"
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split('.')[0])
+    return names
+
+def promised(*lists: str) -> set[str]:
+    "Distributions that an installation of the package and of these extras brings, as far as they are here"
+    parser = ConfigParser(delimiters=['='])
+    parser.read(nbs.parent/'settings.ini', encoding='utf-8')
+    open_ = [r for name in lists for r in map(Requirement, shlex.split(parser['DEFAULT'][name]))]
+    found = set()
+    while open_:
+        name = canonicalize_name(open_.pop().name)
+        if name in found:
+            continue
+        found.add(name)
+        for r in map(Requirement, distribution(name).requires or ()):
+            if r.marker is None or r.marker.evaluate({'extra': ''}):
+                open_.append(r)
+    return found
+
+# Asked for by name in cells that do without them where they are not installed
+OPTIONAL = {'datasets', 'pyarrow', 'tensorboard'}
+
+def test_chapters_need_only_the_extra_course():
+    "What a reader has who installed `eva-deepseek[course]`: no tool that exports, and nothing that only developers have"
+    there = promised('requirements', 'course_requirements')
+    brought_by = packages_distributions()
+    for path in chapters:
+        for name in imported(code_of(path)) - sys.stdlib_module_names - OPTIONAL - {'eva'}:
+            providers = {canonicalize_name(d) for d in brought_by[name]}
+            assert providers & there, f'{path.name} imports {name}, which the extra course does not bring'
+
+def test_exporting_is_no_part_of_a_chapter():
+    for path in nbs.glob('*.ipynb'):
+        assert 'nbdev_export' not in '\n'.join(cells(path, 'code')), path.name
+
+# These two describe the repository itself, and say so where it is not around them.
+ABOUT_THE_REPOSITORY = {'18_production', 'index'}
+
+def test_chapters_run_from_any_folder():
+    "No chapter reads a file that only a clone has; what long cells leave and read again is below ../runs"
+    outside = re.compile(r'(\.\./(?!runs/)|(results|docs|nbs|tests|tools)/)\S*\.(json|md|py|ipynb|png|ini)$')
+    for path in (*chapters, nbs/'index.ipynb'):
+        code = code_of(path)
+        read = [
+            node.value
+            for node in ast.walk(ast.parse(code))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        in_package = re.findall(r"files\('eva'\)/'([^']+)'", code)
+        only_there = [s for s in read if outside.match(s) and s not in in_package]
+        if path.stem in ABOUT_THE_REPOSITORY:
+            assert 'run it in the folder nbs of a clone' in code
+        else:
+            assert not only_there, (path.name, only_there)

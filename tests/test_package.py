@@ -1,8 +1,10 @@
 "The package as a user gets it: what it imports, where it comes from, what it installs"
-import json, re, subprocess, sys
+import json, re, shlex, subprocess, sys
 from configparser import ConfigParser
+from importlib.metadata import version
 from pathlib import Path
 import pytest
+from packaging.requirements import Requirement
 
 root = Path(__file__).parents[1]
 parser = ConfigParser(delimiters=['='])
@@ -24,7 +26,8 @@ def exported_by(nb):
 
 def test_every_module_has_its_notebook():
     "A module whose notebook is gone would still be imported; nbdev does not notice"
-    assert modules == sorted(filter(None, map(exported_by, (root/'nbs').glob('*.ipynb'))))
+    made = sorted(p.stem for p in (root/'eva').glob('*.py') if p.stem not in ('__init__', '_modidx'))
+    assert made == sorted(filter(None, map(exported_by, (root/'nbs').glob('*.ipynb'))))
 
 def test_modules_import_only_what_stands_above_them():
     order = [m for m in map(exported_by, sorted((root/'nbs').glob('[0-9]*.ipynb'))) if m]
@@ -53,6 +56,33 @@ def test_commands_are_installed_and_answer(command):
     done = subprocess.run([exe, '--help'], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and command in done.stdout
     assert subprocess.run([exe, '--nonsense'], capture_output=True, text=True, timeout=60).returncode == 2
+
+LISTS = sorted(k for k in cfg if k.endswith('requirements'))
+
+@pytest.mark.parametrize('name', LISTS)
+def test_every_dependency_has_a_floor(name):
+    "A name alone would accept a release from years ago; and what is tested here lies within the bounds"
+    for wanted in map(Requirement, shlex.split(cfg[name])):
+        assert any(s.operator in ('>=', '==') for s in wanted.specifier), f'{name}: {wanted}'
+        if name == 'requirements':
+            assert wanted.specifier.contains(version(wanted.name), prereleases=True), wanted
+
+def test_templates_are_rendered_by_a_safe_release():
+    "jinja2 3.1.5 and older let a template out of the sandbox"
+    jinja2 = next(r for r in map(Requirement, shlex.split(cfg['requirements'])) if r.name == 'jinja2')
+    assert not jinja2.specifier.contains('3.1.5') and jinja2.specifier.contains('3.1.6')
+
+def test_commands_have_one_entry():
+    from eva.cli import COMMANDS
+    assert dict(o.split('=') for o in cfg['console_scripts'].split()) == {f'eva_{c}': 'eva.cli:main' for c in COMMANDS}
+
+def test_files_that_builders_need():
+    "The three files agree: pyproject.toml names the builder and nothing that settings.ini says"
+    import tomllib
+    project = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))
+    assert set(project) == {'build-system'} and project['build-system']['build-backend'] == 'setuptools.build_meta'
+    assert cfg['update_pyproject'] == 'False' and cfg['lib_name'] == 'eva-deepseek' and cfg['lib_path'] == 'eva'
+    assert (root/'eva'/'py.typed').exists()
 
 def test_extras():
     assert 'transformer-engine' in cfg['te_requirements'] and 'datasets' in cfg['data_requirements']

@@ -16,8 +16,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = 'eva-deepseek'
 COMMANDS = ('eva_train', 'eva_generate', 'eva_convert', 'eva_bench', 'eva_plan')
-# One reads transformers, one Transformer Engine's sources, one the results inside the package.
-CHAPTERS = ('02_rope', '08_precision', '17b_when')
+# One compares with transformers, one writes files of weights, one reads the results inside the package.
+CHAPTERS = ('02_rope', '12b_files', '17b_when')
 SMALL_RUN = '--data synthetic:copy --steps 2 --batch_size 1 --seq_len 32 --out runs/mini'.split()
 RUN_BLOCKS = """
 import contextlib, io, json, sys

@@ -9,7 +9,7 @@ from nbdev.process import extract_directives
 
 def skipped(cell, off):
     "Is this a cell that keeps the outputs it has?"
-    if cell.cell_type != 'code' or 'nbdev_export()' in cell.source: return True
+    if cell.cell_type != 'code': return True
     d = extract_directives(cell, remove=False)
     return d.get('eval:', [''])[0].lower() == 'false' or bool(off & d.keys())
 
