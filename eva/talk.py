@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from .chat import ChatTemplate
 from .context import Context
-from .generate import Sampling, Tally, stream, text_stream
+from .generate import Sampling, Tally, end_tokens, stream, text_stream
 from .interop import load_pretrained
 
 # %% ../nbs/13c_talk.ipynb #d113aef4
@@ -42,15 +42,15 @@ class Speaker:
         if speculate and not len(self.model.mtp): raise ValueError(f'--speculate: {folder} holds no MTP module to draft with; leave it out')
         c = self.model.cfg
         self.positions = min(c.max_position_embeddings, positions)
-        self.ends = {c.eos_token_id, c.bos_token_id} | self._more_ends()
+        self.ends = {*end_tokens(c.eos_token_id, c.vocab_size), *end_tokens(c.bos_token_id, c.vocab_size)} | self._more_ends()
         depths = min(len(self.model.mtp), int(speculate)) if speculate is not True else len(self.model.mtp)
         self.context = Context(self.model, self.positions, depths=depths)
         self.talk,self.tally = [],Tally()
 
     def _more_ends(self):
         try: ids = json.loads((self.folder/'generation_config.json').read_text(encoding='utf-8')).get('eos_token_id')
-        except (OSError, ValueError, AttributeError): return set()
-        return {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+        except (OSError, ValueError, AttributeError, RecursionError): return set()
+        return {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and 0<=i<self.model.cfg.vocab_size}
 
     def ids(self,
         text:str,          # a text to continue, or a user's words
@@ -61,7 +61,7 @@ class Speaker:
         try: words = self.tok.encode(text, add_special_tokens=False).ids
         except Exception as e: raise ValueError(f'--prompt {text!r}: not in the vocabulary ({e}); see the words in {self.folder}/tokenizer.json') from None
         bos = self.model.cfg.bos_token_id
-        return words if self.template is not None and words[:1]==[bos] else [bos, *words]
+        return words if bos is None or self.template is not None and words[:1]==[bos] else [bos, *words]
 
     def say(self,
         text:str,              # a text to continue, or a user's words
