@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from .cache import LatentCache
 from .config import Config
-from .products import Linear, by_onednn, onednn_pays, product, product_each
+from .products import Linear, by_onednn, linear_operands, onednn_pays, product, product_each
 from .rope import rotate, softmax_scale
 
 # %% ../nbs/04_mla.ipynb #69398d2c
@@ -114,22 +114,34 @@ def attend(
 LIFTED = 2**26 # keys and values that exist at the same time in inference, 256 MB in float32
 
 @patch
-def expanded(self:MLA,
-    q_C:Tensor,  # content queries (batch, seq, heads, qk_nope_head_dim)
-    q_R:Tensor,  # rotated queries (batch, seq, heads, qk_rope_head_dim)
-    rows:Tensor, # latents and rotated keys (batch, cached + seq, kv_lora_rank + qk_rope_head_dim)
-    mask:Tensor|None=None, # True where a query may look (batch, 1, seq, cached + seq); None for causal
-)->Tensor:       # mixed values (batch, seq, heads, v_head_dim)
+def expanded(
+    self: MLA,
+    q_C: Tensor,  # content queries (batch, seq, heads, qk_nope_head_dim)
+    q_R: Tensor,  # rotated queries (batch, seq, heads, qk_rope_head_dim)
+    rows: Tensor,  # latents and rotated keys (batch, cached + seq, kv_lora_rank + qk_rope_head_dim)
+    mask: Tensor | None = None,  # True where a query may look (batch, 1, seq, cached + seq); None for causal
+) -> Tensor:  # mixed values (batch, seq, heads, v_head_dim)
     "Lift every latent to keys and values, then attend"
     c = self.cfg
-    c_KV,k_R = rows.split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
-    n,width = q_C.shape[2],c.qk_nope_head_dim+c.qk_rope_head_dim+c.v_head_dim
-    at_once = n if torch.is_grad_enabled() else max(1, min(n, LIFTED//(rows[...,0].numel()*width)))
-    if at_once<n: # a long past: so many heads at a time
-        W = self.kv_b_proj.weight.unflatten(0, (n, -1)).split(at_once)
-        lifted = (product(c_KV, w.flatten(0, 1)).unflatten(-1, (len(w), -1)) for w in W)
-        return torch.cat([self.attend_lifted(a, b, kv, k_R, mask) for a,b,kv in zip(q_C.split(at_once, 2), q_R.split(at_once, 2), lifted)], 2)
-    return self.attend_lifted(q_C, q_R, self.kv_b_proj(c_KV).unflatten(-1, (n, -1)), k_R, mask)
+    c_KV, k_R = rows.split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
+    heads = q_C.shape[2]
+    width = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+    at_once = heads
+    if not torch.is_grad_enabled():
+        at_once = max(1, min(heads, LIFTED // max(1, rows[..., 0].numel() * width)))
+    # A long past is lifted for so many heads at a time, where the layer can say what it multiplies.
+    operands = linear_operands(self.kv_b_proj, c_KV) if at_once < heads else None
+    if operands is None:
+        lifted = self.kv_b_proj(c_KV).unflatten(-1, (heads, -1))
+        return self.attend_lifted(q_C, q_R, lifted, k_R, mask)
+    latents, W = operands
+    parts = []
+    for q_c, q_r, w in zip(
+        q_C.split(at_once, 2), q_R.split(at_once, 2), W.unflatten(0, (heads, -1)).split(at_once)
+    ):
+        lifted = product(latents, w.flatten(0, 1)).to(q_C.dtype).unflatten(-1, (len(w), -1))
+        parts.append(self.attend_lifted(q_c, q_r, lifted, k_R, mask))
+    return torch.cat(parts, 2)
 
 @patch
 def attend_lifted(self:MLA,
@@ -228,9 +240,16 @@ def absorbed(self:MLA,
     rows:Tensor, # latents and rotated keys (batch, cached + seq, kv_lora_rank + qk_rope_head_dim)
     mask:Tensor|None=None, # True where a query may look (batch, 1, seq, cached + seq); None for causal
 )->Tensor:       # mixed values (batch, seq, heads, v_head_dim)
-    "Attend in the latent space: the same function without making keys"
+    "Attend in the latent space: the same function without making keys, where `kv_b_proj` can say what it multiplies"
     c = self.cfg
-    W_UK,W_UV = self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1)).split((c.qk_nope_head_dim, c.v_head_dim), 1)
+    operands = linear_operands(self.kv_b_proj, rows[..., : c.kv_lora_rank])
+    if operands is None:  # only the layer itself knows its function
+        return self.expanded(q_C, q_R, rows, mask)
+    latents, W = operands
+    if W is not self.kv_b_proj.weight:  # a layer that rounds both
+        rows = torch.cat((latents.to(rows.dtype), rows[..., c.kv_lora_rank :]), -1)
+        W = W.to(q_C.dtype)
+    W_UK,W_UV = W.unflatten(0, (c.num_attention_heads, -1)).split((c.qk_nope_head_dim, c.v_head_dim), 1)
     q = torch.cat((torch.einsum('bsnd,ndc->bsnc', q_C, W_UK), q_R), -1)
     b,s,n,_ = q.shape
     scores = product_each(q.flatten(1, 2), rows).view(b, s, n, -1)*self.scale
