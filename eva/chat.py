@@ -6,9 +6,10 @@
 __all__ = ['ChatTemplate']
 
 # %% ../nbs/12c_chat.ipynb #56f8e270
-import json
+import json, os
 from datetime import datetime
 from pathlib import Path
+from .fileio import read_json, read_text
 
 # %% ../nbs/12c_chat.ipynb #067c3b9e
 class ChatTemplate:
@@ -33,14 +34,8 @@ class ChatTemplate:
     ):               # a ChatTemplate, or None where there is none
         "Read the template beside a tokenizer"
         folder,about = Path(folder),{}
-        def text(path):
-            if path.stat().st_size>2**24: raise ValueError(f'{path}: {path.stat().st_size:,} bytes; no template or tokenizer configuration is that large')
-            return path.read_text(encoding='utf-8')
-        if (path := folder/'tokenizer_config.json').is_file():
-            try: about = json.loads(text(path))
-            except ValueError as e: raise ValueError(f'{path}: not valid JSON ({e}); fetch the file again') from None
-            if not isinstance(about, dict): raise ValueError(f'{path}: holds a {type(about).__name__}; a tokenizer configuration is a JSON object')
-        template = text(path) if (path := folder/'chat_template.jinja').is_file() else about.get('chat_template')
+        if os.path.lexists(path := folder/'tokenizer_config.json'): about = read_json(path, max_bytes=2**24, root=folder)
+        template = read_text(path, 2**24, folder) if os.path.lexists(path := folder/'chat_template.jinja') else about.get('chat_template')
         if isinstance(template, list): template = {o.get('name'): o.get('template') for o in template if isinstance(o, dict)}.get('default') # several, by purpose
         if not isinstance(template, str): return None
         mark = lambda x: x.get('content') if isinstance(x, dict) else x

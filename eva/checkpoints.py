@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from .data import replacing
+from .fileio import open_regular
 
 # %% ../nbs/10c_checkpoints.ipynb #8dc4be3d
 LARGEST = 2**26 # bytes of a state.json: a real one has some thousands
@@ -53,6 +54,7 @@ def load_checkpoint(
 )->tuple[dict,dict]: # tensors, state
     "Read a checkpoint, or say what is wrong with it"
     try:
+        for name in ('state.json', 'tensors.safetensors'): open_regular(path/name).close() # a pipe would keep us waiting
         if (size := (path/'state.json').stat().st_size)>LARGEST: raise ValueError(f'state.json has {size:,} bytes, at most {LARGEST:,} are read')
         state = json.loads((path/'state.json').read_text(encoding='utf-8'))
         if not isinstance(state, dict): raise ValueError(f'state.json holds a {type(state).__name__}')
