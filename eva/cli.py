@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MOST', 'LEAVES', 'SETTINGS', 'COMMANDS', 'train_parser', 'new_run', 'is_large', 'new_corpus_run', 'from_checkpoint',
            'new_answers_run', 'copy_template', 'new_task_run', 'streams_of', 'old_run', 'opened', 'opened_together',
-           'prepare', 'start_model', 'settings', 'device_of', 'parallel_of', 'check_memory', 'train_with_bar',
-           'sample_text', 'finish', 'summary', 'guarded', 'eva_train', 'convert_parser', 'eva_convert', 'bench_parser',
-           'eva_bench', 'typed_text', 'generate_parser', 'eva_generate', 'prepare_streams', 'typed_command', 'main']
+           'prepare', 'start_model', 'settings', 'device_of', 'parallel_of', 'check_memory', 'check_sizes',
+           'train_with_bar', 'sample_text', 'finish', 'summary', 'guarded', 'eva_train', 'convert_parser',
+           'eva_convert', 'bench_parser', 'eva_bench', 'typed_text', 'generate_parser', 'eva_generate',
+           'prepare_streams', 'typed_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #2909e24a
 import argparse, codecs, io, sys, time
@@ -122,14 +123,13 @@ def from_checkpoint(
     args,     # from train_parser
 )->tuple:     # model config, tokenizer
     "What --init decides"
-    from tokenizers import Tokenizer
+    from eva.files import load_tokenizer
     from eva.interop import load_pretrained
     for o in ('preset', 'vocab_size'):
         if getattr(args, o) is not None: raise ValueError(f'--{o} {getattr(args, o)}: comes from --init {args.init}; leave it out')
     if not (args.init/'tokenizer.json').is_file(): raise ValueError(f'{args.init}: no tokenizer.json; --init needs a checkpoint with its tokenizer')
-    try: tok = Tokenizer.from_file(str(args.init/'tokenizer.json'))
-    except Exception as e: raise ValueError(f'{args.init/"tokenizer.json"}: not a readable tokenizer ({e})') from None # the library raises bare Exception
-    cfg = load_pretrained(args.init).cfg
+    tok,cfg = load_tokenizer(args.init/'tokenizer.json', args.init),load_pretrained(args.init).cfg
+    if cfg.bos_token_id is None: raise ValueError(f'{args.init}/config.json: bos_token_id is null, and training tells documents apart by it; write the number of a token that starts a document')
     if tok.get_vocab_size()>cfg.vocab_size: raise ValueError(f'{args.init}: the tokenizer has {tok.get_vocab_size()} entries, the model vocab_size={cfg.vocab_size}; they do not belong together')
     return cfg,tok
 
@@ -214,15 +214,15 @@ def old_run(
     out:Path, # its folder
 )->tuple:     # as of new_run
     "Reopen what a run was started with"
-    import json
-    from tokenizers import Tokenizer
     from eva.config import Config
+    from eva.fileio import read_json
+    from eva.files import load_tokenizer
     from eva.train import TrainConfig
     try:
-        about = json.loads((out/'run.json').read_text(encoding='utf-8'))
-        return (Config.from_json(about['model']), TrainConfig(**about['train']), Tokenizer.from_file(str(out/'tokenizer.json')),
+        about = read_json(out/'run.json', root=out)
+        return (Config.from_json(about['model']), TrainConfig(**about['train']), load_tokenizer(out/'tokenizer.json', out),
                 *streams_of(out), about)
-    except Exception as e: raise ValueError(f'{out}: the run cannot be reopened ({e}); start another with --out') from None # tokenizers raises bare Exception
+    except Exception as e: raise ValueError(f'{out}: the run cannot be reopened ({e}); start another with --out') from None
 
 LEAVES = 'config.json tokenizer.json model.safetensors model.safetensors.index.json metrics.jsonl checkpoints'.split()
 
@@ -330,6 +330,24 @@ def check_memory(
     need = 20*cfg.num_params(mtp=True)[0] # bf16 weights and gradients; float32 masters, gradients and two moments
     have = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')
     if need>have: raise ValueError(f'this model needs about {need/1e9:,.0f} GB to train, the machine has {have/1e9:,.0f}; use --preset mini')
+
+# %% ../nbs/19_cli.ipynb #c1900001
+def check_sizes(
+    args: argparse.Namespace,  # from train_parser
+):
+    "Refuse numbers that no machine holds, before memory is asked for"
+    import os
+    from eva.config import PRESETS, Config
+    have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    width = Config.preset(args.preset if args.preset in PRESETS else 'mini').hidden_size
+    batch, window, vocab = args.batch_size or 16, args.seq_len or 512, args.vocab_size or 0
+    needs = {
+        f'--vocab_size {vocab}': (20 * 2 * vocab * width, f'its embedding and head, {width} wide, with what training keeps of them'),
+        f'--batch_size {batch} --seq_len {window}': (8 * batch * window, 'the token numbers of one step'),
+    }
+    for name, (need, what) in needs.items():
+        if need > have:
+            raise ValueError(f'{name}: {what} would take {need / 1e9:,.0f} GB, and the machine has {have / 1e9:,.0f}; choose less')
 
 # %% ../nbs/19_cli.ipynb #ef1b4d35
 def train_with_bar(
@@ -446,6 +464,7 @@ def eva_train(
     args.out,ranks = args.out or Path('runs')/(args.preset or 'mini'),[None]
     def work():
         start = time.time()
+        check_sizes(args)
         ranks[0] = parallel = parallel_of(args)
         say = print if parallel is None or parallel.rank==0 else lambda *args, **kw: None
         t,tok,baselines = prepare(args, parallel=parallel)
@@ -472,8 +491,8 @@ def convert_parser()->argparse.ArgumentParser: # of eva_convert
     p = argparse.ArgumentParser('eva_convert', description='Convert a DeepSeek checkpoint, tensor by tensor, in the memory of a few tensors; after an interruption the same command goes on.')
     p.add_argument('src', type=Path, metavar='SRC', help='folder with config.json and safetensors, one file or many')
     p.add_argument('dst', type=Path, metavar='DST', help='folder to be made; until it is complete it is called DST.partial')
-    p.add_argument('--to', choices=('bf16', 'fp32', 'fp8'), default='bf16', help='bf16 and fp32 undo FP8 and leave other tensors as they are; '
-        'fp8 rounds the weights that are published in FP8 to blocks of 128x128 (default: bf16)')
+    p.add_argument('--to', choices=('bf16', 'fp32', 'fp8'), default='bf16', help='bf16 and fp32 convert every tensor but the routing biases, which stay float32; '
+        'fp8 rounds the weights that are published in FP8 to blocks of 128x128 and leaves the rest (default: bf16)')
     p.add_argument('--pow2', action='store_true', help='with --to fp8: scales that are powers of two, as in V3.1')
     return p
 
@@ -490,7 +509,7 @@ def eva_convert(
         def progress(done, total):
             if not bars: bars.append(tqdm(total=total, unit='B', unit_scale=True, dynamic_ncols=True)) # not before the folder has been checked
             bars[0].update(done-bars[0].n)
-        try: convert_checkpoint(args.src, args.dst, args.to, args.pow2, progress)
+        try: convert_checkpoint(args.src, args.dst, args.to, args.pow2, progress, lambda s: print(f'eva_convert: {s}', file=sys.stderr))
         except KeyboardInterrupt: print(f'interrupted, nothing is lost; go on with: eva_convert {args.src} {args.dst} --to {args.to}' + ' --pow2'*args.pow2); return 130
         finally:
             for b in bars: b.close()
