@@ -126,7 +126,7 @@ def check(self:Parallel,
 ):
     "Refuse batches that do not divide among the ranks"
     W = self.ranks
-    if cfg.precision not in ('fp32', 'bf16'): raise ValueError(f'precision={cfg.precision!r} on {self.world} ranks: must be fp32 or bf16')
+    self.check_precision(cfg.precision)
     if self.pp>1 and cfg.apart: raise ValueError(f'apart=True, pp={self.pp}: a pipeline does not hide documents from each other; leave one of them out')
     for size in sorted({cfg.sequences(i+1)-cfg.sequences(i) for i in range(cfg.steps)}):
         ahead = max(1, round(cfg.mtp_share*size)) if cfg.mtp_share and depths else 0
@@ -180,6 +180,13 @@ def asked(self:Parallel,
 
 @patch
 def settle(self:Parallel, trainer:Trainer): trainer.model.eval()
+
+@patch
+def check_precision(self:Parallel,
+    precision:str, # fp32, bf16, fp16 or fp8
+):
+    "Refuse precisions that remember what one rank saw of its own sequences: a loss scale, magnitudes of tensors"
+    if precision not in ('fp32', 'bf16'): raise ValueError(f'precision={precision!r} on {self.world} ranks: must be fp32 or bf16')
 
 # %% ../nbs/14e_distributed.ipynb #655085c0
 @patch

@@ -1,11 +1,14 @@
 "Kinds of model that no preset has, through training, saving and loading"
+import shutil
 import pytest, torch
 from torch.testing import assert_close
 from eva.config import Config
 from eva.data import Document, train_tokenizer, write_tokens
 from eva.interop import load_pretrained, save_pretrained
 from eva.model import DeepSeekV3
-from eva.train import TrainConfig, Trainer, bits_per_byte, read_metrics
+from eva.fp8 import RECIPES
+from eva.stability import StabilityMonitor
+from eva.train import COUNTERS, TrainConfig, Trainer, bits_per_byte, read_metrics
 
 KINDS = dict(tied=dict(tie_word_embeddings=True), all_dense=dict(first_k_dense_replace=2), no_mtp=dict(num_nextn_predict_layers=0),
              two_mtp=dict(num_nextn_predict_layers=2), no_shared=dict(n_shared_experts=0), no_dense=dict(first_k_dense_replace=0),
@@ -32,3 +35,111 @@ def test_trains_saves_and_loads(tmp_path, kind, precision):
     again = Trainer(DeepSeekV3(cfg), train, held, t.cfg, tmp_path/'run')
     again.resume()
     for a, b in zip(again.opt.masters.values(), t.opt.masters.values()): assert torch.equal(a, b)
+
+
+# Going back: a process that takes up one of its own checkpoints is as one that begins there
+
+
+TINY = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=16,
+    moe_intermediate_size=8,
+    n_routed_experts=4,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+)
+PRECISIONS = [("fp32", "block_pow2"), ("bf16", "block_pow2"), ("fp16", "block_pow2")]
+PRECISIONS += [("fp8", recipe) for recipe in RECIPES]
+OPTIMIZERS = [(muon_lr, moments) for muon_lr in (0.02, 0.0) for moments in ("fp32", "bf16")]
+STEPS_SAVED = (0, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory):
+    root = tmp_path_factory.mktemp("streams")
+    text = "for i in range(10):\n    print(i, i*i)\n" * 40
+    tokenizer = train_tokenizer([text], 270)
+    train = write_tokens(root / "train.npy", [Document("train", text * 3)], tokenizer)
+    held_out = write_tokens(root / "held.npy", [Document("held", text[:900])], tokenizer)
+    return train, held_out, tokenizer.get_vocab_size()
+
+
+def tiny_trainer(streams, out, **settings):
+    "A trainer of a model of a few thousand weights, watched layer by layer"
+    train, held_out, vocab_size = streams
+    torch.manual_seed(0)
+    model = DeepSeekV3(Config.preset("mini", vocab_size=vocab_size, **TINY))
+    base = dict(steps=12, batch_size=2, micro_batch=1, seq_len=16, eval_every=3, lr=3e-3)
+    trainer = Trainer(model, train, held_out, TrainConfig(**base | settings), out)
+    trainer.monitor = StabilityMonitor(model, window=6, factor=1.01, quiet=2)
+    return trainer
+
+
+def everything(trainer):
+    "All that decides how a run goes on, by name"
+    masters = trainer.opt.state_dict()
+    tensors = {**masters, **dict(trainer.model.named_buffers()), **trainer.recipe_state()}
+    tensors["random"] = torch.get_rng_state()
+    rest = dict(
+        watch=trainer.guard.state_dict(),
+        monitor=trainer.monitor.state_dict(),
+        scaler=trainer.scaler and trainer.scaler.state_dict(),
+        load=[{n: load.tolist() for n, load in step.items()} for step in trainer.meter.history],
+        counters={n: getattr(trainer, n) for n in COUNTERS if n != "seconds"},
+        precision=trainer.precision,
+    )
+    return {n: t.clone() for n, t in tensors.items()}, rest
+
+
+def assert_same(a, b):
+    "The same names, the same bits, the same figures"
+    (tensors, rest), (other_tensors, other_rest) = a, b
+    assert tensors.keys() == other_tensors.keys()
+    different = [n for n, t in tensors.items() if not t.equal(other_tensors[n])]
+    assert not different
+    assert rest == other_rest
+
+
+def trained(trainer, steps):
+    "Some steps as `fit` does them, with an evaluation, a loss of nan, and a number drawn"
+    trainer.model.train()
+    trainer.monitor.attach()
+    for _ in range(steps):
+        trainer.train_step()
+        torch.rand(())
+    trainer.quick_eval()
+    trainer.monitor.detach()
+
+
+@pytest.mark.parametrize("precision, recipe", PRECISIONS)
+def test_going_back_is_beginning_there(streams, tmp_path, precision, recipe):
+    for muon_lr, moments in OPTIMIZERS:
+        settings = dict(precision=precision, recipe=recipe, muon_lr=muon_lr, moments=moments)
+        run = tmp_path / f"{muon_lr}-{moments}"
+        here = tiny_trainer(streams, run, keep=9, **settings)
+        for step in STEPS_SAVED:
+            trained(here, step - here.step)
+            here.save()
+        trained(here, 3)
+        for step in STEPS_SAVED:
+            out = run / f"back-to-{step}"
+            name = f"step-{step:06d}"
+            shutil.copytree(run / "checkpoints" / name, out / "checkpoints" / name)
+            here.out, here.rewinds = out, 0
+            here.rewind()
+            fresh = tiny_trainer(streams, out, keep=9, **settings)
+            fresh.resume()
+            # Only the place in the data differs: what was read is not read again.
+            fresh.passed, fresh.rewound = here.passed, here.rewound
+            assert_same(everything(here), everything(fresh))
+            random_state = torch.get_rng_state()
+            trained(here, 3)
+            torch.set_rng_state(random_state)
+            trained(fresh, 3)
+            assert_same(everything(here), everything(fresh))
+            assert fresh.step == step + 3
