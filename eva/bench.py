@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 import torch
 from torch import Tensor
-from .mla import keep_freed_memory, return_freed_memory
+from .mla import freed_memory_kept, return_freed_memory
 from .products import product
 
 # %% ../nbs/16_bench.ipynb #06c2549d
@@ -131,6 +131,7 @@ CASES = {**dict.fromkeys(('attention', 'moe', 'experts', 'loss', 'cache'), 'eva.
          **dict.fromkeys(('train', 'prefill', 'decode', 'generate', 'drafts'), 'eva.bench_models'),
          **dict.fromkeys(('quantize', 'convert', 'tokenize', 'load', 'start'), 'eva.bench_files')}
 
+@freed_memory_kept()
 def run(
     names:list[str]|None=None, # cases, all by default
     quick:bool=False,          # small versions, to see that it works?
@@ -142,7 +143,6 @@ def run(
     "Measure"
     names = names or list(CASES)
     if unknown := [n for n in names if n not in CASES]: raise ValueError(f'{", ".join(unknown)}: no such case; there are {", ".join(CASES)}')
-    keep_freed_memory()
     lines,start = [],time.perf_counter()
     for n in names:
         f = getattr(import_module(CASES[n]), n)

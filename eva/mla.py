@@ -9,6 +9,7 @@ __all__ = ['LIFTED', 'KEPT_UP_TO', 'HEADS_APART_FROM', 'M_TRIM_THRESHOLD', 'M_MM
 
 # %% ../nbs/04_mla.ipynb #fba4ed7a
 import ctypes
+from contextlib import ContextDecorator
 from functools import partial, wraps
 import torch
 import torch.nn.functional as F
@@ -233,8 +234,8 @@ def return_freed_memory(
     try: ctypes.CDLL('libc.so.6').malloc_trim(0)
     except (OSError, AttributeError): pass
 
-class freed_memory_kept:
-    "A context in which the C library keeps and reuses freed memory; the outermost one returns it"
+class freed_memory_kept(ContextDecorator):
+    "A context, or a decorator, in which the C library keeps and reuses freed memory; the outermost one returns it"
     depth = 0 # contexts that are open in this process
 
     def __enter__(self):

@@ -125,10 +125,11 @@ WHOLE_GRID = [(*p, *o) for p in PRECISIONS for o in OPTIMIZERS]
 
 def go_back(streams, folder, settings, steps_saved, steps_after):
     "Go back to each checkpoint, beside a fresh trainer that begins there; all must be the same, at once and later"
-    here = tiny_trainer(streams, folder, keep=9, **settings)
+    here, saved = tiny_trainer(streams, folder, keep=9, **settings), {}
     for step in steps_saved:
         trained(here, step - here.step)
         here.save()
+        saved[step] = everything(here)
     trained(here, steps_after)
     for step in steps_saved:
         out = folder / f"back-to-{step}"
@@ -138,6 +139,8 @@ def go_back(streams, folder, settings, steps_saved, steps_after):
         here.rewind()
         fresh = tiny_trainer(streams, out, keep=9, **settings)
         fresh.resume()
+        tensors, rest = everything(fresh)
+        assert_same((tensors, rest | dict(load=[])), (saved[step][0], saved[step][1] | dict(load=[])))
         # Only the place in the data differs: what was read is not read again.
         fresh.passed, fresh.rewound = here.passed, here.rewound
         assert_same(everything(here), everything(fresh))
