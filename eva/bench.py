@@ -142,6 +142,7 @@ def run(
     "Measure"
     names = names or list(CASES)
     if unknown := [n for n in names if n not in CASES]: raise ValueError(f'{", ".join(unknown)}: no such case; there are {", ".join(CASES)}')
+    if out is not None: _check(Path(out)) # before anything is measured
     keep_freed_memory()
     lines,start = [],time.perf_counter()
     for n in names:
@@ -155,17 +156,24 @@ def run(
         if out is not None: keep(lines, Path(out), device=device, quick=quick, seconds=round(time.perf_counter()-start)) # after each case: an interruption loses one
     return lines
 
+def _check(out):
+    "Refuse a folder with a bench.json that is somebody else's; one that was written before Eva kept lists is ours"
+    from eva.fileio import Manifest, locked
+    with locked(out):
+        manifest = Manifest(out)
+        if not manifest.path.exists() and (out/'bench.json').is_file() and 'machine' in read(out/'bench.json')[1]: manifest.adopt('bench.json', 'bench.png')
+        manifest.check('bench.json', 'bench.png')
+
 def keep(lines, out, device, **about): # a Path
     "Write the lines, beside those of other cases that are there already, and a picture"
-    from eva.data import replacing
-    out.mkdir(parents=True, exist_ok=True)
+    from eva.checkpoints import owned_write
     new = {l.kind for l in lines}
     if not about['quick'] and (out/'bench.json').exists():                     # other cases stay, if they are of this machine
         old,then = read(out/'bench.json')
         if then['machine']==machine(device) and not then['quick']: lines = sorted([l for l in old if l.kind not in new]+lines, key=lambda l: [*CASES, l.kind].index(l.kind))
     about = dict(machine=machine(device), date=time.strftime('%Y-%m-%d'), torch=torch.__version__, threads=torch.get_num_threads(), **about, lines=[asdict(l) for l in lines])
-    with replacing(out/'bench.json') as f: f.write_text(json.dumps(about, indent=1), encoding='utf-8')
-    with replacing(out/'bench.png') as f: picture(lines, f)
+    with owned_write(out/'bench.json') as f: f.write_text(json.dumps(about, indent=1), encoding='utf-8')
+    with owned_write(out/'bench.png') as f: picture(lines, f)
 
 def machine(device):
     "The processor's own name"
@@ -192,8 +200,10 @@ def read(
     path:str|Path, # bench.json
 )->tuple[list[Line],dict]: # lines; machine, date, threads
     "What a run wrote"
-    about = json.loads(Path(path).read_text(encoding='utf-8'))
-    return [Line(**l) for l in about.pop('lines')],about
+    from eva.fileio import read_json
+    about = read_json(path)
+    try: return [Line(**l) for l in about.pop('lines')],about
+    except (KeyError, TypeError) as e: raise ValueError(f'{path}: no figures of eva_bench ({e}); move it away, or choose another folder') from None
 
 def picture(
     lines:list[Line], # from `run`

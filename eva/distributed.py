@@ -21,7 +21,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from .checkpoints import RunLog, newest, owned_write, seal
 from .exchange import ParallelExperts, Traffic, disband, spread
-from .interop import load_pretrained, published, save_about
+from .fileio import Manifest
+from .interop import load_pretrained, model_files, published, save_about
 from .model import Block, DeepSeekV3
 from .moe import Gate, MoE
 from .pipeline import Pipeline, owners
@@ -267,7 +268,7 @@ def export(self:Parallel,
         first = self.stretch(self.params[n])
         parts |= {name: w.data[e-first][rows] for name,(e,*rest) in published(n, cfg) for rows in [rest[0] if rest else slice(None)] if first<=e<first+len(w)}
     if (path/'model.safetensors.index.json').exists(): raise ValueError(f'{path}: holds a sharded checkpoint, whose index would go on to be read; save to another folder')
-    if self.rank==0: path.mkdir(parents=True, exist_ok=True)
+    self.tell(lambda: Manifest(path).check(*model_files(tokenizer))) # before anything is written
     with self.replacing(path/'model.safetensors') as t: write_together(t, parts)
     if self.rank==0: save_about(path, cfg, w.dtype, tokenizer)
 @patch
