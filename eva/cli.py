@@ -513,7 +513,8 @@ def guarded(
             if is_lost(e): e,ours = 'another rank is gone, and the job cannot go on without it; what was saved is whole, and --resume, or torchrun --max-restarts, goes on from there',True
             if ours and not p.speaks(): return 1
         if not ours: raise # our own mistakes keep their traceback
-        print(f'{name}: {e}', file=sys.stderr, flush=True); return 1
+        print(f'{name}: {e}', file=sys.stderr, flush=True)
+        return 2 if isinstance(e, ValueError) else 1           # as of arguments that are not understood; 1: what was right went wrong
 
 def eva_train(
     argv:list[str]|None=None, # arguments, those of the command line by default

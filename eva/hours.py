@@ -306,4 +306,6 @@ def eva_plan(
             print(f'\neverything is in {args.out}')
         return 0
     except BrokenPipeError: return 0
-    except (ValueError, OSError) as e: print(f'eva_plan: {e}', file=sys.stderr); return 1
+    except (ValueError, OSError) as e:
+        print(f'eva_plan: {e}', file=sys.stderr)
+        return 2 if isinstance(e, ValueError) else 1
