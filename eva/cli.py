@@ -268,7 +268,7 @@ def adopt_run(
     if not manifest.path.exists():
         found = manifest.adopt(*RUN_FILES, *RUN_FOLDERS)
         say(f'{out}: the run is older than the list of what Eva wrote; now listed: {", ".join(found)}')
-    if saved.is_dir() and not Manifest(saved).path.exists():
+    if saved.is_dir() and not saved.is_symlink() and not Manifest(saved).path.exists():
         names = ('state.json', 'tensors.safetensors')
         Manifest(saved).adopt(*(p / name for p in checkpoints(saved) for name in names))
 

@@ -673,7 +673,8 @@ class Manifest:
             elif place.is_file():
                 self.files[name] = [_describe(place)]
                 found.append(name)
-        self._save()
+        if found:
+            self._save()
         return found
 
     def recover(self):

@@ -189,7 +189,7 @@ def convert_checkpoint(
     if (need := job.bytes_to_write(part))>(free := shutil.disk_usage(part.parent).free): raise ValueError(
         f'{dst}: {need/1e9:.1f} GB are to be written and {free/1e9:.1f} GB are free there; make room, or give a folder on another disk')
     part.mkdir(exist_ok=True)
-    (part/'job.json').write_text(about)
+    if not (part/'job.json').exists(): (part/'job.json').write_text(about)
     job.manifest = manifest = Manifest(part)
     manifest.recover() # of a call that was killed
     copied = [f for f in src.iterdir() if f.is_file() and f.suffix!='.safetensors' and f.name not in NOT_COPIED] # tokenizer, generation settings, licence
