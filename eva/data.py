@@ -91,7 +91,7 @@ def train_tokenizer(
     return tok
 
 # %% ../nbs/10_data.ipynb #cb2d6c7f
-from .fileio import atomic_write as replacing, fsync_path as sync
+from .fileio import Manifest, atomic_write as replacing, fsync_path as sync, open_regular, read_json
 _all_ += ['replacing', 'sync']
 
 # %% ../nbs/10_data.ipynb #ddf4e01b
@@ -99,6 +99,7 @@ def memory_map(
     path:Path, # an .npy file
 )->np.ndarray: # its numbers, read from the disk when they are looked at
     "An array that stays on the disk; never objects, never a pickle"
+    open_regular(path).close() # a pipe would keep us waiting
     try: return np.lib.format.open_memmap(path, mode='r')
     except OSError: raise
     except Exception as e: raise ValueError(f'{type(e).__name__}: {e}') from None # numpy hands headers to Python's parser, which raises its own kinds
@@ -122,8 +123,7 @@ class TokenStream:
 
     def _about(self):
         "What the .json beside it says, checked"
-        with open(self.path.with_suffix('.json'), 'rb') as f: meta = json.loads(f.read(2**20)) # a real one has some hundred bytes
-        if not isinstance(meta, dict): raise ValueError(f'its .json holds a {type(meta).__name__}')
+        meta = read_json(self.path.with_suffix('.json'))
         self.bytes,self.vocab_size = meta['bytes'],meta['vocab_size']
         self.align,self.optimum,self.task = meta.get('align', 1),meta.get('optimum'),meta.get('task') # tokens, nats per token, name
         for o in ('bytes', 'vocab_size', 'align'):
@@ -147,9 +147,10 @@ def write_tokens(
 def _write(path, tokens, **meta):
     "A row of tokens and what there is to know about it, as files; opened"
     meta = dict(tokens=len(tokens), **meta)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path.with_suffix('.json')) as t: t.write_text(json.dumps(meta))
-    with replacing(path) as t:
+    manifest = Manifest(path.parent)
+    manifest.check(path, path.with_suffix('.json'))
+    with manifest.write(path.with_suffix('.json')) as t: t.write_text(json.dumps(meta))
+    with manifest.write(path) as t:
         with open(t, 'wb') as f: np.save(f, tokens, allow_pickle=False)
     return TokenStream(path)
 

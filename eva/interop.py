@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOAT_TYPES', 'KEPT', 'EIGHT', 'COPIED', 'MADE', 'TYPES', 'published', 'published_state', 'save_pretrained',
-           'save_about', 'special_tokens', 'block_of', 'load_pretrained', 'stored_dtype', 'convert_checkpoint']
+           'model_files', 'save_about', 'special_tokens', 'block_of', 'load_pretrained', 'stored_dtype',
+           'convert_checkpoint']
 
 # %% ../nbs/13_interop.ipynb #864d618e
 import json, math, os, re, shutil, warnings
@@ -15,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from .config import MAX_CONFIG_BYTES, Config
-from .data import replacing, sync
-from .fileio import FolderLock, open_regular, read_json
+from .data import sync
+from .fileio import FolderLock, Manifest, locked, open_regular, read_json
 from .files import MAX_TOKENIZER_BYTES, Checkpoint, to_blocks, write_safetensors
 from .fp8 import scale_shape
 from .model import DeepSeekV3
@@ -49,11 +50,19 @@ def save_pretrained(
 ):
     "Write a folder that `load_pretrained` and other software open"
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     if (path/'model.safetensors.index.json').exists(): raise ValueError(
         f'{path}: holds a sharded checkpoint, whose index would go on to be read; save to another folder')
-    with replacing(path/'model.safetensors') as t: save_file(dict(published_state(model)), t, metadata=dict(format='pt'))
-    save_about(path, model.cfg, model.lm_head.weight.dtype, tokenizer)
+    with locked(path):
+        manifest = Manifest(path)
+        manifest.check(*model_files(tokenizer)) # before anything is written
+        with manifest.write('model.safetensors') as t: save_file(dict(published_state(model)), t, metadata=dict(format='pt'))
+        save_about(path, model.cfg, model.lm_head.weight.dtype, tokenizer)
+
+def model_files(
+    tokenizer=None, # what is put beside the model
+)->list[str]:       # names
+    "What `save_pretrained` writes"
+    return ['model.safetensors', 'config.json'] + ([] if tokenizer is None else ['tokenizer.json', 'tokenizer_config.json'])
 
 def save_about(
     path:Path,  # folder
@@ -63,12 +72,13 @@ def save_about(
 ):
     "Everything but the weights"
     _warn_of_others(cfg, path)
-    with replacing(path/'config.json') as t: t.write_text(json.dumps(cfg.to_json() | dict(dtype=str(dtype).removeprefix('torch.')), indent=2)+'\n', encoding='utf-8')
+    manifest = Manifest(path)
+    with manifest.write('config.json') as t: t.write_text(json.dumps(cfg.to_json() | dict(dtype=str(dtype).removeprefix('torch.')), indent=2)+'\n', encoding='utf-8')
     if tokenizer is None: return
-    with replacing(path/'tokenizer.json') as t: tokenizer.save(str(t))
+    with manifest.write('tokenizer.json') as t: tokenizer.save(str(t))
     about = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
                  model_max_length=cfg.max_position_embeddings) | special_tokens(cfg, tokenizer)
-    with replacing(path/'tokenizer_config.json') as t: t.write_text(json.dumps(about, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
+    with manifest.write('tokenizer_config.json') as t: t.write_text(json.dumps(about, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
 
 # %% ../nbs/13_interop.ipynb #c1300001
 def special_tokens(
@@ -243,17 +253,21 @@ def convert_checkpoint(
     job.refuse()
     others = _others(src, say)
     part.parent.mkdir(parents=True, exist_ok=True)
-    with FolderLock(part.parent, f'.{part.name}.lock'): # beside it, so that it holds until the folder has its name
+    with FolderLock(part.parent, f'.{dst.name}.eva-lock', dst): # beside it, so that it holds until the folder has its name
         about = json.dumps(dict(src=str(src.resolve()), to=to, pow2=pow2, files=job.fingerprint(), rules=2)) # 2: every tensor is converted
         _begin(part, about, dst, job)
+        job.manifest = manifest = Manifest(part)
+        manifest.recover() # of a call that was killed
+        manifest.check('config.json', 'model.safetensors.index.json', *(f.name for f in (*job.files, *others)))
         for file,names in job.files.items(): job.convert(part/file.name, names)
-        if len(job.files)>1: (part/'model.safetensors.index.json').write_text(json.dumps(job.index(), indent=1))
+        if len(job.files)>1:
+            with manifest.write('model.safetensors.index.json') as t: t.write_text(json.dumps(job.index(), indent=1))
         for f in others:
-            with open_regular(f, MAX_TOKENIZER_BYTES, src) as source, open(part/f.name, 'wb') as copy: shutil.copyfileobj(source, copy)
-        (part/'config.json').write_text(json.dumps(job.config(config), indent=2)+'\n', encoding='utf-8')
-        (part/'job.json').unlink()
-        for f in part.iterdir(): sync(f)
-        part.rename(dst)
+            with open_regular(f, MAX_TOKENIZER_BYTES, src) as source, manifest.write(f.name) as t, open(t, 'wb') as copy: shutil.copyfileobj(source, copy)
+        with manifest.write('config.json') as t: t.write_text(json.dumps(job.config(config), indent=2)+'\n', encoding='utf-8')
+        os.replace(part, dst)
+        for name in ('job.json', Manifest.NAME): (dst/name).unlink() # it is complete, and nothing will be overwritten in it
+        sync(dst)
     return dst
 
 # %% ../nbs/13_interop.ipynb #c1300003
@@ -292,7 +306,8 @@ def _others(src, say):
 def _begin(part, about, dst, job):
     "Make the folder that is to be completed, or go on with it"
     job_file = part / 'job.json'
-    if os.path.lexists(part) and (not job_file.is_file() or job_file.read_text() != about):
+    others = not job_file.is_file() or job_file.read_text() != about
+    if os.path.lexists(part) and (part.is_symlink() or others):
         raise ValueError(f'{part}: was left by another conversion; remove it, or give another folder')
     need, free = job.bytes_to_write(part), shutil.disk_usage(part.parent).free
     if need > free:
@@ -301,9 +316,8 @@ def _begin(part, about, dst, job):
             'make room, or give a folder on another disk'
         )
     part.mkdir(exist_ok=True)
-    job_file.write_text(about)
-    for f in part.glob('.*.tmp*'):  # of a call that was killed
-        f.unlink()
+    if not job_file.exists():
+        job_file.write_text(about)
 
 # %% ../nbs/13_interop.ipynb #2c21ebd7
 class _Job:
@@ -356,7 +370,8 @@ class _Job:
     def convert(self, file, names):
         "One file; what a former call completed stays"
         shapes = {n: s for name in names for n,s in self.outputs(name).items()}
-        if shapes and not file.exists(): write_safetensors(file, shapes, self.made(names))
+        if shapes and not self.manifest.owns(file):
+            with self.manifest.write(file) as t: write_safetensors(t, shapes, self.made(names))
         else: self.read(*names)
         self.ck.files.clear() # unmap what was read
 
