@@ -20,18 +20,24 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role']=='system' %}{
 ROLES = ('system', 'user', 'assistant', 'tool')
 
 def answer_spans(
-    messages:list[dict],   # each with role and content
-    template:ChatTemplate, # of the checkpoint
-)->tuple[str,list[tuple[int,int]]]: # the text, and where in it the answers stand (characters)
+    messages: list[dict],  # each with role and content
+    template: ChatTemplate,  # of the checkpoint
+) -> tuple[str, list[tuple[int, int]]]:  # the text, and where in it the answers are (characters)
     "A conversation as text, and the parts of it that the model said"
-    text,spans = template(messages, answer=False),[]
-    for i,m in enumerate(messages):
-        if m['role']!='assistant': continue
-        before,through = template(messages[:i], answer=True),template(messages[:i+1], answer=False)
-        if not (text.startswith(through) and through.startswith(before) and len(through)>len(before)): raise ValueError(
-            'the chat template writes a conversation differently once it goes on, so that its answers have no place; give conversations of one answer each')
+    answers = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
+    cuts = [cut for i in answers for cut in ((i, True), (i + 1, False))]
+    text, *parts = template.prefixes(messages, [(len(messages), False), *cuts])
+    spans = []
+    for before, through in zip(parts[::2], parts[1::2]):
+        grows = through.startswith(before) and len(through) > len(before)
+        if not (text.startswith(through) and grows):
+            raise ValueError(
+                'the chat template writes a conversation differently once it goes on, so that its '
+                'answers have no place; give conversations of one answer each'
+            )
         spans.append((len(before), len(through)))
-    return text,spans
+    return text, spans
+
 
 def encode_conversation(
     messages:list[dict],   # each with role and content

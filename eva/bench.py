@@ -14,7 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import Tensor
-from .mla import keep_freed_memory, return_freed_memory
+from .fileio import read_json
+from .mla import freed_memory_kept, return_freed_memory
 from .products import product
 
 # %% ../nbs/16_bench.ipynb #06c2549d
@@ -132,6 +133,7 @@ CASES = {**dict.fromkeys(('attention', 'moe', 'experts', 'loss', 'cache'), 'eva.
          **dict.fromkeys(('train', 'prefill', 'decode', 'generate', 'drafts'), 'eva.bench_models'),
          **dict.fromkeys(('quantize', 'convert', 'tokenize', 'load', 'start'), 'eva.bench_files')}
 
+@freed_memory_kept()
 def run(
     names:list[str]|None=None, # cases, all by default
     quick:bool=False,          # small versions, to see that it works?
@@ -143,7 +145,7 @@ def run(
     "Measure"
     names = names or list(CASES)
     if unknown := [n for n in names if n not in CASES]: raise ValueError(f'{", ".join(unknown)}: no such case; there are {", ".join(CASES)}')
-    keep_freed_memory()
+    if out is not None: _check(Path(out)) # before anything is measured
     lines,start = [],time.perf_counter()
     for n in names:
         f = getattr(import_module(CASES[n]), n)
@@ -156,17 +158,24 @@ def run(
         if out is not None: keep(lines, Path(out), device=device, quick=quick, seconds=round(time.perf_counter()-start)) # after each case: an interruption loses one
     return lines
 
+def _check(out):
+    "Refuse a folder with a bench.json that is somebody else's; one that was written before Eva kept lists is ours"
+    from eva.fileio import Manifest, locked
+    with locked(out):
+        manifest = Manifest(out)
+        if not manifest.path.exists() and (out/'bench.json').is_file() and 'machine' in read(out/'bench.json')[1]: manifest.adopt('bench.json', 'bench.png')
+        manifest.check('bench.json', 'bench.png')
+
 def keep(lines, out, device, **about): # a Path
     "Write the lines, beside those of other cases that are there already, and a picture"
-    from eva.data import replacing
-    out.mkdir(parents=True, exist_ok=True)
+    from eva.checkpoints import owned_write
     new = {l.kind for l in lines}
     if not about['quick'] and (out/'bench.json').exists():                     # other cases stay, if they are of this machine
         old,then = read(out/'bench.json')
         if then['machine']==machine(device) and not then['quick']: lines = sorted([l for l in old if l.kind not in new]+lines, key=lambda l: [*CASES, l.kind].index(l.kind))
     about = dict(machine=machine(device), date=time.strftime('%Y-%m-%d'), torch=torch.__version__, threads=torch.get_num_threads(), **about, lines=[asdict(l) for l in lines])
-    with replacing(out/'bench.json') as f: f.write_text(json.dumps(about, indent=1), encoding='utf-8')
-    with replacing(out/'bench.png') as f: picture(lines, f)
+    with owned_write(out/'bench.json') as f: f.write_text(json.dumps(about, indent=1), encoding='utf-8')
+    with owned_write(out/'bench.png') as f: picture(lines, f)
 
 def machine(device):
     "The processor's own name"
@@ -194,8 +203,9 @@ def read(
 )->tuple[list[Line],dict]:   # lines; machine, date, threads
     "The lines that a run of the benchmark wrote, and where and when it ran"
     path = files('eva')/'results'/'bench_cpu.json' if path is None else Path(path)
-    about = json.loads(path.read_text(encoding='utf-8'))
-    return [Line(**l) for l in about.pop('lines')],about
+    about = read_json(path)
+    try: return [Line(**l) for l in about.pop('lines')],about
+    except (KeyError, TypeError) as e: raise ValueError(f'{path}: no figures of eva_bench ({e}); move it away, or choose another folder') from None
 
 def picture(
     lines:list[Line], # from `run`

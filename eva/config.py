@@ -140,7 +140,7 @@ def check(self:Config):
     "Raise a `ValueError` that names the first field which cannot be"
     v3 = {f.name: f.default for f in fields(Config)} | dict(rope_scaling=YARN_V3)
     def need(ok, name, expected):
-        if not ok: raise ValueError(f'{name}={getattr(self, name)!r}: {expected} (DeepSeek-V3 uses {v3[name]!r})')
+        if not ok: raise ValueError(f'{name}={getattr(self, name)!r:.80}: {expected} (DeepSeek-V3 uses {v3[name]!r})')
     for o in POSITIVE: need(_is_int(getattr(self, o)) and getattr(self, o)>0, o, 'must be a positive integer')
     for o in COUNTS: need(_is_int(getattr(self, o)) and getattr(self, o)>=0, o, 'must be an integer, 0 or more')
     for o,ok in CHOICES.items(): need(getattr(self, o) in ok, o, f'must be one of {", ".join(ok)}')

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from .checkpoints import RunLog, newest, owned_write, seal
 from .exchange import ParallelExperts, Traffic, disband, spread
-from .interop import load_pretrained, published, save_about
+from .fileio import Manifest
+from .interop import load_pretrained, model_files, published, save_about
 from .model import Block, DeepSeekV3
 from .moe import Gate, MoE
 from .pipeline import Pipeline, owners
@@ -125,7 +126,7 @@ def check(self:Parallel,
 ):
     "Refuse batches that do not divide among the ranks"
     W = self.ranks
-    if cfg.precision not in ('fp32', 'bf16'): raise ValueError(f'precision={cfg.precision!r} on {self.world} ranks: must be fp32 or bf16')
+    self.check_precision(cfg.precision)
     if self.pp>1 and cfg.apart: raise ValueError(f'apart=True, pp={self.pp}: a pipeline does not hide documents from each other; leave one of them out')
     for size in sorted({cfg.sequences(i+1)-cfg.sequences(i) for i in range(cfg.steps)}):
         ahead = max(1, round(cfg.mtp_share*size)) if cfg.mtp_share and depths else 0
@@ -179,6 +180,13 @@ def asked(self:Parallel,
 
 @patch
 def settle(self:Parallel, trainer:Trainer): trainer.model.eval()
+
+@patch
+def check_precision(self:Parallel,
+    precision:str, # fp32, bf16, fp16 or fp8
+):
+    "Refuse precisions that remember what one rank saw of its own sequences: a loss scale, magnitudes of tensors"
+    if precision not in ('fp32', 'bf16'): raise ValueError(f'precision={precision!r} on {self.world} ranks: must be fp32 or bf16')
 
 # %% ../nbs/14e_distributed.ipynb #655085c0
 @patch
@@ -267,7 +275,7 @@ def export(self:Parallel,
         first = self.stretch(self.params[n])
         parts |= {name: w.data[e-first][rows] for name,(e,*rest) in published(n, cfg) for rows in [rest[0] if rest else slice(None)] if first<=e<first+len(w)}
     if (path/'model.safetensors.index.json').exists(): raise ValueError(f'{path}: holds a sharded checkpoint, whose index would go on to be read; save to another folder')
-    if self.rank==0: path.mkdir(parents=True, exist_ok=True)
+    self.tell(lambda: Manifest(path).check(*model_files(tokenizer))) # before anything is written
     with self.replacing(path/'model.safetensors') as t: write_together(t, parts)
     if self.rank==0: save_about(path, cfg, w.dtype, tokenizer)
 @patch

@@ -263,8 +263,10 @@ class FolderLock:
         self,
         folder: str | Path,  # to be locked; made where it is missing
         name: str = '.eva-lock',  # of the file in it
+        purpose: str | Path | None = None,  # what is locked, for the message; by default the folder
     ):
         self.path = Path(folder) / name
+        self.purpose = folder if purpose is None else purpose
         self.previous: dict = {}  # what a process wrote here that ended without releasing the lock
         self._descriptor: int | None = None
         self._made: list[Path] = []
@@ -297,7 +299,9 @@ class FolderLock:
                 os.close(descriptor)
                 if e.errno not in (errno.EAGAIN, errno.EACCES):
                     raise OSError(f'{self.path}: cannot be locked ({e.strerror}); use a folder on a local disk') from None
-                raise ValueError(f'{folder}: in use by {_holder(about)}; wait for it, or choose another folder') from None
+                raise ValueError(
+                    f'{self.purpose}: in use by {_holder(about)}; wait for it, or choose another folder'
+                ) from None
             if self._is_current(descriptor):
                 break
             os.close(descriptor)  # the holder before removed the file between our two calls
@@ -655,17 +659,22 @@ class Manifest:
 
     def adopt(
         self,
-        *paths: str | Path,  # of files that Eva wrote before it kept a list
+        *paths: str | Path,  # of files and folders that Eva wrote before it kept a list
     ) -> list[str]:  # names of those that are there
-        "List files that are there, complete"
+        "List files that are there, complete, and folders"
         self._refresh()
         found = []
         for name in map(self._name, paths):
             place = self.folder / name
-            if os.path.lexists(place) and stat.S_ISREG(os.lstat(place).st_mode):
+            if place.is_symlink() or not place.exists():
+                continue
+            if place.is_dir():
+                self.folders.add(name)
+            elif place.is_file():
                 self.files[name] = [_describe(place)]
                 found.append(name)
-        self._save()
+        if found:
+            self._save()
         return found
 
     def recover(self):

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from .config import Config
-from .data import replacing
+from .checkpoints import owned_write
+from .fileio import Manifest
 from .plan import GPUS, RECOMPUTE, SCHEDULES, Layout, block_activations, blocks_of, memory, pieces, stages, traffic
 
 # %% ../nbs/15c_eva_plan.ipynb #c2f4e238
@@ -289,6 +290,7 @@ def eva_plan(
     "Plan a training run"
     args = plan_parser().parse_args(argv)
     try:
+        if args.out: Manifest(args.out.parent).check(args.out) # before anything is computed
         if args.trillions<=0: raise ValueError(f'--trillions {args.trillions}: must be a positive number of trillions of tokens')
         cfg = Config.from_json(args.config) if args.config else Config.preset(args.preset)
         for o in ('gpus', 'pp', 'dp', 'tp'):
@@ -300,8 +302,10 @@ def eva_plan(
         p = plan(cfg, lay, args.gpu, assumptions(args.assume))
         print(table(p, args.trillions))
         if args.out:
-            with replacing(args.out) as f: f.write_text(json.dumps(p | dict(model=cfg.to_json()), indent=2)+'\n', encoding='utf-8')
+            with owned_write(args.out) as f: f.write_text(json.dumps(p | dict(model=cfg.to_json()), indent=2)+'\n', encoding='utf-8')
             print(f'\neverything is in {args.out}')
         return 0
     except BrokenPipeError: return 0
-    except (ValueError, OSError) as e: print(f'eva_plan: {e}', file=sys.stderr); return 1
+    except (ValueError, OSError) as e:
+        print(f'eva_plan: {e}', file=sys.stderr)
+        return 2 if isinstance(e, ValueError) else 1

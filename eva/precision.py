@@ -41,8 +41,9 @@ class Rounding:
         "Blocks along the sum"
         r,block = self.recipe,getattr(self.recipe, kind)
         fmt = r.grad_fmt if kind=='g' else r.fmt
-        if self.delayed: return self.delayed[kind].round(t, update)
-        return fake_quantize(t, block[::-1] if block and rows else block, fmt, r.pow2)
+        if self.delayed: rounded = self.delayed[kind].round(t, update)
+        else: rounded = fake_quantize(t, block[::-1] if block and rows else block, fmt, r.pow2)
+        return rounded.double() if t.dtype==torch.float64 else rounded # so that sums are as exact as the layer
 
     def again(self,
         t:Tensor,  # as was given before
@@ -115,6 +116,17 @@ class FP8Linear(nn.Linear):
         if x.shape[-1]!=self.in_features: raise ValueError(f'x of shape {tuple(x.shape)}: must end in in_features={self.in_features}')
         y = self.product(x.reshape(-1, self.in_features), self.weight, update=learning(self)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def operands(
+        self,
+        x: Tensor,  # (..., in_features)
+    ) -> tuple[Tensor, Tensor] | None:  # what eight bits keep of x (..., in_features) and of the weight
+        "Return what is really multiplied; None in training and where a backend does not show it"
+        if torch.is_grad_enabled():
+            return None
+        operands = self.product.operands(x.reshape(-1, self.in_features), self.weight)
+        return operands and (operands[0].view(x.shape), operands[1])
+
 
 class FP8Experts(Experts):
     "Stacked experts that multiply in eight bits"
@@ -197,6 +209,10 @@ class Emulate:
     def __call__(self, x, W, ends=None, update=True):
         return RoundedProduct.apply(x, W, self.rounding, ends, update)
 
+    def operands(self, x, W):
+        "What is multiplied, without a trace in the history"
+        return self.rounding(x, "x", update=False), self.rounding(W, "w", update=False)
+
     def state(self) -> dict[str, Tensor]:
         "The history of delayed scales, by x, w, g and what `DelayedScale.state` names"
         scales = self.rounding.delayed.items()
@@ -220,6 +236,11 @@ class Native:
             return NativeProduct.apply(x, W, self.recipe)
         parts = zip(x.split(sizes_of(ends)), W.unbind(0))
         return torch.cat([NativeProduct.apply(rows, w, self.recipe) for rows, w in parts])
+
+    def operands(self, x, W):
+        "What the eight bits stand for"
+        r = self.recipe
+        return fake_quantize(x, r.x, r.fmt, r.pow2), fake_quantize(W, r.w, r.fmt, r.pow2)
 
     def state(self) -> dict[str, Tensor]:
         "Nothing: each call is scaled by itself"
@@ -254,6 +275,10 @@ class Engine:
         finally:
             for name in self.names:
                 del self.layer.__dict__[name]
+
+    def operands(self, x, W):
+        "None: the quantised tensors stay inside"
+        return None
 
     def state(self) -> dict[str, Tensor]:
         "Scales and magnitudes of delayed scaling, as Transformer Engine keeps them; empty before the first call"

@@ -6,13 +6,15 @@
 __all__ = ['Speaker', 'converse']
 
 # %% ../nbs/13c_talk.ipynb #061fba82
-import json, sys
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 import torch
-from tokenizers import Tokenizer
 from .chat import ChatTemplate
+from .config import MAX_CONFIG_BYTES
 from .context import Context
+from .fileio import read_json
+from .files import load_tokenizer
 from .generate import Sampling, Tally, stream, text_stream
 from .interop import load_pretrained
 
@@ -33,24 +35,24 @@ class Speaker:
         if not self.folder.is_dir(): raise ValueError(f'{folder}: no such folder; give one that eva_train left')
         path = self.folder/'tokenizer.json'
         if not path.is_file(): raise ValueError(f'{folder}: no tokenizer.json; give a folder that eva_train left or put one there')
-        try: self.tok = Tokenizer.from_file(str(path))
-        except Exception as e: raise ValueError(f'{path}: not a readable tokenizer ({e})') from None # the library raises bare Exception
+        self.tok = load_tokenizer(path, self.folder)
         self.template = None if plain else ChatTemplate.of(self.folder)
         self.model = load_pretrained(self.folder)
-        if len({p.dtype for p in self.model.parameters()})>1: self.model.float() # what was FP8 came as bfloat16, the rest as it was stored
         self.model.to(device)
         if speculate and not len(self.model.mtp): raise ValueError(f'--speculate: {folder} holds no MTP module to draft with; leave it out')
         c = self.model.cfg
         self.positions = min(c.max_position_embeddings, positions)
-        self.ends = {c.eos_token_id, c.bos_token_id} | self._more_ends()
+        self.ends = {*c.eos_token_ids, c.bos_token_id} - {None} | self._more_ends()
         depths = min(len(self.model.mtp), int(speculate)) if speculate is not True else len(self.model.mtp)
         self.context = Context(self.model, self.positions, depths=depths)
         self.talk,self.tally = [],Tally()
 
     def _more_ends(self):
-        try: ids = json.loads((self.folder/'generation_config.json').read_text(encoding='utf-8')).get('eos_token_id')
-        except (OSError, ValueError, AttributeError): return set()
-        return {i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+        path = self.folder/'generation_config.json'
+        ids = read_json(path, max_bytes=MAX_CONFIG_BYTES, root=self.folder).get('eos_token_id') if path.exists() else None
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(type(i) is int and 0<=i<self.model.cfg.vocab_size for i in ids): raise ValueError(f'{path}: eos_token_id is {ids!r:.80}; must be a token below {self.model.cfg.vocab_size}, several, or null')
+        return set(ids)
 
     def ids(self,
         text:str,          # a text to continue, or a user's words
@@ -61,7 +63,7 @@ class Speaker:
         try: words = self.tok.encode(text, add_special_tokens=False).ids
         except Exception as e: raise ValueError(f'--prompt {text!r}: not in the vocabulary ({e}); see the words in {self.folder}/tokenizer.json') from None
         bos = self.model.cfg.bos_token_id
-        return words if self.template is not None and words[:1]==[bos] else [bos, *words]
+        return words if bos is None or self.template is not None and words[:1]==[bos] else [bos, *words]
 
     def say(self,
         text:str,              # a text to continue, or a user's words

@@ -19,10 +19,10 @@ from .balance import BALANCE_LOSSES, LoadMeter
 from .checkpoints import RunLog, check_same, checkpoints, counter, cut_metrics, newest, prune, read_metrics, save_checkpoint
 from .data import TokenStream
 from .evaluate import apart_by, bits_per_byte
-from .mla import keep_freed_memory
+from .mla import freed_memory_kept
 from .model import DeepSeekV3, head_loss
 from .optim import MasterOptimizer
-from .precision import best_backend, convert
+from .precision import best_backend, convert, fp8_state, load_fp8_state
 from .products import Linear
 from .settings import DTYPES, TrainConfig
 from .watch import Event, Watch
@@ -41,6 +41,7 @@ class Alone:
     def share(self, ahead): return ahead
     def sum(self, x): return x
     def loads(self, meter): "Count what the others counted"
+    def check_precision(self, precision): "Refuse what cannot be computed together"
     def everyone(self, load): return load
     def gradients(self, trainer, *args): return trainer.gradients(*args)
     def asked(self, trainer): return trainer.stop
@@ -80,7 +81,8 @@ class Trainer:
         if train.learn is not None and self.parallel.pp>1: raise ValueError(f'pp={self.parallel.pp}: answers are not learned in a pipeline; leave it out')
         self.parallel.wrap(model, cfg)
         self.opt = self.parallel.optimizer(model, cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay, moments=None if cfg.moments=='fp32' else DTYPES[cfg.moments]) # masters of the exact weights
-        self.meter,self.device,self.monitor,self.scaler = LoadMeter(model),next(model.parameters()).device,None,None
+        self.meter,self.device,self.monitor,self.scaler = LoadMeter(model, attach=False),next(model.parameters()).device,None,None
+        self.precision,self.scales = None,{} # scales: what the FP8 recipe remembers while the model is not in eight bits
         self.use(cfg.precision)
         self.step,self.tokens,self.seconds,self.bad,self.bad_row,self.stop = 0,0,0.,0,0,None
         self.guard,self.events,self.passed,self.rewound,self.rewinds = Watch(),[],0,0,0 # passed: windows never to be read again; rewinds: since the last save
@@ -90,12 +92,20 @@ class Trainer:
 def compute_in(self:Trainer,
     precision:str, # fp32, bf16, fp16 or fp8
 ):
-    "Round the masters into a model of that precision"
+    "Round the masters into a model of that precision; what the FP8 recipe remembers outlives a time in another one"
+    self.scales = self.recipe_state()
     convert(self.model, None)
     wide = next(iter(self.opt.masters.values())).dtype             # float32, or float64 where the model came so
     self.model.to(wide if precision=='fp32' else DTYPES[precision])
-    if precision=='fp8': convert(self.model, self.cfg.recipe)
+    if precision=='fp8':
+        convert(self.model, self.cfg.recipe)
+        if self.scales: load_fp8_state(self.model, self.scales)
     self.opt.publish()
+
+@patch
+def recipe_state(self:Trainer)->dict[str,Tensor]: # by name of the layer
+    "What the recipe remembers from step to step: magnitudes of delayed scales, of a run in eight bits"
+    return (fp8_state(self.model) or self.scales) if self.precision=='fp8' else {}
 
 @patch
 def use(self:Trainer,
@@ -103,6 +113,10 @@ def use(self:Trainer,
 ):
     "Train in another precision from here on"
     if precision not in DTYPES: raise ValueError(f'precision={precision!r}: must be one of {", ".join(DTYPES)}')
+    self.parallel.check_precision(precision)
+    if precision!=self.precision: # the new one remembers nothing of the old one
+        convert(self.model, None)
+        self.scales = {}
     self.compute_in(precision)
     self.precision = precision
     self.scaler = torch.amp.GradScaler(self.device.type) if precision=='fp16' else None
@@ -129,6 +143,8 @@ def gradients(self:Trainer,
     learn:Tensor|None=None, # the tokens that are learned, if not all (sequences, seq_len + 1 + depths)
 )->Tensor:           # the main loss, then one for each MTP depth; not a number where a router met one
     "Forward and backward, a micro-batch at a time"
+    if not self.meter.hooks: # asked for by itself: the balance loss needs the routings
+        with self.meter: return self.gradients(batch, ahead, mtp_weight, learn)
     c,left,depths = self.cfg,ahead,len(self.model.mtp)
     wide = next(iter(self.opt.masters.values())).dtype
     total,targets = torch.zeros(1+depths, dtype=wide),(lambda on: on[:,1:c.seq_len+1].sum())
@@ -153,7 +169,12 @@ def gradients(self:Trainer,
 # %% ../nbs/11b_train.ipynb #3b9e9d81
 @patch
 def train_step(self:Trainer)->dict: # one line of metrics.jsonl
-    "Learn from one batch"
+    "Learn from one batch; the meter's hooks are on the model meanwhile, and at no other time"
+    with self.meter: return self._train_step()
+
+@patch
+def _train_step(self:Trainer)->dict:
+    "What `train_step` does while tokens are counted"
     c,start = self.cfg,time.perf_counter()
     rate,size = c.rate(self.step),c.sequences(self.step+1)-c.sequences(self.step)
     batch,learn = self.parallel.batch(self.train, c.sequences(self.step)+self.passed, size, c.seq_len, 1+len(self.model.mtp), c.seed)
@@ -200,7 +221,6 @@ def quick_eval(self:Trainer)->dict: # val_loss in nats per token, val_bits_per_b
             on = torch.from_numpy(np.stack([s.learn[i+1:i+seq+1] for i in starts])).bool().to(self.device)
             total = sum(self.parallel.judge(self.model, r, c.apart, o) for r,o in zip(rows.split(c.micro_batch), on.split(c.micro_batch)))
             count,all_of_it = max(1, on.sum().item()),int(s.learn.sum())
-    self.meter.count = {}
     loss = total/count
     return dict(val_loss=loss, val_bits_per_byte=loss/math.log(2)*all_of_it/s.bytes)
 
@@ -228,7 +248,9 @@ def save(self:Trainer):
     buffers = {f'buffer.{n}': b for n,b in self.model.named_buffers()}
     state = {o: getattr(self, o) for o in COUNTERS} | dict(precision=self.precision, watch=self.guard.state_dict(), **self.settings)
     if self.scaler is not None: state['scaler'] = self.scaler.state_dict()
-    self.parallel.save(path, self.opt.state_dict() | buffers | random_states(), state)
+    if self.monitor is not None: state['monitor'] = self.monitor.state_dict()
+    scales = {f'fp8.{n}': t for n,t in self.recipe_state().items()}
+    self.parallel.save(path, self.opt.state_dict() | buffers | scales | random_states(), state)
     self.rewinds = 0
     if self.parallel.rank==0: prune(path.parent, self.cfg.keep)
 
@@ -249,7 +271,7 @@ def restore(self:Trainer,
     tensors:dict, # from it
     state:dict,   # from it
 ):
-    "Take up what a checkpoint holds"
+    "Take up what a checkpoint holds, and nothing of what was there before: a process that goes back is as one that begins there"
     defaults = dict(train=asdict(TrainConfig()), data=self.settings['data']) # of what older checkpoints do not say
     for name,now in self.settings.items(): check_same(path, state.get(name, {}), now, defaults.get(name, {}))
     found = {o: counter(path, state, o, kind, 0 if o in ('passed', 'rewound') else None) for o,kind in COUNTERS.items()}
@@ -257,13 +279,18 @@ def restore(self:Trainer,
     for n,b in self.model.named_buffers():
         if (t := tensors.get(f'buffer.{n}')) is None or t.shape!=b.shape: raise ValueError(f'{path}: {n} is missing or has another shape than {tuple(b.shape)}; remove it to go on from an older one')
     try:
-        if 'watch' in state: self.guard.load_state_dict(state['watch'])
+        self.guard.load_state_dict(state.get('watch', Watch().state_dict()))
+        if self.monitor is not None: self.monitor.load_state_dict(state.get('monitor') if self.parallel.rank==0 else None)
+        self.meter.forget()
         self.opt.load_state_dict(tensors)
         for n,b in self.model.named_buffers(): b.copy_(tensors[f'buffer.{n}'])
         if 'random.cpu' in tensors: torch.set_rng_state(tensors['random.cpu'])
         for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
             if f'random.cuda{i}' in tensors: torch.cuda.set_rng_state(tensors[f'random.cuda{i}'], i)
+        self.precision = None # the same one too is begun anew
         self.use(precision)
+        self.scales = {n.removeprefix('fp8.'): t for n,t in tensors.items() if n.startswith('fp8.')}
+        if self.scales: load_fp8_state(self.model, self.scales)
         if self.scaler is not None and 'scaler' in state: self.scaler.load_state_dict(state['scaler'])
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as e: raise ValueError(f'{path}: does not fit this run ({e}); remove it to go on from an older one') from None
     for o,v in found.items(): setattr(self, o, v)
@@ -303,16 +330,18 @@ def rewind(self:Trainer)->str: # what was done
 def fit(self:Trainer,
     watch=None, # called with each line of metrics
 ):
-    "Train to the last step, or until asked to stop; then leave float32 weights in the model"
-    keep_freed_memory()
+    """Train to the last step, or until asked to stop; then leave float32 weights in the model
+
+    Meanwhile the C library keeps freed memory, which is a setting of the process: see `freed_memory_kept`."""
     self.out.mkdir(parents=True, exist_ok=True)
     self.model.train()
     self.compute_in(self.precision)
     self.stop = None
-    self.meter.attach()
-    try: self._loop(watch)
+    if self.monitor is not None: self.monitor.attach()
+    try:
+        with freed_memory_kept(): self._loop(watch)
     finally:
-        self.meter.detach()
+        if self.monitor is not None: self.monitor.detach()
         self.parallel.settle(self)
 
 @patch

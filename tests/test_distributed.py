@@ -237,5 +237,5 @@ def test_a_dead_rank_ends_the_job_with_one_message(tmp_path, uninterrupted):
     assert took < 60
     p = job(tmp_path, '--resume')                                            # by hand
     out, err = p.communicate(timeout=500)
-    assert p.returncode == 1 and 'a run goes on as it was started' in err    # with the options of the start it is refused, by one rank
+    assert p.returncode != 0 and 'a run goes on as it was started' in err    # with the options of the start it is refused, by one rank
     assert err.count('a run goes on as it was started') == 1
