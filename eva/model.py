@@ -7,7 +7,6 @@ __all__ = ['LOGITS', 'VOCABULARY_ROWS', 'keeps_graph', 'Block', 'MTP', 'DeepSeek
            'computes_in_sixteen_bits', 'InParts', 'called_head_loss', 'head_loss']
 
 # %% ../nbs/09_model.ipynb #cc933ebf
-from functools import cache
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -216,7 +215,6 @@ def add_product(
         else:
             part.addmm_(some.T.to(total.dtype), b.to(total.dtype))
 
-@cache
 def computes_in_sixteen_bits()->bool: # on this machine
     "Does the processor multiply bfloat16 faster than float32?"
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()

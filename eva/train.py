@@ -82,7 +82,7 @@ class Trainer:
         self.parallel.wrap(model, cfg)
         self.opt = self.parallel.optimizer(model, cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay, moments=None if cfg.moments=='fp32' else DTYPES[cfg.moments]) # masters of the exact weights
         self.meter,self.device,self.monitor,self.scaler = LoadMeter(model, attach=False),next(model.parameters()).device,None,None
-        self.precision,self.scales = None,{} # scales: what the FP8 recipe remembers while the model is not in eight bits
+        self.counting,self.precision,self.scales = False,None,{} # scales: what the FP8 recipe remembers while the model is not in eight bits
         self.use(cfg.precision)
         self.step,self.tokens,self.seconds,self.bad,self.bad_row,self.stop = 0,0,0.,0,0,None
         self.guard,self.events,self.passed,self.rewound,self.rewinds = Watch(),[],0,0,0 # passed: windows never to be read again; rewinds: since the last save
@@ -128,6 +128,17 @@ def computes(self:Trainer)->str: # of fp8: by which backend, and why by no faste
 
 # %% ../nbs/11b_train.ipynb #5d0515c7
 @patch
+@contextmanager
+def counted(self:Trainer):
+    "Count the tokens of experts, and keep routings for the balance loss, in here only"
+    self.counting = True
+    try:
+        with self.meter:
+            yield
+    finally:
+        self.counting = False
+
+@patch
 def balance(self:Trainer,
     sequences:int, # of the micro-batch
 )->Tensor:         # scalar, summed over layers
@@ -143,8 +154,8 @@ def gradients(self:Trainer,
     learn:Tensor|None=None, # the tokens that are learned, if not all (sequences, seq_len + 1 + depths)
 )->Tensor:           # the main loss, then one for each MTP depth; not a number where a router met one
     "Forward and backward, a micro-batch at a time"
-    if not self.meter.hooks: # asked for by itself: the balance loss needs the routings
-        with self.meter: return self.gradients(batch, ahead, mtp_weight, learn)
+    if not self.counting: # asked for by itself: the balance loss needs the routings
+        with self.counted(): return self.gradients(batch, ahead, mtp_weight, learn)
     c,left,depths = self.cfg,ahead,len(self.model.mtp)
     wide = next(iter(self.opt.masters.values())).dtype
     total,targets = torch.zeros(1+depths, dtype=wide),(lambda on: on[:,1:c.seq_len+1].sum())
@@ -170,7 +181,7 @@ def gradients(self:Trainer,
 @patch
 def train_step(self:Trainer)->dict: # one line of metrics.jsonl
     "Learn from one batch; the meter's hooks are on the model meanwhile, and at no other time"
-    with self.meter: return self._train_step()
+    with self.counted(): return self._train_step()
 
 @patch
 def _train_step(self:Trainer)->dict:

@@ -82,7 +82,7 @@ def _new(self:Watch, what, name, which):
 @patch
 def state_dict(self:Watch)->dict: # what JSON can hold
     "What it remembers"
-    return dict(losses=self.losses, steps=self.steps, silent={n: t.tolist() for n,t in self.silent.items()},
+    return dict(losses=list(self.losses), steps=dict(self.steps), silent={n: t.tolist() for n,t in self.silent.items()},
                 share={n: t.tolist() for n,t in self.share.items()}, told=sorted(map(list, self.told)))
 
 @patch
