@@ -239,8 +239,8 @@ class Native:
 
     def operands(self, x, W):
         "What the eight bits stand for"
-        r = self.recipe
-        return fake_quantize(x, r.x, r.fmt, r.pow2), fake_quantize(W, r.w, r.fmt, r.pow2)
+        rounding = Rounding(self.recipe)
+        return rounding(x, "x"), rounding(W, "w")
 
     def state(self) -> dict[str, Tensor]:
         "Nothing: each call is scaled by itself"
