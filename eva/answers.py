@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from .chat import ChatTemplate
 from .corpus import ShardWriter
+from .fileio import Manifest
 from .data import BOS, EOS, TokenStream
 
 # %% ../nbs/12d_answers.ipynb #46548950
@@ -80,28 +81,31 @@ def packed(
 
 def write_conversations(
     folder:str|Path,    # gets train/ and held_out/
-    talks:Iterable[tuple[str,dict]], # from `eva.corpus.rows`: a name, and {'messages': …}
+    talks:Iterable[tuple[str,dict]], # from `eva.corpus.rows`: a name, and {'messages': …}; what is no iterator is read twice instead of being kept
     template:ChatTemplate, # of the checkpoint
     tok:Tokenizer,      # of the checkpoint
     seq:int,            # tokens of a row
     bos:int=0,          # the start token
     pad:int=1,          # what fills rows: the end token
     hold_out:int=200,   # conversations that are held out at most: every twentieth
+    manifest:Manifest|None=None, # of the run; None: of each of the two folders
 )->tuple[TokenStream,TokenStream]: # to train on, to test on; `bytes` is that of the answers
     "Conversations as two streams"
-    size = [0, 0]
+    size,number = [0, 0],0
     def encoded(which, pairs):
+        nonlocal number
         for n,(name,row) in enumerate(pairs):
+            number = n+1
             if (n%20==0 and n<20*hold_out)!=which: continue
             try: ids,learn = encode_conversation(row.get('messages'), template, tok, bos)
             except ValueError as e: raise ValueError(f'{name}: {e}') from None
             size[which] += len(tok.decode(ids[:seq][learn[:seq]].tolist()).encode())
             yield ids,learn
-    pairs,out = list(talks),[]
+    pairs,out = list(talks) if isinstance(talks, Iterator) else talks,[]
     for which,name in ((False, 'train'), (True, 'held_out')):
-        w = ShardWriter(Path(folder)/name, tok.get_vocab_size(), learned=True)
+        w = ShardWriter(Path(folder)/name, tok.get_vocab_size(), learned=True, manifest=manifest)
         for ids,learn in packed(encoded(which, pairs), seq, pad): w.add(ids, 0, learn)
-        if not w.documents: raise ValueError(f'{len(pairs)} conversations: too few to hold one out, or answers beyond the first {seq} tokens; give more, or a longer seq_len')
+        if not w.documents: raise ValueError(f'{number} conversations: too few to hold one out, or answers beyond the first {seq} tokens; give more, or a longer seq_len')
         for _ in range(2): w.add(np.full(seq, pad), 0, np.zeros(seq, bool)) # windows look beyond their end
         out.append(w.close(align=seq, bytes=max(1, size[which])))
     return tuple(out)

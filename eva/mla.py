@@ -47,6 +47,7 @@ class MLA(nn.Module):
     )->Tensor:                        # (batch, seq, hidden_size)
         "Attend by whichever evaluation costs fewer FLOPs"
         check_sizes(self.cfg, h, rope, mask, 0 if cache is None else cache.length)
+        if not len(h): return self.o_proj(h.new_zeros(*h.shape[:2], self.cfg.num_attention_heads*self.cfg.v_head_dim)) # no sequences, nothing to attend to
         q_C,q_R = self.queries(h, rope)
         rows = self.latents(h, rope)
         if cache is not None: rows = cache.write(layer, rows).to(h.dtype)

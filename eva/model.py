@@ -128,7 +128,7 @@ def _check(self:DeepSeekV3, input_ids, cache, attention_mask, documents, prefix)
     "Refuse what cannot be meant; return the number of cached positions"
     if input_ids.dim()!=2 or input_ids.is_floating_point() or input_ids.shape[1]==0: raise ValueError(
         f'input_ids {input_ids.dtype} of shape {tuple(input_ids.shape)}: must be integers (batch, seq) with at least one token')
-    if input_ids.device.type=='cpu' and not 0<=input_ids.min()<=input_ids.max()<self.cfg.vocab_size: raise ValueError(
+    if input_ids.device.type=='cpu' and input_ids.numel() and not 0<=input_ids.min()<=input_ids.max()<self.cfg.vocab_size: raise ValueError(
         f'input_ids from {input_ids.min()} to {input_ids.max()}: must lie in 0..{self.cfg.vocab_size-1}, the vocabulary; was another tokenizer used?')
     past = 0 if cache is None else cache.length
     if cache is not None:
@@ -137,7 +137,7 @@ def _check(self:DeepSeekV3, input_ids, cache, attention_mask, documents, prefix)
             f'a cache of {len(cache.rows)} layers with latents of {cache.rank}: this model has {self.cfg.num_hidden_layers} layers with '
             f'kv_lora_rank={self.cfg.kv_lora_rank}; make one from its config')
     end = past+input_ids.shape[1]
-    count = end if end<=self.cfg.max_position_embeddings or attention_mask is None else int(attention_mask.sum(1).max()) # holes take no position
+    count = end if end<=self.cfg.max_position_embeddings or attention_mask is None or not len(input_ids) else int(attention_mask.sum(1).max()) # holes take no position
     if count>self.cfg.max_position_embeddings: raise ValueError(
         f'{count} positions: the model has max_position_embeddings={self.cfg.max_position_embeddings}; shorten the input')
     for name,m in dict(attention_mask=attention_mask, documents=documents, prefix=prefix).items():
@@ -298,6 +298,7 @@ def losses(self:DeepSeekV3,
     D = len(self.mtp)
     seq = tokens.shape[1]-1-D
     if seq<1: raise ValueError(f'tokens of shape {tuple(tokens.shape)}: a window needs at least {2+D} tokens, one more than {1+D} predictions ahead')
+    if not len(tokens): raise ValueError(f'tokens of shape {tuple(tokens.shape)}: a mean loss needs at least one window')
     for name,o in dict(documents=documents, learn=learn).items():
         if o is not None and o.shape!=tokens.shape: raise ValueError(f'{name} of shape {tuple(o.shape)}: must be that of tokens, {tuple(tokens.shape)}')
     if learn is not None and learn.dtype!=torch.bool: raise TypeError(f'learn of {learn.dtype}: must be boolean, True for tokens to be predicted')

@@ -68,6 +68,8 @@ class Trainer:
         out:str|Path,         # folder for metrics.jsonl and checkpoints/
         parallel=None,        # an `eva.distributed.Parallel` where several processes share the work
     ):
+        if hasattr(model, '_orig_mod'): raise ValueError('a model wrapped by torch.compile: its parameters have other names, which no checkpoint may have; '
+            'train the model itself, compiled in place by model.compile()')
         self.parallel = parallel or Alone()
         self.model,self.train,self.held_out,self.cfg,self.out = model,train,held_out,cfg,Path(out)
         window = cfg.seq_len+1+len(model.mtp)
