@@ -244,7 +244,11 @@ def from_json(
         raise ValueError(f'{path}: {e}') from None
 
 # %% ../nbs/01_config.ipynb #a1f00002
-_ALIASES = dict(num_local_experts='n_routed_experts', num_experts='n_routed_experts', num_mtp_layers='num_nextn_predict_layers')
+_ALIASES = dict(
+    num_local_experts='n_routed_experts',
+    num_experts='n_routed_experts',
+    num_mtp_layers='num_nextn_predict_layers',
+)
 _ONLY = dict(  # key -> the one value that Eva computes, and the families whose peer reads the key
     attention_bias=(False, ('deepseek_v2', 'deepseek_v3')),
     mlp_bias=(False, ('deepseek_v2',)),
@@ -263,7 +267,9 @@ def _read_fields(found):
                 f'{key}={found[key]!r:.80}: Eva computes {key}={value!r} only, as every published DeepSeek-V2 and V3 does'
             )
     if family == 'deepseek_v3' and 'rope_interleave' in found and found['rope_interleave'] is None:
-        raise ValueError('rope_interleave=None: Eva computes rope_interleave=True only; leave it out')
+        raise ValueError(
+            'rope_interleave=None: Eva computes rope_interleave=True only; leave it out'
+        )
     given = found | _without_aliases(found) | _rope_of(found)
     names = [f.name for f in fields(Config) if f.name != 'model_type']
     out = FAMILIES[family] | {k: given[k] for k in names if k in given} | dict(model_type=family)
@@ -271,7 +277,9 @@ def _read_fields(found):
     _fill_groups(out, found, family)
     _same_heads(out, found)
     if 'num_experts_per_tok' not in out:
-        raise ValueError(f'num_experts_per_tok: missing, and {family} has no default for it; take it from the published config.json')
+        raise ValueError(
+            f'num_experts_per_tok: missing, and {family} has no default for it; take it from the published config.json'
+        )
     return out
 
 
@@ -280,14 +288,20 @@ def _family(found):
     named = found.get('model_type')
     architectures = found.get('architectures')
     built = {f'Deepseek{o[-2:].upper()}ForCausalLM': o for o in FAMILIES}
-    listed = [built[a] for a in architectures or () if isinstance(a, str) and a in built] if isinstance(architectures, (list, tuple)) else []
+    listed = (
+        [built[a] for a in architectures or () if isinstance(a, str) and a in built]
+        if isinstance(architectures, (list, tuple))
+        else []
+    )
     family = named if named is not None else next(iter(listed), None)
     if family is None:
         raise ValueError(f'model_type: missing; a config names its family, {" or ".join(FAMILIES)}')
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f'model_type={family!r:.80}: must be one of {", ".join(FAMILIES)}')
     if listed and family not in listed:
-        raise ValueError(f'model_type={family!r} and architectures={architectures!r:.120} contradict each other; keep the right one')
+        raise ValueError(
+            f'model_type={family!r} and architectures={architectures!r:.120} contradict each other; keep the right one'
+        )
     return family
 
 
@@ -299,7 +313,9 @@ def _without_aliases(found):
             continue
         known = found.get(name, out.get(name))
         if known is not None and known != found[other]:
-            raise ValueError(f'{name}={known!r:.80} and {other}={found[other]!r:.80} contradict each other; keep the right one')
+            raise ValueError(
+                f'{name}={known!r:.80} and {other}={found[other]!r:.80} contradict each other; keep the right one'
+            )
         out[name] = found[other]
     return out
 
@@ -312,14 +328,20 @@ def _rope_of(found):
         if settings is None:
             continue
         if not isinstance(settings, dict):
-            raise ValueError(f'{key}={settings!r:.80}: must be an object with rope_type and its settings, or null')
+            raise ValueError(
+                f'{key}={settings!r:.80}: must be an object with rope_type and its settings, or null'
+            )
         thetas[f'{key}.rope_theta'] = settings.get('rope_theta')
         places[key] = _fixed_rope({k: v for k, v in settings.items() if k != 'rope_theta'})
         kinds = [settings[k] for k in ('type', 'rope_type') if settings.get(k) is not None]
         if len(kinds) == 2 and kinds[0] != kinds[1]:
-            raise ValueError(f'{key}: type={kinds[0]!r:.80} and rope_type={kinds[1]!r:.80} contradict each other; keep the right one')
+            raise ValueError(
+                f'{key}: type={kinds[0]!r:.80} and rope_type={kinds[1]!r:.80} contradict each other; keep the right one'
+            )
         if places[key] is not None and not kinds:
-            raise ValueError(f'{key}={settings!r:.120}: has settings and no rope_type; say which, {"yarn"!r} or {"default"!r}')
+            raise ValueError(
+                f'{key}={settings!r:.120}: has settings and no rope_type; say which, {"yarn"!r} or {"default"!r}'
+            )
     thetas = {k: v for k, v in thetas.items() if v is not None}
     _agree(thetas)
     out = dict(rope_theta=next(iter(thetas.values()), _BOTH['rope_theta']))
@@ -334,12 +356,17 @@ def _agree(values):
     (first, value), *others = [*values.items()] or [(None, None)]
     for name, other in others:
         if other != value:
-            raise ValueError(f'{first}={value!r:.120} and {name}={other!r:.120} contradict each other; keep the right one')
+            raise ValueError(
+                f'{first}={value!r:.120} and {name}={other!r:.120} contradict each other; keep the right one'
+            )
 
 
 def _one_rope(places):
     "Return the settings of two places that must agree, `type` and `rope_type` being one word"
-    plain = {name: s and {('rope_type' if k == 'type' else k): v for k, v in s.items()} for name, s in places.items()}
+    plain = {
+        name: s and {('rope_type' if k == 'type' else k): v for k, v in s.items()}
+        for name, s in places.items()
+    }
     _agree(plain)
     return next(iter(places.values()), None)
 
@@ -352,7 +379,10 @@ def _with_length(settings, found):
     lengths = {name: found.get(name), f'rope settings: {name}': settings.get(name)}
     lengths = {k: v for k, v in lengths.items() if v is not None}
     _agree(lengths)
-    length = next(iter(lengths.values()), found.get('max_position_embeddings', FAMILIES[_family(found)]['max_position_embeddings']))
+    length = next(
+        iter(lengths.values()),
+        found.get('max_position_embeddings', FAMILIES[_family(found)]['max_position_embeddings']),
+    )
     return dict(settings) | {name: length}
 
 
@@ -361,19 +391,28 @@ def _as_the_peer(out, found, family):
     honoured = found.get('eva_honours') or []
     names = [*dict.fromkeys([*IGNORED[family], 'topk_method'])]
     if not isinstance(honoured, list) or not all(o in names for o in honoured):
-        raise ValueError(f'eva_honours={honoured!r:.80}: must be a list of {", ".join(names)}; Eva writes it')
+        raise ValueError(
+            f'eva_honours={honoured!r:.80}: must be a list of {", ".join(names)}; Eva writes it'
+        )
     for name, value in IGNORED[family].items():
         if name in honoured:
             continue
         if found.get(name) not in (value, None):
             warnings.warn(
-                f'{name}={found[name]!r:.80}: transformers ignores this in {family} and computes {value!r}; so does Eva', stacklevel=4
+                f'{name}={found[name]!r:.80}: transformers ignores this in {family} and computes {value!r}; so does Eva',
+                stacklevel=4,
             )
         out[name] = value
     if out['topk_method'] is None:
         out['topk_method'] = FAMILIES[family]['topk_method']
-    if family == 'deepseek_v2' and out['topk_method'] == 'noaux_tc' and 'topk_method' not in honoured:
-        raise ValueError("topk_method='noaux_tc': not a method of deepseek_v2, whose are group_limited_greedy and greedy")
+    if (
+        family == 'deepseek_v2'
+        and out['topk_method'] == 'noaux_tc'
+        and 'topk_method' not in honoured
+    ):
+        raise ValueError(
+            "topk_method='noaux_tc': not a method of deepseek_v2, whose are group_limited_greedy and greedy"
+        )
     if out['norm_topk_prob'] is None:
         out['norm_topk_prob'] = False
 
@@ -382,7 +421,9 @@ def _fill_groups(out, found, family):
     "Give experts that are not in groups one group"
     if out['n_group'] is None:
         if out['topk_method'] == 'group_limited_greedy':
-            raise ValueError(f"n_group: missing or null, and {family} has no default for it; topk_method='group_limited_greedy' needs it")
+            raise ValueError(
+                f"n_group: missing or null, and {family} has no default for it; topk_method='group_limited_greedy' needs it"
+            )
         out['n_group'] = 1
         if found.get('topk_group') is None or out['topk_method'] == 'greedy':
             out['topk_group'] = 1
@@ -392,16 +433,27 @@ def _fill_groups(out, found, family):
 
 def _same_heads(out, found):
     "Refuse counts and widths of heads that say something else than the fields they follow from"
-    heads, content, rotary = out['num_attention_heads'], out['qk_nope_head_dim'], out['qk_rope_head_dim']
+    heads, content, rotary = (
+        out['num_attention_heads'],
+        out['qk_nope_head_dim'],
+        out['qk_rope_head_dim'],
+    )
     if not all(_is_int(o) for o in (heads, content, rotary)):
         return  # refused by name when the config is checked
     together = content + rotary
-    expected = dict(num_key_value_heads=(heads, 'num_attention_heads'), qk_head_dim=(together, 'qk_nope_head_dim + qk_rope_head_dim'))
+    expected = dict(
+        num_key_value_heads=(heads, 'num_attention_heads'),
+        qk_head_dim=(together, 'qk_nope_head_dim + qk_rope_head_dim'),
+    )
     for name, (value, source) in expected.items():
         if found.get(name) not in (value, None):
-            raise ValueError(f'{name}={found[name]!r:.80} and {source}={value} contradict each other; MLA has no other, leave {name} out')
+            raise ValueError(
+                f'{name}={found[name]!r:.80} and {source}={value} contradict each other; MLA has no other, leave {name} out'
+            )
     if found.get('head_dim') not in (rotary, together, None):
-        raise ValueError(f"head_dim={found['head_dim']!r:.80} and qk_rope_head_dim={rotary} contradict each other; leave head_dim out")
+        raise ValueError(
+            f'head_dim={found["head_dim"]!r:.80} and qk_rope_head_dim={rotary} contradict each other; leave head_dim out'
+        )
 
 # %% ../nbs/01_config.ipynb #dcd7f598
 @patch

@@ -259,7 +259,9 @@ def load_tokenizer(
     try:
         tokenizer = Tokenizer.from_buffer(raw)
     except Exception as e:  # the library raises a bare Exception
-        raise ValueError(f'{path}: not a readable tokenizer ({str(e)[:200]}); fetch it again') from None
+        raise ValueError(
+            f'{path}: not a readable tokenizer ({str(e)[:200]}); fetch it again'
+        ) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -291,8 +293,12 @@ def _check_steps(found, path):
     added = found.get('added_tokens') or []
     if not isinstance(added, list) or len(added) > MAX_ADDED_TOKENS:
         count = f'{len(added):,}' if isinstance(added, list) else type(added).__name__
-        raise ValueError(f'{path}: added_tokens are {count}; must be a list of at most {MAX_ADDED_TOKENS:,}, put the others into the vocabulary')
-    steps = [s for key in ('normalizer', 'pre_tokenizer', 'decoder') for s in _steps_of(found.get(key))]
+        raise ValueError(
+            f'{path}: added_tokens are {count}; must be a list of at most {MAX_ADDED_TOKENS:,}, put the others into the vocabulary'
+        )
+    steps = [
+        s for key in ('normalizer', 'pre_tokenizer', 'decoder') for s in _steps_of(found.get(key))
+    ]
     growth = math.prod(min(_growth(s), 10**9) for s in steps[:1000])
     if growth > MAX_GROWTH or len(steps) > 1000:
         raise ValueError(
@@ -304,15 +310,22 @@ def _check_steps(found, path):
 def _probe(raw, path):
     "Load and use a tokenizer in a child process with limits"
     command = [sys.executable, '-P', '-c', _PROBE, str(PROBE_SECONDS), str(PROBE_BYTES)]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith('RUST_')} | dict(TOKENIZERS_PARALLELISM='false')
+    clean = {k: v for k, v in os.environ.items() if not k.startswith('RUST_')} | dict(
+        TOKENIZERS_PARALLELISM='false'
+    )
     try:
-        child = subprocess.run(command, input=raw, capture_output=True, env=clean, timeout=6 * PROBE_SECONDS)
+        child = subprocess.run(
+            command, input=raw, capture_output=True, env=clean, timeout=6 * PROBE_SECONDS
+        )
         said = child.stderr.decode(errors='replace').strip().splitlines()
         fine = child.returncode == 0 and child.stdout.strip() == b'fine'
     except subprocess.TimeoutExpired:
         said, fine = [], False
     if not fine:
-        reason = next((line for line in reversed(said) if 'rror' in line or 'xception' in line), 'out of time or memory')
+        reason = next(
+            (line for line in reversed(said) if 'rror' in line or 'xception' in line),
+            'out of time or memory',
+        )
         raise ValueError(
             f'{path}: not a tokenizer that can be used ({reason[:200]}; it was tried in a process of its own, '
             f'with {PROBE_SECONDS} s and {PROBE_BYTES >> 30} GB); fetch it again'

@@ -27,8 +27,17 @@ SMALL = dict(
     bos_token_id=3, eos_token_id=4, pad_token_id=None,
 )  # fmt: skip
 FILES = dict(
-    deepseek_v3=SMALL | dict(model_type='deepseek_v3', topk_method='noaux_tc', scoring_func='sigmoid', num_nextn_predict_layers=0),
-    deepseek_v2=SMALL | dict(model_type='deepseek_v2', topk_method='greedy', scoring_func='softmax', norm_topk_prob=False),
+    deepseek_v3=SMALL
+    | dict(
+        model_type='deepseek_v3',
+        topk_method='noaux_tc',
+        scoring_func='sigmoid',
+        num_nextn_predict_layers=0,
+    ),
+    deepseek_v2=SMALL
+    | dict(
+        model_type='deepseek_v2', topk_method='greedy', scoring_func='softmax', norm_topk_prob=False
+    ),
 )
 OURS = [f for f in Config.__dataclass_fields__ if f != 'model_type']
 
@@ -52,7 +61,9 @@ def assert_same_reading(found):
     ours = Config.from_json(copy.deepcopy(found)).to_json()
     theirs = peer_config(found)
     if ours['rope_scaling'] is not None:
-        ours['rope_scaling'] = {k: v for k, v in ours['rope_scaling'].items() if k not in ('type', 'rope_type')}
+        ours['rope_scaling'] = {
+            k: v for k, v in ours['rope_scaling'].items() if k not in ('type', 'rope_type')
+        }
     if theirs['n_group'] is None:
         theirs |= dict(n_group=1, topk_group=1)  # greedy: no groups
     elif theirs['topk_group'] is None:
@@ -72,7 +83,9 @@ def test_a_field_left_out_means_what_the_peer_means(family):
             with pytest.raises(ValueError, match='model_type: missing'):
                 Config.from_json(found)
         elif name == 'num_experts_per_tok' and family == 'deepseek_v2':
-            with pytest.raises(ValueError, match='num_experts_per_tok: missing, and deepseek_v2 has no default'):
+            with pytest.raises(
+                ValueError, match='num_experts_per_tok: missing, and deepseek_v2 has no default'
+            ):
                 Config.from_json(found)
         else:
             assert_same_reading(found)
@@ -86,7 +99,9 @@ def test_the_defaults_are_those_of_the_peers_class(family):
     missing = {'num_experts_per_tok'} if family == 'deepseek_v2' else set()
     assert peer.keys() - {'rope_scaling'} - FAMILIES[family].keys() == missing
     assert all(peer[name] is None for name in missing)
-    assert FAMILIES['deepseek_v3'].keys() - FAMILIES['deepseek_v2'].keys() == {'num_experts_per_tok'}
+    assert FAMILIES['deepseek_v3'].keys() - FAMILIES['deepseek_v2'].keys() == {
+        'num_experts_per_tok'
+    }
 
 
 YARN = YARN_V3 | dict(factor=8.0, original_max_position_embeddings=32)
@@ -112,7 +127,9 @@ PAIRS = [
 def test_contradictions_are_refused_with_both_values(family, changes, said):
     other = '2' if family == 'deepseek_v3' else '3'
     changes = json.loads(json.dumps(changes).replace('V{}', f'V{other}'))
-    found = {k: v for k, v in FILES[family].items() if k not in ('rope_theta', 'rope_scaling')} | changes
+    found = {
+        k: v for k, v in FILES[family].items() if k not in ('rope_theta', 'rope_scaling')
+    } | changes
     with pytest.raises(ValueError, match=said):
         Config.from_json(found)
 
@@ -131,7 +148,9 @@ NULLS = [
 @pytest.mark.parametrize('changes', NULLS)
 def test_null_is_absent_and_comes_back_as_it_was(family, changes, tmp_path):
     found = FILES[family] | changes
-    assert_same_reading(found | (dict(norm_topk_prob=False) if changes == dict(norm_topk_prob=None) else {}))
+    assert_same_reading(
+        found | (dict(norm_topk_prob=False) if changes == dict(norm_topk_prob=None) else {})
+    )
     cfg = Config.from_json(found)
     written = cfg.to_json(tmp_path / 'config.json')
     assert Config.from_json(tmp_path) == cfg
@@ -140,7 +159,10 @@ def test_null_is_absent_and_comes_back_as_it_was(family, changes, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).eos_token_id == found['eos_token_id']
 
 
-@pytest.mark.parametrize('groups', [dict(n_group=None, topk_group=None), dict(n_group=None), dict(n_group=4, topk_group=None)])
+@pytest.mark.parametrize(
+    'groups',
+    [dict(n_group=None, topk_group=None), dict(n_group=None), dict(n_group=4, topk_group=None)],
+)
 def test_experts_without_groups(groups):
     found = {k: v for k, v in FILES['deepseek_v2'].items() if k != 'topk_group'} | groups
     assert Config.from_json(found).n_group == (groups['n_group'] or 1)
@@ -157,10 +179,16 @@ def test_experts_without_groups(groups):
 
 @pytest.mark.parametrize('family', FILES)
 def test_what_the_peer_ignores_is_ignored_and_said(family, tmp_path):
-    other = dict(scoring_func=('sigmoid', 'softmax'), topk_method=('noaux_tc', 'greedy'), norm_topk_prob=(True, False))
+    other = dict(
+        scoring_func=('sigmoid', 'softmax'),
+        topk_method=('noaux_tc', 'greedy'),
+        norm_topk_prob=(True, False),
+    )
     for name, value in IGNORED[family].items():
         lie = next(o for o in other[name] if o != value)
-        with pytest.warns(UserWarning, match=f'{name}={lie!r}: transformers ignores this in {family}'):
+        with pytest.warns(
+            UserWarning, match=f'{name}={lie!r}: transformers ignores this in {family}'
+        ):
             cfg = Config.from_json(FILES[family] | {name: lie})
         assert getattr(cfg, name) == value
         ours = cfg.replace(**{name: lie})
@@ -206,25 +234,49 @@ def odd_file(seed):
         hidden_act=rng.choice(('silu', 'gelu', 'gelu_pytorch_tanh', 'relu')), tie_word_embeddings=rng.random() < 0.3,
         topk_method=rng.choice(('greedy', 'group_limited_greedy')), bos_token_id=None, eos_token_id=rng.choice((None, 1, [1, 2])),
     )  # fmt: skip
-    rope = dict(rope_type='yarn', factor=rng.choice((2.0, 40.0)), original_max_position_embeddings=16)
-    rope |= rng.choice(({}, dict(mscale=0.7, mscale_all_dim=0.7), dict(mscale=1.0, mscale_all_dim=0.5), dict(beta_fast=16, beta_slow=2)))
+    rope = dict(
+        rope_type='yarn', factor=rng.choice((2.0, 40.0)), original_max_position_embeddings=16
+    )
+    rope |= rng.choice(
+        (
+            {},
+            dict(mscale=0.7, mscale_all_dim=0.7),
+            dict(mscale=1.0, mscale_all_dim=0.5),
+            dict(beta_fast=16, beta_slow=2),
+        )
+    )
     theta = rng.choice((100.0, 10000.0, 50000.0))
     places = (
         dict(rope_theta=theta), dict(rope_theta=theta, rope_scaling=rope), dict(rope_scaling=rope | dict(rope_theta=theta)), dict(rope_scaling={}),
         dict(rope_parameters=rope | dict(rope_theta=theta)), dict(rope_theta=theta, rope_scaling=None, rope_parameters=rope),
     )  # fmt: skip
     found |= rng.choice(places)
-    found['num_key_value_heads'] = rng.choice((None, heads))  # left out, it is 128 in V3 of the peer, which cannot run then
+    found['num_key_value_heads'] = rng.choice(
+        (None, heads)
+    )  # left out, it is 128 in V3 of the peer, which cannot run then
     if family == 'deepseek_v2':
         found['qk_nope_head_dim'] *= 2  # the peer takes pairs as complex numbers, where they stand
         found['kv_lora_rank'] *= 2
-    for name in ('norm_topk_prob', 'routed_scaling_factor', 'rms_norm_eps', 'hidden_act', 'tie_word_embeddings', 'topk_method'):
+    for name in (
+        'norm_topk_prob',
+        'routed_scaling_factor',
+        'rms_norm_eps',
+        'hidden_act',
+        'tie_word_embeddings',
+        'topk_method',
+    ):
         if rng.random() < 0.3:
             del found[name]
-    if found.get('topk_method', 'greedy') == 'greedy' and family == 'deepseek_v2' and rng.random() < 0.5:
+    if (
+        found.get('topk_method', 'greedy') == 'greedy'
+        and family == 'deepseek_v2'
+        and rng.random() < 0.5
+    ):
         found |= dict(n_group=None, topk_group=None)
     if rng.random() < 0.3:
-        found['num_local_experts' if family == 'deepseek_v3' else 'num_experts'] = found.pop('n_routed_experts')
+        found['num_local_experts' if family == 'deepseek_v3' else 'num_experts'] = found.pop(
+            'n_routed_experts'
+        )
     return found
 
 
@@ -232,7 +284,9 @@ def peer_of(found, seed):
     "A random model of the peer, so that nothing is right by luck"
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**copy.deepcopy(found))
-    peer = AutoModelForCausalLM.from_config(config, experts_implementation='eager', attn_implementation='eager')
+    peer = AutoModelForCausalLM.from_config(
+        config, experts_implementation='eager', attn_implementation='eager'
+    )
     peer = peer.float().eval()
     with torch.no_grad():
         for name, p in peer.named_parameters():
@@ -274,7 +328,9 @@ def test_random_odd_files_give_the_logits_of_the_peer(seed, tmp_path):
     for name, lie in LIES.items():
         has_experts = found['first_k_dense_replace'] < found['num_hidden_layers']
         if has_experts or name != 'routed_scaling_factor':
-            assert distance(logits_of(tmp_path, found | {name: lie(found.get(name))}, ids)) > 1e-4, name
+            assert (
+                distance(logits_of(tmp_path, found | {name: lie(found.get(name))}, ids)) > 1e-4
+            ), name
 
 
 def test_a_config_cannot_be_changed_after_it_was_checked():

@@ -91,8 +91,13 @@ def expected(tensors, chain):
             else:
                 wide = dequantize(*value, (128, 128)) if isinstance(value, tuple) else value
                 out[name] = wide.to(dict(bf16=torch.bfloat16, fp32=torch.float32)[to])
-    rest = next(v.dtype for v in out.values() if not isinstance(v, tuple) and v.dim() == 1 and len(v) == 16)
-    return {n: dequantize(*v, (128, 128)).to(rest) if isinstance(v, tuple) else v for n, v in out.items()}, rest
+    rest = next(
+        v.dtype for v in out.values() if not isinstance(v, tuple) and v.dim() == 1 and len(v) == 16
+    )
+    return {
+        n: dequantize(*v, (128, 128)).to(rest) if isinstance(v, tuple) else v
+        for n, v in out.items()
+    }, rest
 
 
 TARGETS = 'fp8', 'bf16', 'fp32'
@@ -143,11 +148,15 @@ def test_a_scale_that_no_quantiser_writes_is_refused(value, to, tmp_path):
     name = 'model.layers.0.self_attn.o_proj.weight_scale_inv'
     save_file(tensors | {name: torch.full_like(tensors[name], value)}, file)
     with pytest.raises(ValueError, match=f'{name}: {value} in model.safetensors'):
-        load_pretrained(tmp_path / 'eight') if to is None else convert_checkpoint(tmp_path / 'eight', tmp_path / 'out', to)
+        load_pretrained(tmp_path / 'eight') if to is None else convert_checkpoint(
+            tmp_path / 'eight', tmp_path / 'out', to
+        )
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('where', ['.', 'src', 'src/inside', 'src/a/b', 'link/inside', 'src/../src', 'src.partial'])
+@pytest.mark.parametrize(
+    'where', ['.', 'src', 'src/inside', 'src/a/b', 'link/inside', 'src/../src', 'src.partial']
+)
 def test_an_output_in_or_around_the_source_is_refused(where, tmp_path):
     from eva.interop import convert_checkpoint
 
@@ -159,7 +168,9 @@ def test_an_output_in_or_around_the_source_is_refused(where, tmp_path):
         source.rename(tmp_path / 'src.partial')
         source, where, before = tmp_path / 'src.partial', 'src', {}
         (tmp_path / 'link').unlink()
-    with pytest.raises(ValueError, match='is the source itself|lies inside of the source|holds the source'):
+    with pytest.raises(
+        ValueError, match='is the source itself|lies inside of the source|holds the source'
+    ):
         convert_checkpoint(source, tmp_path / where)
     assert all(p.read_bytes() == raw for p, raw in before.items())
     assert sorted(p.name for p in source.iterdir()) == ['config.json', 'model.safetensors']

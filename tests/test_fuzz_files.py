@@ -62,14 +62,22 @@ def sources(tmp_path_factory):
         part = {n: t for j, (n, t) in enumerate(tensors.items()) if j % 2 == i}
         save_file(part, root / 'sharded' / f'model-{i}.safetensors')
         where |= dict.fromkeys(part, f'model-{i}.safetensors')
-    (root / 'sharded' / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=where)))
+    (root / 'sharded' / 'model.safetensors.index.json').write_text(
+        json.dumps(dict(weight_map=where))
+    )
     return [root / n for n in ('plain', 'fp8', 'sharded')]
 
 
 def places(value, path=()):
     "Every place in a JSON value"
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, below in items:
         yield from places(below, (*path, key))
 
@@ -118,7 +126,9 @@ def truncate(rng, raw):
 
 def flip(rng, raw):
     raw = bytearray(raw)
-    limit = 8 + int.from_bytes(raw[:8], 'little') if raw[8:9] == b'{' and len(raw) > 2000 else len(raw)
+    limit = (
+        8 + int.from_bytes(raw[:8], 'little') if raw[8:9] == b'{' and len(raw) > 2000 else len(raw)
+    )
     for _ in range(rng.randrange(1, 6)):
         raw[rng.randrange(min(limit, len(raw)))] ^= 1 << rng.randrange(8)
     return bytes(raw)
@@ -136,7 +146,10 @@ def header_of(raw):
 def mutate_header(rng, raw):
     "Wrong types, shapes and offsets in the header of safetensors, or a wrong length before it"
     if rng.random() < 0.2:
-        return rng.choice((0, 1, 2**20, 2**31, 2**40, 2**63, 2**64 - 1)).to_bytes(8, 'little') + raw[8:]
+        return (
+            rng.choice((0, 1, 2**20, 2**31, 2**40, 2**63, 2**64 - 1)).to_bytes(8, 'little')
+            + raw[8:]
+        )
     header, data = header_of(raw)
     name = rng.choice([n for n in header if n != '__metadata__'])
     entry = header[name]
@@ -144,12 +157,28 @@ def mutate_header(rng, raw):
     if what == 'dtype':
         entry['dtype'] = rng.choice(('F64', 'F16', 'I8', 'F8_E4M3', 'F4', 'BOOL', 'X', 7))
     elif what == 'shape':
-        entry['shape'] = rng.choice(([], [0], [-1, 4], [2**62, 4], [1.5], 'x', entry['shape'][::-1], [*entry['shape'], 1]))
+        entry['shape'] = rng.choice(
+            ([], [0], [-1, 4], [2**62, 4], [1.5], 'x', entry['shape'][::-1], [*entry['shape'], 1])
+        )
     elif what == 'data_offsets':
         start, end = entry['data_offsets']
-        entry['data_offsets'] = rng.choice(([end, start], [start, end + 4], [0, 2**62], [start + 1, end + 1], [-4, end], [start], 'x'))
+        entry['data_offsets'] = rng.choice(
+            (
+                [end, start],
+                [start, end + 4],
+                [0, 2**62],
+                [start + 1, end + 1],
+                [-4, end],
+                [start],
+                'x',
+            )
+        )
     elif what == 'name':
-        header[rng.choice(('', 'x', name + '.bias', 'model.layers.99.mlp.gate.weight', '../x', 'a' * 10**4))] = header.pop(name)
+        header[
+            rng.choice(
+                ('', 'x', name + '.bias', 'model.layers.99.mlp.gate.weight', '../x', 'a' * 10**4)
+            )
+        ] = header.pop(name)
     else:
         header[name] = rng.choice(ODD[:20])
     text = json.dumps(header).encode()
@@ -159,7 +188,9 @@ def mutate_header(rng, raw):
 def content_damage(change, names):
     def damage(rng, folder):
         there = [n for n in names if (folder / n).exists()]
-        shards = [p.name for p in folder.glob('*.safetensors')] if 'model.safetensors' in names else []
+        shards = (
+            [p.name for p in folder.glob('*.safetensors')] if 'model.safetensors' in names else []
+        )
         path = folder / rng.choice(sorted({*there, *shards}))
         raw = path.read_bytes()
         path.unlink()  # it may be a hard link of the source
@@ -181,7 +212,15 @@ def not_a_file(rng, folder):
     elif kind == 'folder':
         path.mkdir()
     else:
-        path.symlink_to(dict(null='/dev/null', zero='/dev/zero', outside=outside, itself=path, gone=folder / 'none')[kind])
+        path.symlink_to(
+            dict(
+                null='/dev/null',
+                zero='/dev/zero',
+                outside=outside,
+                itself=path,
+                gone=folder / 'none',
+            )[kind]
+        )
     return path.name
 
 
@@ -209,7 +248,7 @@ KINDS = dict(
     large=too_large,
 )  # fmt: skip
 
-CHILD = '''
+CHILD = """
 import json, hashlib, resource, sys, time, warnings
 import torch
 torch.set_num_threads(1)
@@ -232,7 +271,7 @@ for line in sys.stdin:
     except ValueError as e: said = dict(refused=str(e))
     except BaseException as e: said = dict(fault=f'{type(e).__name__}: {e}'[:500])
     print(json.dumps(said | dict(seconds=time.process_time()-start, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)), flush=True)
-'''
+"""
 
 
 class Child:
@@ -241,7 +280,9 @@ class Child:
     def __init__(self, script=CHILD):
         command = [sys.executable, '-c', script, str(BYTES_OF_A_CHILD)]
         clean = {k: v for k, v in os.environ.items() if not k.startswith('RUST_')}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean
+        )
 
     def load(self, folder, what):
         def ring(*_):
@@ -285,7 +326,9 @@ def copy_of(source, case):
 
 def one_sentence(text, folder, name):
     assert '\n' not in text and 10 < len(text) < 2000, text
-    assert str(folder) in text or name in text or 'safetensors' in text or 'config.json' in text, f'names no file: {text}'
+    assert str(folder) in text or name in text or 'safetensors' in text or 'config.json' in text, (
+        f'names no file: {text}'
+    )
 
 
 def run_cases(kind, rounds, sources, child, tmp_path):
@@ -307,7 +350,10 @@ def run_cases(kind, rounds, sources, child, tmp_path):
         seen['loaded' if 'loaded' in said else 'refused'] += 1
         if 'refused' in said:
             one_sentence(said['refused'], case, name)
-        elif name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json') or kind == 'kind':
+        elif (
+            name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json')
+            or kind == 'kind'
+        ):
             assert said['loaded'] == child.whole[source], f'{what}: loaded, and other weights'
     shutil.rmtree(tmp_path / 'case', ignore_errors=True)
     return seen
