@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from eva.answers import TEMPLATE as EVAS
 from eva.chat import ChatTemplate
 from eva.cli import eva_generate, eva_train
 from eva.config import Config
@@ -105,6 +106,18 @@ def test_marks_and_templates_are_kept(init, data, kind, place):
         assert hint == f"talk to it: eva_generate '{out}'"
     else:
         assert hint.startswith(f"let it continue a text: eva_generate '{out}' --plain --prompt 'def f")
+
+
+def test_a_checkpoint_without_a_template_gets_one(init, data):
+    (init / 'chat_template.jinja').unlink(missing_ok=True)
+    (init / 'tokenizer_config.json').write_text(json.dumps(NAMED))
+    out = data / 'out'
+    argv = ['--init', init, '--data', data / 'talks.jsonl', '--out', out, *SMALL, '--seq_len', 64]
+    said = said_by(eva_train, *argv)
+    assert (out / 'chat_template.jinja').read_text(encoding='utf-8') == EVAS
+    text = ChatTemplate.of(out)([dict(role='user', content='f3')])
+    assert text == '<s><｜User｜>f3<｜Assistant｜>'
+    assert said.strip().endswith(f'talk to it: eva_generate {out}')
 
 
 def test_a_damaged_tokenizer_configuration_leaves_no_run(init, data):
