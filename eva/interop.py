@@ -86,7 +86,11 @@ def special_tokens(
     tokenizer,  # a `tokenizers.Tokenizer`, which knows their names
 ) -> dict[str, str]:  # bos_token, eos_token and pad_token, those that there are
     "Return the special tokens of a model as tokenizer_config.json names them"
-    ids = dict(bos_token=cfg.bos_token_id, eos_token=next(iter(cfg.eos_token_ids), None), pad_token=cfg.pad_token_id)
+    ids = dict(
+        bos_token=cfg.bos_token_id,
+        eos_token=next(iter(cfg.eos_token_ids), None),
+        pad_token=cfg.pad_token_id,
+    )
     names = {k: tokenizer.id_to_token(i) for k, i in ids.items() if i is not None and i >= 0}
     missing = [f'{k}_id={ids[k]}' for k, name in names.items() if name is None]
     if missing:
@@ -159,7 +163,12 @@ def load_pretrained(
     return model.eval()
 
 # %% ../nbs/13_interop.ipynb #c1300002
-FLOAT_TYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}  # of weights that are not in blocks
+FLOAT_TYPES = {
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+}  # of weights that are not in blocks
 KEPT = ('e_score_correction_bias', 'rotary_emb.inv_freq')  # float32 in every model
 
 
@@ -181,7 +190,10 @@ def stored_dtype(
     if chosen is None:
         return max(counts, key=lambda t: (t.itemsize, counts[t]))
     found = ', '.join(f'{n} in {str(t).removeprefix("torch.")}' for t, n in counts.items())
-    warnings.warn(f'{ck.path}: tensors of several types ({found}); loading all as {named}, which config.json names, another with dtype=', stacklevel=3)
+    warnings.warn(
+        f'{ck.path}: tensors of several types ({found}); loading all as {named}, which config.json names, another with dtype=',
+        stacklevel=3,
+    )
     return chosen
 
 # %% ../nbs/13_interop.ipynb #2a191073
@@ -299,7 +311,9 @@ def _others(src, say):
             left.append(f.name)
     if left:
         more = f' and {len(left) - 5} more' if len(left) > 5 else ''
-        say(f'{src}: {", ".join(left[:5])}{more} not copied; only files that belong to a checkpoint are')
+        say(
+            f'{src}: {", ".join(left[:5])}{more} not copied; only files that belong to a checkpoint are'
+        )
     return found
 
 
@@ -308,7 +322,9 @@ def _begin(part, about, dst, job):
     job_file = part / 'job.json'
     others = not job_file.is_file() or job_file.read_text() != about
     if os.path.lexists(part) and (part.is_symlink() or others):
-        raise ValueError(f'{part}: was left by another conversion; remove it, or give another folder')
+        raise ValueError(
+            f'{part}: was left by another conversion; remove it, or give another folder'
+        )
     need, free = job.bytes_to_write(part), shutil.disk_usage(part.parent).free
     if need > free:
         raise ValueError(
