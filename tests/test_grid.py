@@ -1,7 +1,6 @@
 "Every precision on every route with every feature is one function: pairs are generated, not listed"
 
-import copy
-from functools import cache
+from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +10,13 @@ import eva.mla
 import eva.precision
 from eva.cache import LatentCache
 from eva.config import Config
+from eva.context import Context
 from eva.fp8 import RECIPES, dequantize
 from eva.generate import generate
 from eva.model import DeepSeekV3
-from eva.precision import KINDS, PRODUCTS, Emulate, Native, convert, equip, products_of, why_not
+from eva.precision import KINDS, PRODUCTS, Emulate, FP8LatentCache, Native, convert, equip
+from eva.precision import products_of, why_not
+from eva.train import Trainer
 
 LENGTH = 9  # tokens of each of two sequences
 SIZES = dict(
@@ -77,7 +79,7 @@ def exact_sums(monkeypatch):
 
 
 BACKENDS = dict(emulate=Emulate, native=Native, opaque=Opaque)
-CARRIED_OUT = dict(native=("block", "block_pow2", "tensor"), opaque=("block", "delayed"))
+CARRIED_OUT = dict(native=("block", "tensor"), opaque=("block", "delayed"))
 PRECISIONS = ["float64", "bfloat16", "autocast"] + [
     f"{recipe}-{backend}"
     for recipe in RECIPES
@@ -306,8 +308,9 @@ def compare_routes(precision, feature, routes):
 
     That is one pass, or, where a scale belongs to a call, the same feeding. In float64 they are
     identities: sums are exact to 1e-16, so that no value comes to lie on the other side of a
-    rounding to eight bits. In sixteen bits a layer rounds about a dozen times in a row, each time
-    by at most 2^-9, on both routes: two layers and the head stay within 2 * 25 * 2^-9 = 0.1.
+    rounding to eight bits. In sixteen bits each rounding is 2^-8 at most and the errors of
+    different ones are independent: about 14 in each of two layers, on both routes, add up to
+    sqrt(2 * 2 * 14) * 2^-8 = 0.03 on the way to the logits. Threefold room makes 0.1.
     """
     model, ids, masks = setting(precision, feature)
     with torch.inference_mode():
@@ -358,7 +361,7 @@ def compare_drafts(precision, feature):
 DRAFTED = [(p, f) for p, f in PAIRS if p not in ROUNDED and f not in MASKS]
 
 
-@pytest.mark.parametrize("precision, feature", DRAFTED[::3])
+@pytest.mark.parametrize("precision, feature", DRAFTED[::4])
 def test_drafts_change_nothing(precision, feature, exact_sums):
     compare_drafts(precision, feature)
 
@@ -367,3 +370,145 @@ def test_drafts_change_nothing(precision, feature, exact_sums):
 @pytest.mark.parametrize("precision, feature", DRAFTED)
 def test_drafts_change_nothing_anywhere(precision, feature, exact_sums):
     compare_drafts(precision, feature)
+
+
+# ---- one layer, in the types that people use ----
+
+CARRIED = [
+    (recipe, backend)
+    for recipe in RECIPES
+    for backend in PRODUCTS
+    if not why_not(backend, "cpu", recipe)
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recipe, backend", [(None, None), *CARRIED])
+def test_evaluations_of_one_layer(recipe, backend, dtype):
+    """Absorbed, expanded and in pieces, of the same queries and latents, by each backend that runs here
+
+    The rounded latents and weights are the same numbers on each route, so that only sums differ:
+    absorbed rounds latents, weights, queries, scores, probabilities, mixture and result, expanded
+    keys, queries, scores, probabilities and result: a dozen roundings, each by eps / 2 at most.
+    """
+    torch.manual_seed(0)
+    attention = eva.mla.MLA(Config.preset("mini", **SIZES, num_experts_per_tok=2)).to(dtype)
+    for p in attention.parameters():
+        nn.init.normal_(p, std=0.3)
+    if recipe:
+        convert(attention, recipe, backend)
+    attention.eval().requires_grad_(False)
+    heads, rank = SIZES["num_attention_heads"], SIZES["kv_lora_rank"]
+    q_C, q_R, latents = (torch.randn(2, 9, heads, n).to(dtype) for n in (12, 8, rank + 8))
+    rows = latents[:, :, 0] * torch.randn(2, 9, 1).exp().to(dtype)
+    want = switched(attention.expanded, False)(q_C, q_R, rows).double()
+    ways = dict(absorbed=attention.absorbed, pieces=switched(attention.expanded, False, at_once=1))
+    for name, way in ways.items():
+        off = (way(q_C, q_R, rows).double() - want).norm() / want.norm()
+        assert off < 12 * torch.finfo(dtype).eps / 2, f"{name}: off by {off:.1e}"
+
+
+# ---- no sequences at all ----
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("recipe, backend", [(None, None), *CARRIED])
+def test_a_batch_of_nothing(recipe, backend, grad):
+    "Layers and the model give an empty result, a mean loss and a cache say what they need"
+    cfg = Config.preset("mini", **SIZES, num_experts_per_tok=2)
+    model = DeepSeekV3(cfg)
+    if recipe:
+        convert(model, recipe, backend)
+    none = torch.empty(0, 5, dtype=torch.long)
+    masks = dict(attention_mask=torch.ones(0, 5), documents=none, prefix=none.bool())
+    with torch.set_grad_enabled(grad):
+        logits = model(none, **masks)
+        assert logits.shape == model(none).shape == (0, 5, 64)
+        if grad:
+            logits.sum().backward()
+        empty = torch.empty(0, 5, 32)
+        rope = torch.ones(1, 5, 4), torch.ones(1, 5, 4)
+        for block in model.blocks:
+            assert block.self_attn(empty, rope).shape == block.mlp(empty).shape == empty.shape
+        with pytest.raises(ValueError, match="a mean loss needs at least one window"):
+            model.losses(none)
+    with pytest.raises(ValueError, match="batch=0: must be a positive integer"):
+        LatentCache(cfg, 0, 9)
+
+
+# ---- kinds of cache ----
+
+
+class OtherCache(LatentCache):
+    "A kind of cache that somebody derived"
+
+
+def any_cache(*args, **kwargs):
+    return OtherCache(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_derived_cache_has_the_type_of_the_model(dtype):
+    "In bfloat16 under float32, text generated through it is that of another model"
+    model = DeepSeekV3(Config.preset("mini", **SIZES, num_experts_per_tok=2)).to(dtype)
+    for kind in (LatentCache, OtherCache, any_cache):
+        assert Context(model, 8, cache=kind).cache.rows.dtype == dtype
+    chosen = partial(OtherCache, dtype=torch.float32)
+    assert Context(model, 8, cache=chosen).cache.rows.dtype == torch.float32
+    assert Context(model, 8, cache=FP8LatentCache).cache.rows.dtype == torch.uint8
+
+
+# ---- compiled ----
+
+COMPILED = ["float64", "float32", "bfloat16"]
+
+
+def compare_compiled(dtype, backend):
+    "Logits with a cache and without, and gradients of all weights"
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    cfg = Config.preset(
+        "mini",
+        **{**SIZES, "num_hidden_layers": 1, "first_k_dense_replace": 0, "num_experts_per_tok": 2},
+    )
+    model = DeepSeekV3(cfg).to(getattr(torch, dtype))
+    ids = torch.randint(2, 64, (2, 8))
+    bound = dict(
+        atol=0.05 if dtype == "bfloat16" else 1e-5, rtol=0.05 if dtype == "bfloat16" else 1e-4
+    )
+    grads = []
+    for run in (model, torch.compile(model, backend=backend)):
+        model.zero_grad()
+        run(ids).square().mean().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert len(grads[0]) > 10
+    for name, grad in grads[0].items():
+        assert_close(grads[1][name], grad, **bound, msg=lambda m, n=name: f"{n}: {m}")
+    with torch.no_grad():
+        run, seen = (
+            torch.compile(model, backend=backend),
+            LatentCache(cfg, 2, 8, model.lm_head.weight.dtype),
+        )
+        parts = torch.cat([run(part, seen) for part in ids.split([6, 2], 1)], 1)
+        assert_close(parts, model(ids), **bound)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_is_the_same_function():
+    "Traced, but not translated: float32 with gradients crashed in the meta function of the grouped product"
+    compare_compiled("float32", "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", COMPILED)
+def test_compiled_and_translated(dtype, backend):
+    compare_compiled(dtype, backend)
+
+
+def test_a_wrapped_model_is_not_trained():
+    "It would end in int('layers'), and its checkpoints in names that nothing else reads"
+    model = torch.compile(DeepSeekV3(Config.preset("mini", **SIZES, num_experts_per_tok=2)))
+    with pytest.raises(ValueError, match=r"wrapped by torch.compile.*model.compile\(\)"):
+        Trainer(model, None, None, None, "nowhere")
