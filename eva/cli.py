@@ -167,11 +167,14 @@ def new_corpus_run(
         cfg = Config.preset(preset, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1)
     else:
         cfg, tok = start
+    end = next(iter(cfg.eos_token_ids), None)
+    if fim and end is None:
+        raise ValueError(f'--fim {fim}: a document with its middle at the end needs an end token, and eos_token_id is null in config.json')
     check_memory(cfg, tcfg, device_of(args))
     clear_folder(args.out / 'tokens', manifest)
     number = sum(data.counts('documents').values())
     few = number < 200 and 'datasets' not in data.counts('files')  # perhaps none of them would be held out
-    train, held = tokenise(args.out / 'tokens', data.documents(whole), tok, cfg.bos_token_id, fim, tcfg.seed, eos=cfg.eos_token_id, ends=few, manifest=manifest)
+    train, held = tokenise(args.out / 'tokens', data.documents(whole), tok, cfg.bos_token_id, fim, tcfg.seed, eos=end, ends=few, manifest=manifest)
     data.save(args.out / 'data.jsonl', manifest)
     shards = len(train.tokens.files)
     middle = f'; {fim:.0%} with the middle at the end' if fim else ''
@@ -214,10 +217,12 @@ def new_answers_run(
     tcfg = TrainConfig(**dict(lr=.002, muon_lr=.002, apart=True) | settings(args))
     check_memory(cfg, tcfg, device_of(args))
     mark = lambda i: tok.id_to_token(i) or ''
+    end = next(iter(cfg.eos_token_ids), cfg.bos_token_id) # fills rows
     template = ChatTemplate.of(args.init)
-    if own := template is None: template = ChatTemplate(TEMPLATE, trusted=True, bos_token=mark(cfg.bos_token_id), eos_token=mark(cfg.eos_token_id))
+    if (own := template is None) and not cfg.eos_token_ids: raise ValueError(f'{args.init}/config.json: eos_token_id is null, and an answer ends with it; write the number of a token that ends a text')
+    if own: template = ChatTemplate(TEMPLATE, trusted=True, bos_token=mark(cfg.bos_token_id), eos_token=mark(end))
     clear_folder(args.out/'tokens', manifest)
-    train,held = write_conversations(args.out/'tokens', data, template, tok, tcfg.seq_len, cfg.bos_token_id, cfg.eos_token_id, manifest=manifest)
+    train,held = write_conversations(args.out/'tokens', data, template, tok, tcfg.seq_len, cfg.bos_token_id, end, manifest=manifest)
     data.save(args.out/'data.jsonl', manifest)
     if own:
         with manifest.write(args.out/'chat_template.jinja') as f: f.write_text(TEMPLATE, encoding='utf-8')
@@ -675,13 +680,13 @@ def sample_text(
     import numpy as np, torch
     from eva.generate import generate
     if trainer.held_out.task and (length := trainer.held_out.align): given,more = length//2+1,length-length//2-1 # of a task: the second half
-    tokens,bos,eos = np.asarray(trainer.held_out.tokens[:10**6], np.int64),trainer.model.cfg.bos_token_id,trainer.model.cfg.eos_token_id
+    tokens,bos,eos = np.asarray(trainer.held_out.tokens[:10**6], np.int64),trainer.model.cfg.bos_token_id,trainer.model.cfg.eos_token_ids
     starts = [i for i in np.flatnonzero(tokens==bos) if i+given<=len(tokens) and not (tokens[i+1:i+given]==bos).any()][:3] or [0]
     if trainer.held_out.learn is not None: # a conversation: up to its first answer
         i,learn = int(np.flatnonzero(tokens==bos)[0]),trainer.held_out.learn[:10**6]
         starts,given = [i],int(np.flatnonzero(learn[i:])[0])
     prompts = torch.from_numpy(np.stack([tokens[i:i+given] for i in starts])).to(trainer.device)
-    ids = generate(trainer.model, prompts, more, temperature=.7, top_p=.95, seed=trainer.cfg.seed, eos_token_id=(bos, eos)) # the start token begins another document
+    ids = generate(trainer.model, prompts, more, temperature=.7, top_p=.95, seed=trainer.cfg.seed, eos_token_id=(bos, *eos)) # the start token begins another document
     return '\n'.join(f'----- held-out beginning {n}\n{tok.decode(p.tolist())}\n----- continued by the model\n{tok.decode(i[given:].tolist())}\n'
                      for n,(p,i) in enumerate(zip(prompts, ids), 1))
 
