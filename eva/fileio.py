@@ -29,8 +29,8 @@ def link_stays_inside(
     root: Path,  # the folder it belongs to
 ) -> bool:
     "Tell whether a path ends inside of a folder, or in the blobs of the Hub cache that the folder is part of"
-    target = path.resolve()
-    root = root.resolve()
+    target = Path(os.path.realpath(path))  # unlike resolve(), it does not fail on links in a circle
+    root = Path(os.path.realpath(root))
     if target.is_relative_to(root):
         return True
     in_hub_cache = root.parent.name == 'snapshots'

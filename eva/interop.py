@@ -266,7 +266,7 @@ def convert_checkpoint(
     others = _others(src, say)
     part.parent.mkdir(parents=True, exist_ok=True)
     with FolderLock(part.parent, f'.{dst.name}.eva-lock', dst): # beside it, so that it holds until the folder has its name
-        about = json.dumps(dict(src=str(src.resolve()), to=to, pow2=pow2, files=job.fingerprint(), rules=2)) # 2: every tensor is converted
+        about = json.dumps(dict(src=os.path.realpath(src), to=to, pow2=pow2, files=job.fingerprint(), rules=2)) # 2: every tensor is converted
         _begin(part, about, dst, job)
         job.manifest = manifest = Manifest(part)
         manifest.recover() # of a call that was killed
@@ -285,13 +285,14 @@ def convert_checkpoint(
 # %% ../nbs/13_interop.ipynb #c1300003
 def _apart(src, dst, part):
     "Refuse an output that is there, that is the source, or that lies in it or around it"
-    source = src.resolve()
+    source = Path(os.path.realpath(src))
     for place in (dst, part):
-        if place.resolve() == source:
+        there = Path(os.path.realpath(place))  # unlike resolve(), it does not fail on links in a circle
+        if there == source:
             raise ValueError(f'{dst}: is the source itself; give another folder')
-        if place.resolve().is_relative_to(source):
+        if there.is_relative_to(source):
             raise ValueError(f'{dst}: lies inside of the source {src}; give a folder elsewhere')
-        if source.is_relative_to(place.resolve()):
+        if source.is_relative_to(there):
             raise ValueError(f'{dst}: holds the source {src}; give a folder elsewhere')
     if os.path.lexists(dst):
         raise ValueError(f'{dst}: is there already; give another folder')
