@@ -789,7 +789,7 @@ class TrainingData:
             about = os.stat(entry.path)
             entry.size, entry.mtime_ns = about.st_size, about.st_mtime_ns
             entry.kind, entry.compression = detect_kind(entry.path, entry.root, self.text_column)
-            entry.documents = sum(bool(value) for _, value in self._contents(entry))
+            entry.documents = sum(value != '' for _, value in self._contents(entry))
             entry.status = 'read'
         except OSError as e:
             entry.reason, entry.why = 'unreadable', f'{entry.path}: cannot be read ({e.strerror}); check the path and its permissions'
@@ -861,7 +861,7 @@ class TrainingData:
                     raise ValueError(f'{entry.path}: was changed since it was looked through; run again when nothing writes to it')
             content = entry.content or 'text'
             for name, value in self._contents(entry, whole):
-                if value or (whole and entry.kind == 'text'):
+                if value != '' or (whole and entry.kind == 'text'):
                     yield name, {content: value}
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
