@@ -564,7 +564,8 @@ class Manifest:
             if not os.path.lexists(place) or place.is_dir() and not any(place.iterdir()):
                 continue
             lists = [*place.glob(self.NAME), *place.glob(f'*/{self.NAME}')] if place.is_dir() else []
-            if not lists:
+            ours = place.is_dir() and all(self._reason(n) is None for n in self._below(name))
+            if not lists and not ours:
                 raise ValueError(f'{place}: is {_kind(os.lstat(place))} and was not written by Eva; {MOVE_AWAY}')
 
     def make_folder(
