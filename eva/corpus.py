@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from tokenizers import Tokenizer
-from .data import Document, TokenStream, encode_texts, memory_map, replacing
+from .data import Document, TokenStream, encode_texts, memory_map
 from .fileio import Manifest
 from .ingest import documents, rows
 
@@ -127,11 +127,9 @@ class ShardWriter:
         rows = {name: self.row[: self.held]}
         if self.learned:
             rows[name.replace('tokens', 'learn')] = self.mask[: self.held]
-        self.manifest.claim(*(self.folder / file for file in rows))
         for file, row in rows.items():
-            with replacing(self.folder / file) as t, open(t, 'wb') as out:
+            with self.manifest.write(self.folder / file) as t, open(t, 'wb') as out:
                 np.lib.format.write_array(out, row, allow_pickle=False)
-        self.manifest.seal(*(self.folder / file for file in rows))
         self.shards.append([name, self.held, hashlib.sha256(rows[name].data).hexdigest()])
         self.held = 0
 
@@ -152,10 +150,8 @@ class ShardWriter:
             shards=self.shards,
         )
         index = self.folder / 'index.json'
-        self.manifest.claim(index)
-        with replacing(index) as t:
+        with self.manifest.write(index) as t:
             t.write_text(json.dumps(meta | about))
-        self.manifest.seal(index)
         return ShardStream(self.folder)
 
 # %% ../nbs/10d_corpus.ipynb #1d2b449f

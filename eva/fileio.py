@@ -555,7 +555,7 @@ class Manifest:
         self,
         *paths: str | Path,  # of folders in which files are going to be written
     ):
-        "Raise a `ValueError` that names a folder which is somebody else's: not empty, and not listed"
+        "Raise a `ValueError` that names a folder which is somebody else's: not empty, and neither it nor a file in it is listed"
         self._refresh()
         for name in map(self._name, paths):
             place = self.folder / name
@@ -564,8 +564,8 @@ class Manifest:
             if not os.path.lexists(place) or place.is_dir() and not any(place.iterdir()):
                 continue
             lists = [*place.glob(self.NAME), *place.glob(f'*/{self.NAME}')] if place.is_dir() else []
-            ours = place.is_dir() and all(self._reason(n) is None for n in self._below(name))
-            if not lists and not ours:
+            listed_here = place.is_dir() and any(file.startswith(f'{name}/') for file in self.files)
+            if not lists and not listed_here:
                 raise ValueError(f'{place}: is {_kind(os.lstat(place))} and was not written by Eva; {MOVE_AWAY}')
 
     def make_folder(

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from .fileio import Manifest, atomic_write, open_regular, read_json
+from .fileio import Manifest, open_regular, read_json
 
 # %% ../nbs/09c_ingest.ipynb #6c697c58
 class Document(NamedTuple):
@@ -911,11 +911,9 @@ class TrainingData:
         "Write the complete list of files"
         path = Path(path)
         manifest = manifest or Manifest(path.parent)
-        manifest.claim(path)
-        with atomic_write(path) as t, open(t, 'w', encoding='utf-8') as out:
+        with manifest.write(path) as t, open(t, 'w', encoding='utf-8') as out:
             for entry in self.entries():
                 out.write(json.dumps({k: v for k, v in asdict(entry).items() if v not in ('', None)}) + '\n')
-        manifest.seal(path)
 
 # %% ../nbs/09c_ingest.ipynb #398a4ae8
 def rows(

@@ -6,14 +6,16 @@
 __all__ = ['LATER', 'fingerprint', 'trial', 'judge', 'compare', 'paired', 'corpus']
 
 # %% ../nbs/11d_study.ipynb #2747a124
-import hashlib, json, math, shutil, time
+import hashlib, json, math, time
 from dataclasses import asdict, replace
 from pathlib import Path
 import torch
 from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer
 from .balance import load_figures
+from .checkpoints import checkpoints
 from .data import TokenStream, find_documents, hold_out, replacing, train_tokenizer, write_tokens
+from .fileio import Manifest
 from .model import DeepSeekV3
 from .train import TrainConfig, Trainer, bits_per_byte, read_metrics
 
@@ -59,7 +61,11 @@ def trial(
                   parameters=sum(p.numel() for p in model.parameters()), **judge(t))
     save_model(model, str(folder/'weights.safetensors'))
     with replacing(done) as f: f.write_text(json.dumps(result, indent=2))
-    shutil.rmtree(folder/'checkpoints'); begun.unlink()
+    saved = folder/'checkpoints'
+    Manifest(saved).remove(*checkpoints(saved))
+    if {p.name for p in saved.iterdir()}=={Manifest.NAME}: # nothing of anybody else's
+        (saved/Manifest.NAME).unlink(); saved.rmdir()
+    begun.unlink()
     return result,model
 
 # %% ../nbs/11d_study.ipynb #ab33c10c

@@ -1,7 +1,8 @@
 "Commands as a shell starts them: killed without a warning, resumed, and resumed where nothing is"
 import contextlib, io, json, os, subprocess, sys, time
 import pytest, torch
-from eva.cli import eva_convert, eva_train
+from eva.cli import eva_convert, eva_train, train_parser
+from eva.config import Config
 from eva.files import Checkpoint
 from eva.train import checkpoints, read_metrics
 
@@ -36,3 +37,125 @@ def test_a_run_starts_from_eight_bits(tmp_path, monkeypatch):
     assert 'everything is in second' in out
     first, second = (read_metrics(tmp_path/o/'metrics.jsonl') for o in ('first', 'second'))
     assert second[0]['loss'] < first[0]['loss']
+
+
+# Every option again at --resume: as it was, it is accepted; another value is refused by name
+
+MAY_CHANGE = {'out', 'resume', 'device', 'ep', 'pp', 'schedule', 'fsdp', 'recompute'}  # where, and on how many processes
+STARTED = dict(
+    preset='mini',
+    data='lines',
+    text_column='body',
+    strict=True,
+    steps=2,
+    precision='fp32',
+    vocab_size=290,
+    seq_len=16,
+    batch_size=2,
+    lr=0.01,
+    muon_lr=0.03,
+    mtp_share=0.5,
+    fim=0.5,
+    apart=True,
+    on_spike='skip',
+    on_collapse='stop',
+    save_every=1,
+    seed=3,
+)
+OTHERS = dict(
+    preset='v3',
+    data='stdlib',
+    text_column='title',
+    strict=True,
+    steps=3,
+    precision='fp16',
+    vocab_size=291,
+    seq_len=32,
+    batch_size=4,
+    lr=0.04,
+    muon_lr=0.04,
+    mtp_share=0.75,
+    fim=0.25,
+    apart=True,
+    on_spike='stop',
+    on_collapse='rewind',
+    save_every=2,
+    seed=4,
+    init='given',
+)
+DEFAULTS = dict(preset='mini', text_column='text', fim=0.0, mtp_share=0.25, on_spike='rewind', on_collapse='log', seed=0)
+
+
+def flags(options):
+    "Options as they stand on a command line"
+    return [word for name, value in options.items() for word in ([f'--{name}'] if value is True else [f'--{name}', str(value)])]
+
+
+def resumed(out, **options):
+    "Exit code of a resumed run, what was printed, what went to standard error"
+    shown, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(err):
+        code = eva_train(['--out', out, '--resume', *flags(options)])
+    return code, shown.getvalue(), err.getvalue()
+
+
+TINY = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=16,
+    moe_intermediate_size=8,
+    n_routed_experts=4,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "Runs that were started with every option, with as few as possible, and from a checkpoint"
+    root, preset = tmp_path_factory.mktemp('finished'), Config.preset
+    small = {name: STARTED[name] for name in ('steps', 'seq_len', 'batch_size', 'precision', 'data')}
+    with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Config, 'preset', lambda name, **kw: preset(name, **TINY | kw))
+        (root / 'lines').mkdir()
+        rows = [f'def f{i}(x):\n    return x + {i}\n' * 6 for i in range(200)]
+        (root / 'lines' / 'a.jsonl').write_text(''.join(json.dumps(dict(body=r, text=r)) + '\n' for r in rows))
+        command('--out', 'given', *flags(STARTED))
+        command('--out', 'plain', *flags(small))
+        command('--out', 'begun', *flags(small), '--init', 'given')
+    return root
+
+
+def test_each_option_again(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    options = {action.dest for action in train_parser()._actions} - {'help'}
+    assert options == STARTED.keys() | {'init'} | MAY_CHANGE, 'say here whether a new option may change when a run is resumed'
+    for name, value in STARTED.items():
+        code, out, err = resumed('given', **{name: value})
+        assert code == 0 and 'this run is finished' in out and not err, (name, err)
+    for name, value in (('init', 'given'), ('init', finished / 'given'), *DEFAULTS.items()):
+        run = 'begun' if name == 'init' else 'plain'
+        code, out, err = resumed(run, **{name: value})
+        assert code == 0 and 'this run is finished' in out and not err, (name, err)
+    assert resumed('given', **STARTED)[0] == 0
+    for name, value in dict(device='cpu', schedule='zbv', fsdp=True, recompute=True).items():
+        assert resumed('given', **{name: value})[0] == 0, name
+
+
+def test_each_option_changed(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    assert OTHERS.keys() == STARTED.keys() | {'init'}
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob('*') if p.is_file()}
+    for name, value in OTHERS.items():
+        for run in ('given', 'plain', 'begun'):
+            if value == (STARTED if run == 'given' else DEFAULTS).get(name) or run == 'begun' and name == 'init':
+                continue
+            code, _, err = resumed(run, **{name: value})
+            assert code == 2 and err.count('\n') == 1 and f'a run goes on as it was started, and not with --{name} ' in err, (run, name, err)
+    code, _, err = resumed('begun', init='plain')
+    assert code == 2 and f'--init {finished / "plain"} (was: {finished / "given"})' in err
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob('*') if p.is_file()} == before

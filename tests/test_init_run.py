@@ -131,7 +131,7 @@ def test_a_damaged_tokenizer_configuration_leaves_no_run(init, data):
     with contextlib.redirect_stderr(err):
         argv = ['--init', folder, '--data', data / 'texts.jsonl', '--out', data / 'out', *SMALL]
         code = eva_train([str(o) for o in argv])
-    assert code != 0 and f'{folder}/special_tokens_map.json: nested too deeply' in err.getvalue()
+    assert code == 2 and f'{folder}/special_tokens_map.json: nested too deeply' in err.getvalue()
     assert not (data / 'out').exists()
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from eva.checkpoints import checkpoints, load_checkpoint, newest, save_checkpoint
+from eva.cli import eva_train
 from eva.config import Config
 from eva.data import Document, TokenStream, train_tokenizer, write_tokens
 from eva.model import DeepSeekV3
@@ -241,3 +242,205 @@ def test_random_states_go_on(streams, tmp_path):
     whole = run(tmp_path/'whole')
     first = run(tmp_path/'parts', 5); torch.manual_seed(77)
     assert first + run(tmp_path/'parts') == whole
+
+
+# eva_train itself, killed at any moment, with files of a user's in its folder
+
+
+USERS = {  # where something of a user's may lie, and what
+    'notes.txt': b'precious',
+    'empty': b'',
+    'data/deep/a.npy': bytes(range(256)),
+    '.run.json.tmp77': b'precious',
+    '.eva-manifest.json.bak': b'{}',
+    'model.safetensors.bak': b'precious',
+    'checkpoints/notes.txt': b'precious',
+    'checkpoints/best/tensors.safetensors': b'precious',
+    'checkpoints/.step-000002.tmp77/x': b'precious',
+    'checkpoints/.step-000002.old77/x': b'precious',
+    'tokens/notes.txt': b'precious',
+    'tokens/train.npy.bak': b'precious',
+    'tokens/train/mine': b'precious',
+}
+OTHERS = {  # paths, and what is made there
+    'pipe': os.mkfifo,
+    'link': lambda path: path.symlink_to('/usr'),
+    'checkpoints/link': lambda path: path.symlink_to('nothing'),
+    'tokens/link': lambda path: path.symlink_to('../notes.txt'),
+    'tokens/pipe': os.mkfifo,
+}
+RUN = '--steps 6 --seq_len 16 --batch_size 2 --save_every 1 --precision fp32 --device cpu --seed 1'.split()
+SOURCES = {  # what is read decides what is written before run.json
+    'text': ['--data', 'text', '--vocab_size', '300'],
+    'lines': ['--data', 'lines.jsonl', '--vocab_size', '300', '--fim', '0.5'],
+    'task': ['--data', 'synthetic:copy', '--steps', '3', '--seq_len', '32'],
+}
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    "Data to train on, the smallest model there is, and everything imported that a child will need"
+    import matplotlib.pyplot
+
+    import eva.report, eva.talk
+
+    preset = Config.preset
+    monkeypatch.setattr(Config, 'preset', lambda name, **kw: preset(name, **TINY | kw))
+    monkeypatch.setenv('TOKENIZERS_PARALLELISM', 'false')  # its threads do not survive a fork
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text').mkdir()
+    texts = [f'def f{i}(x):\n    return x + {i}\n' * 12 for i in range(30)]
+    for i, text in enumerate(texts):
+        (tmp_path / 'text' / f'{i}.py').write_text(text)
+    (tmp_path / 'lines.jsonl').write_text(''.join(json.dumps(dict(text=text)) + '\n' for text in texts * 8))
+
+
+def train_in_child(*argv, err='err.txt', before=lambda: None):
+    "Start eva_train in a child; its process id"
+
+    def work():
+        with open(err, 'w') as f, open(os.devnull, 'w') as shown:
+            os.dup2(f.fileno(), 2)
+            os.dup2(shown.fileno(), 1)
+            before()
+            os._exit(eva_train([str(o) for o in argv]))
+
+    return in_child(work)
+
+
+def exit_code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def put(run, name):
+    "Put something of a user's into the folder of a run, if nothing is there; everything about it"
+    path = run / name
+    top = run / name.split('/')[0]
+    if os.path.lexists(path) or '/' in name and not top.exists():
+        return {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name in USERS:
+        path.write_bytes(USERS[name])
+    else:
+        OTHERS[name](path)
+    return {name: about(path)}
+
+
+def about(path):
+    "What must not change"
+    if not os.path.lexists(path):
+        return 'gone'
+    content = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+    state = os.lstat(path)
+    return state.st_mode, state.st_ino, state.st_mtime_ns, state.st_size, content
+
+
+def killed_among_files(run, straight, seconds, kills, rng):
+    "Kill eva_train at random moments and put files beside what it left, until it comes to its end"
+    mine, refused, when = {}, [], []
+    names = [*USERS, *OTHERS]
+    for name in ('notes.txt', 'pipe', 'checkpoints/notes.txt', 'data/deep/a.npy'):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        mine |= put(run, name)
+    while True:
+        pid, end = train_in_child('--out', run, *RUN, *SOURCES['text'], '--resume'), time.monotonic() + rng.uniform(0, seconds)
+        while (done := os.waitpid(pid, os.WNOHANG))[0] == 0 and (kills <= 0 or time.monotonic() < end):
+            time.sleep(0.001)
+        if done[0] == 0:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            kills -= 1
+        assert {name: about(run / name) for name in mine} == mine
+        if done[0] == pid and os.waitstatus_to_exitcode(done[1]) == 0:
+            assert (run / 'model.safetensors').read_bytes() == straight
+            return len(mine), refused, when
+        if done[0] == pid:  # refused, for something that lies where the run wants to write
+            said = Path('err.txt').read_text()
+            assert os.waitstatus_to_exitcode(done[1]) == 2 and said.count('\n') == 1, said
+            name = next((n for n in mine if f'{run}/{n}' in said or '/' in n and f'{run}/{Path(n).parent}' in said), None)
+            assert name, said
+            refused.append(name)
+            inside = [n for n in mine if n.split('/')[0] == name.split('/')[0]]
+            for n in inside:  # the user does as is said
+                (run / n).unlink()
+                mine.pop(n)
+                for above in (run / n).parents:
+                    if above == run or not above.is_dir() or any(above.iterdir()):
+                        break
+                    above.rmdir()
+            continue
+        when.append('before' if not (run / 'run.json').exists() else 'after' if (run / 'report.png').exists() else 'while')
+        for name in names if kills <= 0 else rng.sample(names, 3):
+            mine |= put(run, name)
+
+
+def files_and_kills(tmp_path, kills):
+    "Spend a number of kills on as many runs as it takes"
+    start = time.monotonic()
+    assert exit_code(train_in_child('--out', 'straight', *RUN, *SOURCES['text'])) == 0, Path('err.txt').read_text()
+    seconds, straight = time.monotonic() - start, Path('straight/model.safetensors').read_bytes()
+    rng, files, refused, when = random.Random(0), 0, [], []
+    while len(when) < kills:
+        run = tmp_path / f'run{len(when)}'
+        found = killed_among_files(run, straight, seconds, min(8, kills - len(when)), rng)
+        files, refused, when = files + found[0], refused + found[1], when + found[2]
+    phases = {phase: when.count(phase) for phase in ('before', 'while', 'after')}
+    print(f'{files} files of a user are as they were; kills: {phases}; refused for: {" ".join(refused)}')
+    assert files >= 7 and phases['before'] and phases['while'] + phases['after']
+
+
+def test_a_users_files_survive_kills(sources, tmp_path):
+    files_and_kills(tmp_path, 6)
+
+
+@pytest.mark.slow
+def test_a_users_files_survive_many_kills(sources, tmp_path):
+    files_and_kills(tmp_path, 300)
+
+
+def killed_before_it_was_a_run(tmp_path, kind, every):
+    "Kill eva_train before its i-th call that changes the disk, as long as there is no run.json, and start it again"
+    argv = [*RUN, *SOURCES[kind], '--steps', '1']
+
+    def killed_at(i):
+        count = [0]
+
+        def counted(call):
+            def f(*args, **kw):
+                count[0] += 1
+                if count[0] == i:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **kw)
+
+            return f
+
+        for module, name in CALLS:
+            setattr(module, name, counted(getattr(module, name)))
+
+    assert exit_code(train_in_child('--out', 'straight', *argv)) == 0, Path('err.txt').read_text()
+    straight, i, moments = Path('straight/model.safetensors').read_bytes(), 1, 0
+    while True:
+        run = tmp_path / f'run{i}'
+        assert exit_code(train_in_child('--out', run, *argv, before=lambda: killed_at(i))) == -signal.SIGKILL, i
+        if (run / 'run.json').exists():
+            break
+        run.mkdir(exist_ok=True)
+        (run / 'notes.txt').write_text('precious')
+        before = about(run / 'notes.txt')
+        code = exit_code(train_in_child('--out', run, *argv))  # the same command, without --resume
+        assert code == 0, (i, Path('err.txt').read_text())
+        assert (run / 'model.safetensors').read_bytes() == straight and about(run / 'notes.txt') == before
+        i, moments = i + every, moments + 1
+    print(f'{kind}: killed at {moments} moments before there was a run')
+    assert moments >= 2
+
+
+@pytest.mark.parametrize('kind', SOURCES)
+def test_killed_before_it_was_a_run(sources, tmp_path, kind):
+    killed_before_it_was_a_run(tmp_path, kind, 29)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', SOURCES)
+def test_killed_at_every_call_before_it_was_a_run(sources, tmp_path, kind):
+    killed_before_it_was_a_run(tmp_path, kind, 1)
