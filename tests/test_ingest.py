@@ -45,7 +45,8 @@ def trimmed():
     seen, result = set(), []
     for case in sorted(CASES, key=lambda c: c[3] == DAMAGE[2]):
         pairs = set(itertools.combinations(enumerate(case), 2))
-        result.append(pytest.param(*case, marks=[] if pairs-seen else [pytest.mark.slow]))
+        large = case[3] == DAMAGE[2] and case[0] not in ('text', 'jsonl')  # seconds each
+        result.append(pytest.param(*case, marks=[] if pairs-seen and not large else [pytest.mark.slow]))
         seen |= pairs
     return result
 
