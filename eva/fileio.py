@@ -561,7 +561,7 @@ class Manifest:
             place = self.folder / name
             if name in self.folders and place.is_dir() and not place.is_symlink():
                 continue
-            if not os.path.lexists(place) or place.is_dir() and not any(place.iterdir()):
+            if not os.path.lexists(place) or place.is_dir() and not _holds_files(place):
                 continue
             lists = [*place.glob(self.NAME), *place.glob(f'*/{self.NAME}')] if place.is_dir() else []
             listed_here = place.is_dir() and any(file.startswith(f'{name}/') for file in self.files)
@@ -718,6 +718,11 @@ class Manifest:
             with suppress(OSError):  # of a full disk: a name that is gone does no harm
                 self._save(durable=False)
         return kept
+
+
+def _holds_files(folder):
+    "Is anything but folders in a folder?"
+    return any(p.is_symlink() or not p.is_dir() for p in folder.rglob('*'))
 
 
 def _is_entry(known):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from .cache import LatentCache
 from .config import Config
-from .products import Linear, by_onednn, linear_operands, onednn_pays, product, product_each
+from .products import Linear, by_onednn, linear_operands, multiplies_slowly, onednn_pays, product, product_each
 from .rope import rotate, softmax_scale
 
 # %% ../nbs/04_mla.ipynb #69398d2c
@@ -174,6 +174,7 @@ def as_written(f):
 def route(q): # (heads, seq, width): how many heads at once, and x yᵀ of each
     "How slices are multiplied"
     if q.dtype==torch.float32 and onednn_pays() and q.shape[1]>=HEADS_APART_FROM: return 1,lambda x,y: by_onednn(x[0].contiguous(), y[0])[None]
+    if multiplies_slowly(q): return len(q),lambda x,y: (x.float() @ y.float().mT).to(x.dtype)
     return len(q),lambda x,y: x @ y.mT
 
 def slices(s): # (positions): begin and end of each slice

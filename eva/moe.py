@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from .config import Config
-from .products import HEAVY, Linear, choosable, multiply, product
+from .products import HEAVY, Linear, choosable, multiplies_slowly, multiply, product
 
 # %% ../nbs/05_moe.ipynb #19a5c9bb
 class Routing(NamedTuple):
@@ -98,6 +98,7 @@ def grouped_linear(
     fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(o*x.element_size()%16==0 for o in W.shape[1:])
     if torch.compiler.is_compiling() and not (fits and x.dtype==torch.bfloat16): return grouped_rows(x, W, ends) # traced, PyTorch's takes bfloat16 only
     apart = choosable(x, W, 4*HEAVY)                   # there PyTorch's is a loop too, over a slower library
+    if fits and multiplies_slowly(x): return F.grouped_mm(x.float(), W.float().mT, offs=ends).to(x.dtype)
     if fits and not apart: return F.grouped_mm(x, W.mT, offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     if apart: return Apart.apply(x, W, sizes)

@@ -10,7 +10,7 @@ import math
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .model import computes_in_sixteen_bits
+from .products import computes_in_sixteen_bits
 
 # %% ../nbs/11a_optim.ipynb #cf5f7850
 def orthogonal_dtype(

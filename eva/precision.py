@@ -18,7 +18,7 @@ from .cache import LatentCache
 from .config import Config
 from .fp8 import RECIPES, DelayedScale, Recipe, dequantize, fake_quantize, quantize, scale_shape
 from .moe import Collect, Dispatch, Experts, Gate, grouped_linear, layout
-from .products import Linear, product
+from .products import Linear, multiplies_slowly, product
 from .stability import StabilityMonitor
 _all_ = ['StabilityMonitor'] # made by the chapter before, used from here too
 
@@ -75,8 +75,9 @@ class RoundedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]: dx = multiply(gq, r.again(W, Wq, 'w').mT, ends).to(g.dtype)
         if ctx.needs_input_grad[1]:
             gq,xq = r.again(g, gq, 'g'),r.again(xq, xq, 'x')
-            if ends is None: dW = gq.mT @ xq
+            if ends is None: dW = product(gq.mT, xq.mT) if multiplies_slowly(gq) else gq.mT @ xq
             elif not fits(gq, xq): dW = torch.stack([a.mT @ b for a,b in zip(*(o.split(sizes_of(ends)) for o in (gq, xq)))])
+            elif multiplies_slowly(gq): dW = F.grouped_mm(gq.float().mT, xq.float(), offs=ends)
             else: dW = F.grouped_mm(gq.mT, xq, offs=ends)
             dW = dW.to(W.dtype)
         return dx,dW,None,None,None
