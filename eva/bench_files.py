@@ -79,7 +79,8 @@ def convert(
                 for k,v in held.items():
                     if k.endswith('_scale_inv'): continue
                     s = held.get(k+'_scale_inv')
-                    out[k] = v if s is None else (v.float()*s.repeat_interleave(128, 0)[:v.shape[0]].repeat_interleave(128, 1)[:,:v.shape[1]]).bfloat16()
+                    if s is None: out[k] = v if k.endswith('e_score_correction_bias') else v.bfloat16()
+                    else: out[k] = (v.float()*s.repeat_interleave(128, 0)[:v.shape[0]].repeat_interleave(128, 1)[:,:v.shape[1]]).bfloat16()
             save_file(out, Path(tmp)/'plain.safetensors')
         times = in_turn(dict(eva=ours, loop=theirs, memory=about['memory'][0]), 2 if quick else 3)
         got,want = load_file(next((Path(tmp)/'bf16-1').glob('*.safetensors'))),load_file(Path(tmp)/'plain.safetensors')
