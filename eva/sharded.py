@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .exchange import swap
-from .optim import MasterOptimizer, Muon, local, orthogonalize
+from .optim import MasterOptimizer, Muon, local, orthogonal_dtype, orthogonalize
 
 # %% ../nbs/14d_sharded.ipynb #a19530c5
 class ShardedMuon(Muon):
@@ -30,7 +30,7 @@ class ShardedMuon(Muon):
             mine = [(n+i)//W for i in range(W)]                        # matrices that each rank turns
             sent,received = [m*rows[here]*columns for m in mine],[mine[here]*r*columns for r in rows]
             flat = torch.stack([g for _,g in members]).flatten()
-            if flat.dtype!=torch.float64: flat = flat.bfloat16()        # what orthogonalising does first
+            flat = flat.to(orthogonal_dtype(flat))                      # what orthogonalising does first
             parts = swap(flat, sent, received, group).split(received)
             O = orthogonalize(torch.cat([o.view(mine[here], r, columns) for o,r in zip(parts, rows)], 1)) if mine[here] else flat.new_empty(0, sum(rows), columns)
             back = swap(torch.cat([o.flatten() for o in O.split(rows, 1)]), received, sent, group).view(n, rows[here], columns)
