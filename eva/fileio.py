@@ -328,7 +328,8 @@ class FolderLock:
             command=' '.join(sys.argv)[:200],
         )
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, json.dumps(about).encode())
         self._descriptor = descriptor
         self._held.add((os.getpid(), str(self.path.resolve())))
 
