@@ -10,6 +10,7 @@ __all__ = ['SHORT', 'SPLIT', 'KINDS', 'TYPES', 'MAX_NAME', 'MAX_HEADER_BYTES', '
 # %% ../nbs/12b_files.ipynb #328b7e36
 import json, math, os, re, struct, subprocess, sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -206,6 +207,7 @@ def write_safetensors(
     file:str|Path, # to appear when it is complete
     shapes:dict,   # name -> (dtype, shape), in the order of the file
     tensors:Iterable[Tensor], # in the same order
+    atomic:bool=True, # under a temporary name first? False where the name is a temporary one already
 ):
     "Write a file tensor by tensor"
     header,end = dict(__metadata__=dict(format='pt')),0
@@ -214,7 +216,7 @@ def write_safetensors(
         header[n] = dict(dtype=KINDS[dtype], shape=list(shape), data_offsets=[start, end])
     raw = json.dumps(header).encode()
     raw += b' '*(-len(raw)%8)
-    with replacing(Path(file)) as tmp, open(tmp, 'wb') as f:
+    with replacing(Path(file)) if atomic else nullcontext(file) as tmp, open(tmp, 'wb') as f:
         f.write(struct.pack('<Q', len(raw))+raw)
         left = iter(shapes.items())
         for t in tensors:

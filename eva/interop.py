@@ -263,7 +263,8 @@ def convert_checkpoint(
     config,ck = read_json(src/'config.json', max_bytes=MAX_CONFIG_BYTES, root=src),Checkpoint(src)
     job = _Job(ck, block_of(config, src/'config.json'), to, pow2, progress)
     job.refuse()
-    others = _others(src, say)
+    notices = []
+    others = _others(src, notices.append)
     part.parent.mkdir(parents=True, exist_ok=True)
     with FolderLock(part.parent, f'.{dst.name}.eva-lock', dst): # beside it, so that it holds until the folder has its name
         about = json.dumps(dict(src=os.path.realpath(src), to=to, pow2=pow2, files=job.fingerprint(), rules=2)) # 2: every tensor is converted
@@ -271,6 +272,7 @@ def convert_checkpoint(
         job.manifest = manifest = Manifest(part)
         manifest.recover() # of a call that was killed
         manifest.check('config.json', 'model.safetensors.index.json', *(f.name for f in (*job.files, *others)))
+        for notice in notices: say(notice)
         for file,names in job.files.items(): job.convert(part/file.name, names)
         if len(job.files)>1:
             with manifest.write('model.safetensors.index.json') as t: t.write_text(json.dumps(job.index(), indent=1))
@@ -388,7 +390,7 @@ class _Job:
         "One file; what a former call completed stays"
         shapes = {n: s for name in names for n,s in self.outputs(name).items()}
         if shapes and not self.manifest.owns(file):
-            with self.manifest.write(file) as t: write_safetensors(t, shapes, self.made(names))
+            with self.manifest.write(file) as t: write_safetensors(t, shapes, self.made(names), atomic=False)
         else: self.read(*names)
         self.ck.files.clear() # unmap what was read
 
