@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEAVY', 'BF16_IS_SLOW', 'prefers_onednn', 'onednn_pays', 'by_onednn', 'multiply', 'Product', 'choosable',
-           'computes_in_sixteen_bits', 'multiplies_slowly', 'product', 'Linear', 'product_each', 'is_untouched',
-           'is_plain_linear', 'linear_operands']
+           'computes_in_sixteen_bits', 'multiplies_slowly', 'WidenedProduct', 'product', 'Linear', 'product_each',
+           'is_untouched', 'is_plain_linear', 'linear_operands']
 
 # %% ../nbs/01b_products.ipynb #c0587c09
 import platform, re
@@ -86,12 +86,31 @@ def multiplies_slowly(
     return BF16_IS_SLOW and x.dtype == torch.bfloat16 and x.device.type == 'cpu'
 
 
+class WidenedProduct(torch.autograd.Function):
+    "A product in float32 of what is kept in fewer bits"
+
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x, W)
+        return F.linear(x.float(), W.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, W = ctx.saved_tensors
+        g = g.float()
+        dx = (g @ W.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None
+        return dx, (g.flatten(0, -2).mT @ x.float().flatten(0, -2)).to(W.dtype)
+
+
 def product(
     x:Tensor, # rows (..., in)
     W:Tensor, # weights (out, in)
 )->Tensor:    # x Wᵀ (..., out)
     "A linear map without bias, by the fastest library"
-    if multiplies_slowly(x): return F.linear(x.float(), W.float()).to(x.dtype)
+    if multiplies_slowly(x): return WidenedProduct.apply(x, W)
     if not choosable(x, W): return F.linear(x, W)
     return Product.apply(x, W) if torch.is_grad_enabled() else multiply(x, W)
 

@@ -1,5 +1,5 @@
 "Memory that reading a corpus of one shape takes: `ingest_memory.py SHAPE MB FOLDER VOCAB`"
-import json,os,random,resource,string,sys
+import json,os,random,re,string,sys
 from pathlib import Path
 shape,mb,root,vocab=sys.argv[1],float(sys.argv[2]),Path(sys.argv[3]),sys.argv[4]
 def write(shape,mb,root):
@@ -18,7 +18,7 @@ def write(shape,mb,root):
         if shape=='json': o.write('"}\n'+'{"text": "one more document"}\n'*100)
 write(shape,mb,root)
 import torch,eva.train,eva.cli as C,eva.corpus,eva.data
-peak=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+peak=lambda: int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024 # of this program alone
 args=C.train_parser().parse_args(['--data',str(root),'--out',str(root.parent/'out'),'--steps','1','--vocab_size',vocab])
 before=peak(); marks=[]
 import eva.data as D

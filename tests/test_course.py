@@ -89,7 +89,7 @@ def promised(*lists: str) -> set[str]:
     return found
 
 # Asked for by name in cells that do without them where they are not installed
-OPTIONAL = {'datasets', 'pyarrow', 'tensorboard'}
+OPTIONAL = {'datasets', 'pyarrow', 'tensorboard', 'zstandard'}
 
 def test_chapters_need_only_the_extra_course():
     "What a reader has who installed `eva-deepseek[course]`: no tool that exports, and nothing that only developers have"
