@@ -81,7 +81,7 @@ def computes_in_sixteen_bits() -> bool:  # on this machine
 
 def multiplies_slowly(
     x: Tensor,  # one side of a product
-) -> bool:  # True for bfloat16 on a processor without instructions for it: 0.4 GFLOP/s against 30 in float32
+) -> bool:  # True for bfloat16 on a processor without instructions for it
     "Is a product of this type better computed in float32 and rounded once?"
     return BF16_IS_SLOW and x.dtype == torch.bfloat16 and x.device.type == 'cpu'
 
