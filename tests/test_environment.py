@@ -116,7 +116,7 @@ def test_train_generate_convert_plan(environment, tiny, tmp_path):
     printed = chain(tmp_path, tiny, environment)
     left = {p.relative_to(tmp_path).as_posix(): p for p in tmp_path.rglob('*') if p.is_file()}
     assert {'run/model.safetensors', 'run8/model.safetensors', 'plan.json'} <= set(left)
-    assert 'café' in left['run/sample.txt'].read_text(encoding='utf-8')
+    assert 'größer' in left['run/sample.txt'].read_text(encoding='utf-8')
     assert printed['generate'].startswith(('naïve', 'na\\xefve'))
     modes = {name: oct(p.stat().st_mode & 0o777) for name, p in left.items()}
     assert {name: mode for name, mode in modes.items() if mode != '0o644'} == {}
