@@ -1,4 +1,5 @@
 "Everything that can be set stands in settings.ini; this file only hands it to setuptools"
+
 import re
 import shlex
 from configparser import ConfigParser
@@ -8,7 +9,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
-parser.read(here/'settings.ini', encoding='utf-8')
+parser.read(here / 'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 package = cfg['lib_path']
 repository = cfg['git_url']
@@ -24,12 +25,12 @@ def absolute(target: str, image: bool) -> str:
     if re.match(r'[a-z]+:|#', target):
         return target
     kind = 'raw' if image else 'blob'
-    return f"{repository}/{kind}/{cfg['branch']}/{target}"
+    return f'{repository}/{kind}/{cfg["branch"]}/{target}'
 
 
 def long_description() -> str:
     "The README with absolute links: the package index shows it without the repository around it"
-    readme = (here/'README.md').read_text(encoding='utf-8')
+    readme = (here / 'README.md').read_text(encoding='utf-8')
     return re.sub(
         r'(!?)(\[[^]]*\])\(([^)\s]+)\)',
         lambda link: f'{link[1]}{link[2]}({absolute(link[3], image=bool(link[1]))})',
@@ -66,9 +67,11 @@ setup(
     ],
     packages=find_packages(include=[package, f'{package}.*']),
     package_data={package: ['py.typed', 'results/*.json']},
-    python_requires=f">={cfg['min_python']}",
+    python_requires=f'>={cfg["min_python"]}',
     install_requires=requirements(),
-    extras_require={extra: requirements(extra) for extra in ('course', 'data', 'te', 'docs', 'dev')},
+    extras_require={
+        extra: requirements(extra) for extra in ('course', 'data', 'te', 'docs', 'dev')
+    },
     zip_safe=False,
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/main.ipynb #c27a90fb
 import sys
+
 from .cli import main
 
 if __name__ == '__main__' and __spec__:

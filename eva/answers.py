@@ -8,17 +8,24 @@ __all__ = ['TEMPLATE', 'ROLES', 'answer_spans', 'encode_conversation', 'packed',
 # %% ../nbs/12d_answers.ipynb #15abd2ca
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
 import numpy as np
 from tokenizers import Tokenizer
+
 from .chat import ChatTemplate
 from .corpus import ShardWriter
+from .data import TokenStream
 from .fileio import Manifest
-from .data import BOS, EOS, TokenStream
 
 # %% ../nbs/12d_answers.ipynb #46548950
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role']=='system' %}{{ m['content'] }}{% elif m['role']=='user' %}<｜User｜>{{ m['content'] }}"
-            "{% else %}<｜Assistant｜>{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role']=='system' %}{{ "
+    "m['content'] }}{% elif m['role']=='user' %}<｜User｜>{{ m['content'] }}"
+    "{% else %}<｜Assistant｜>{{ m['content'] }}{{ eos_token }}{% endif "
+    '%}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}'
+)
 ROLES = ('system', 'user', 'assistant', 'tool')
+
 
 def answer_spans(
     messages: list[dict],  # each with role and content
@@ -41,71 +48,125 @@ def answer_spans(
 
 
 def encode_conversation(
-    messages:list[dict],   # each with role and content
-    template:ChatTemplate, # of the checkpoint
-    tok:Tokenizer,         # of the checkpoint
-    bos:int=0,             # the start token
-)->tuple[np.ndarray,np.ndarray]: # tokens, and which of them are learned
+    messages: list[dict],  # each with role and content
+    template: ChatTemplate,  # of the checkpoint
+    tok: Tokenizer,  # of the checkpoint
+    bos: int = 0,  # the start token
+) -> tuple[np.ndarray, np.ndarray]:  # tokens, and which of them are learned
     "Tokens of a conversation, its answers marked"
     _check(messages, tok)
-    text,spans = answer_spans(messages, template)
-    if not spans: raise ValueError('a conversation without an answer: nothing to learn; messages need one with role assistant')
-    tok.encode_special_tokens = False                    # the template writes marks
+    text, spans = answer_spans(messages, template)
+    if not spans:
+        raise ValueError(
+            'a conversation without an answer: nothing to '
+            'learn; messages need one with role assistant'
+        )
+    tok.encode_special_tokens = False  # the template writes marks
     e = tok.encode(text, add_special_tokens=False)
-    ids,learn = np.array(e.ids, np.int64),np.array([any(a<=s<b for a,b in spans) and t>s for s,t in e.offsets])
-    if len(ids) and ids[0]==bos: return ids,learn
-    return np.r_[bos, ids],np.r_[False, learn]
+    ids = np.array(e.ids, np.int64)
+    learn = np.array([any(a <= s < b for a, b in spans) and t > s for s, t in e.offsets])
+    if len(ids) and ids[0] == bos:
+        return ids, learn
+    return np.r_[bos, ids], np.r_[False, learn]
+
 
 def _check(messages, tok):
-    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) and m.get('role') in ROLES and isinstance(m.get('content'), str) for m in messages)): raise ValueError(
-        f'messages={str(messages)[:80]}: must be a list of {{"role": …, "content": …}} with roles {", ".join(ROLES)}')
+    if not (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(m, dict) and m.get('role') in ROLES and isinstance(m.get('content'), str)
+            for m in messages
+        )
+    ):
+        raise ValueError(
+            f'messages={str(messages)[:80]}: must be a list of '
+            f'{{"role": …, "content": …}} with roles {", ".join(ROLES)}'
+        )
     marks = [t.content for t in tok.get_added_tokens_decoder().values() if t.special]
     for m in messages:
-        if found := next((o for o in marks if o in m['content']), None): raise ValueError(f'content of {m["role"]} spells the mark {found}: it would be read as one; take it out')
+        if found := next((o for o in marks if o in m['content']), None):
+            raise ValueError(
+                f'content of {m["role"]} spells the mark '
+                f'{found}: it would be read as one; take it out'
+            )
 
 # %% ../nbs/12d_answers.ipynb #51b3a520
 def packed(
-    talks:Iterable[tuple[np.ndarray,np.ndarray]], # tokens and learned, of each conversation
-    seq:int,   # tokens of a row
-    pad:int=1, # what fills the rest
-)->Iterator[tuple[np.ndarray,np.ndarray]]: # rows of tokens and learned
+    talks: Iterable[tuple[np.ndarray, np.ndarray]],  # tokens and learned, of each conversation
+    seq: int,  # tokens of a row
+    pad: int = 1,  # what fills the rest
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # rows of tokens and learned
     "Whole conversations in rows of one length"
-    def full(part, n): return (np.r_[tuple(o[0] for o in part)+(np.full(seq-n, pad),)],np.r_[tuple(o[1] for o in part)+(np.zeros(seq-n, bool),)])
-    part,n = [],0
-    for ids,learn in talks:
-        ids,learn = ids[:seq],learn[:seq]
-        if not learn.any(): continue                     # its answers are beyond the row
-        if n+len(ids)>seq: yield full(part, n); part,n = [],0
-        part.append((ids, learn)); n += len(ids)
-    if part: yield full(part, n)
+
+    def full(part, n):
+        return (
+            np.r_[tuple(o[0] for o in part) + (np.full(seq - n, pad),)],
+            np.r_[tuple(o[1] for o in part) + (np.zeros(seq - n, bool),)],
+        )
+
+    part = []
+    n = 0
+    for ids, learn in talks:
+        ids = ids[:seq]
+        learn = learn[:seq]
+        if not learn.any():
+            continue  # its answers are beyond the row
+        if n + len(ids) > seq:
+            yield full(part, n)
+            part = []
+            n = 0
+        part.append((ids, learn))
+        n += len(ids)
+    if part:
+        yield full(part, n)
+
 
 def write_conversations(
-    folder:str|Path,    # gets train/ and held_out/
-    talks:Iterable[tuple[str,dict]], # from `eva.corpus.rows`: a name, and {'messages': …}; what is no iterator is read twice instead of being kept
-    template:ChatTemplate, # of the checkpoint
-    tok:Tokenizer,      # of the checkpoint
-    seq:int,            # tokens of a row
-    bos:int=0,          # the start token
-    pad:int=1,          # what fills rows: the end token
-    hold_out:int=200,   # conversations that are held out at most: every twentieth
-    manifest:Manifest|None=None, # of the run; None: of each of the two folders
-)->tuple[TokenStream,TokenStream]: # to train on, to test on; `bytes` is that of the answers
+    folder: str | Path,  # gets train/ and held_out/
+    talks: Iterable[
+        tuple[str, dict]
+        # from `eva.corpus.rows`: a name, and {'messages': …}; what is no iterator is read twice
+        # instead
+        # of being kept
+    ],
+    template: ChatTemplate,  # of the checkpoint
+    tok: Tokenizer,  # of the checkpoint
+    seq: int,  # tokens of a row
+    bos: int = 0,  # the start token
+    pad: int = 1,  # what fills rows: the end token
+    hold_out: int = 200,  # conversations that are held out at most: every twentieth
+    manifest: Manifest | None = None,  # of the run; None: of each of the two folders
+) -> tuple[TokenStream, TokenStream]:  # to train on, to test on; `bytes` is that of the answers
     "Conversations as two streams"
-    size,number = [0, 0],0
+    size = [0, 0]
+    number = 0
+
     def encoded(which, pairs):
         nonlocal number
-        for n,(name,row) in enumerate(pairs):
-            number = n+1
-            if (n%20==0 and n<20*hold_out)!=which: continue
-            try: ids,learn = encode_conversation(row.get('messages'), template, tok, bos)
-            except ValueError as e: raise ValueError(f'{name}: {e}') from None
+        for n, (name, row) in enumerate(pairs):
+            number = n + 1
+            if (n % 20 == 0 and n < 20 * hold_out) != which:
+                continue
+            try:
+                ids, learn = encode_conversation(row.get('messages'), template, tok, bos)
+            except ValueError as e:
+                raise ValueError(f'{name}: {e}') from None
             size[which] += len(tok.decode(ids[:seq][learn[:seq]].tolist()).encode())
-            yield ids,learn
-    pairs,out = list(talks) if isinstance(talks, Iterator) else talks,[]
-    for which,name in ((False, 'train'), (True, 'held_out')):
-        w = ShardWriter(Path(folder)/name, tok.get_vocab_size(), learned=True, manifest=manifest)
-        for ids,learn in packed(encoded(which, pairs), seq, pad): w.add(ids, 0, learn)
-        if not w.documents: raise ValueError(f'{number} conversations: too few to hold one out, or answers beyond the first {seq} tokens; give more, or a longer seq_len')
-        for _ in range(2): w.add(np.full(seq, pad), 0, np.zeros(seq, bool)) # windows look beyond their end
+            yield ids, learn
+
+    pairs = list(talks) if isinstance(talks, Iterator) else talks
+    out = []
+    for which, name in ((False, 'train'), (True, 'held_out')):
+        w = ShardWriter(Path(folder) / name, tok.get_vocab_size(), learned=True, manifest=manifest)
+        for ids, learn in packed(encoded(which, pairs), seq, pad):
+            w.add(ids, 0, learn)
+        if not w.documents:
+            raise ValueError(
+                f'{number} conversations: too few to hold one out, or answers '
+                f'beyond the first {seq} tokens; give more, or a longer seq_len'
+            )
+        for _ in range(2):
+            w.add(np.full(seq, pad), 0, np.zeros(seq, bool))  # windows look beyond their end
         out.append(w.close(align=seq, bytes=max(1, size[which])))
     return tuple(out)

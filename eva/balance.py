@@ -7,61 +7,80 @@ __all__ = ['BALANCE_LOSSES', 'load_figures', 'update_bias', 'sequence_balance_lo
 
 # %% ../nbs/06_balance.ipynb #0a5ca6b5
 from functools import partial
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .moe import Gate, Routing
+
+from .moe import Gate
 
 # %% ../nbs/06_balance.ipynb #e1908b2c
 def load_figures(
-    load:Tensor, # tokens per expert (..., experts)
-)->dict:         # figure -> Tensor (...), utilisation (..., experts)
+    load: Tensor,  # tokens per expert (..., experts)
+) -> dict:  # figure -> Tensor (...), utilisation (..., experts)
     "Utilisation, variance, balance score, entropy ratio and violation of a load"
     load = load.double()
-    E,total = load.shape[-1],load.sum(-1, keepdim=True)
-    if (total==0).any(): raise ValueError('a layer has no tokens yet: run the model before reading its load')
-    u = E*load/total
-    p = u/E
-    return dict(utilisation=u, variance=u.var(-1, unbiased=False), balance_score=E/u.square().sum(-1),
-                entropy_ratio=torch.special.entr(p).sum(-1)/torch.tensor(E, dtype=p.dtype).log(), violation=u.amax(-1)-1)
+    E = load.shape[-1]
+    total = load.sum(-1, keepdim=True)
+    if (total == 0).any():
+        raise ValueError('a layer has no tokens yet: run the model before reading its load')
+    u = E * load / total
+    p = u / E
+    return dict(
+        utilisation=u,
+        variance=u.var(-1, unbiased=False),
+        balance_score=E / u.square().sum(-1),
+        entropy_ratio=torch.special.entr(p).sum(-1) / torch.tensor(E, dtype=p.dtype).log(),
+        violation=u.amax(-1) - 1,
+    )
 
 # %% ../nbs/06_balance.ipynb #c6c2b370
 @torch.no_grad()
 def update_bias(
-    gate:Gate,   # the router whose bias moves
-    load:Tensor, # tokens per expert in the last step (experts,)
-    speed:float, # gamma: the size of each move; V3 used 0.001, and 0 for its last 500 B tokens
+    gate: Gate,  # the router whose bias moves
+    load: Tensor,  # tokens per expert in the last step (experts,)
+    speed: float,  # gamma: the size of each move; V3 used 0.001, and 0 for its last 500 B tokens
 ):
     "Make busy experts less attractive and idle ones more"
-    if not hasattr(gate, 'e_score_correction_bias'): raise ValueError(
-        f"topk_method={gate.cfg.topk_method!r} has no bias to move: balance it with a loss, or use topk_method='noaux_tc'")
+    if not hasattr(gate, 'e_score_correction_bias'):
+        raise ValueError(
+            f'topk_method={gate.cfg.topk_method!r} has no bias to move: '
+            f"balance it with a loss, or use topk_method='noaux_tc'"
+        )
     load = load.to(gate.e_score_correction_bias.device, torch.float32)
-    gate.e_score_correction_bias += speed*(load.mean()-load).sign()
+    gate.e_score_correction_bias += speed * (load.mean() - load).sign()
 
 # %% ../nbs/06_balance.ipynb #12c108e1
 def sequence_balance_loss(
-    scores:Tensor,  # router scores without bias (batch, seq, experts)
-    indices:Tensor, # chosen experts (batch, seq, num_experts_per_tok)
-)->Tensor:          # scalar, 1 for an even load; multiply by alpha
+    scores: Tensor,  # router scores without bias (batch, seq, experts)
+    indices: Tensor,  # chosen experts (batch, seq, num_experts_per_tok)
+) -> Tensor:  # scalar, 1 for an even load; multiply by alpha
     "How uneven the experts are within single sequences, averaged over the batch"
-    E,chosen = scores.shape[-1],indices.flatten(1)
-    f = scores.new_zeros(len(scores), E).scatter_add_(1, chosen, scores.new_ones(chosen.shape))*E/chosen.shape[1]
-    P = (scores/scores.sum(-1, keepdim=True)).mean(1)
-    return (f*P).sum(-1).mean()
+    E = scores.shape[-1]
+    chosen = indices.flatten(1)
+    f = (
+        scores.new_zeros(len(scores), E).scatter_add_(1, chosen, scores.new_ones(chosen.shape))
+        * E
+        / chosen.shape[1]
+    )
+    P = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    return (f * P).sum(-1).mean()
 
 # %% ../nbs/06_balance.ipynb #f45af43b
 def auxiliary_loss(
-    scores:Tensor,  # router scores without bias (batch, seq, experts)
-    indices:Tensor, # chosen experts (batch, seq, num_experts_per_tok)
-)->Tensor:          # scalar, 1 for an even load; multiply by alpha
+    scores: Tensor,  # router scores without bias (batch, seq, experts)
+    indices: Tensor,  # chosen experts (batch, seq, num_experts_per_tok)
+) -> Tensor:  # scalar, 1 for an even load; multiply by alpha
     "How uneven the experts are over all tokens together"
     return sequence_balance_loss(scores.flatten(0, 1)[None], indices.flatten(0, 1)[None])
 
 # %% ../nbs/06_balance.ipynb #62202b6d
 class ForwardHook:
     "A forward hook that stays behind where its module is copied or pickled: there it does nothing"
-    def __init__(self,
-        see=None, # called with what the module returns; None: nothing is done
+
+    def __init__(
+        self,
+        see=None,  # called with what the module returns; None: nothing is done
     ):
         self.see = see
 
@@ -78,71 +97,113 @@ class ForwardHook:
 # %% ../nbs/06_balance.ipynb #0f35acb5
 class LoadMeter:
     "Counts the tokens of every expert in every MoE layer, from outside the model"
-    def __init__(self,
-        model:nn.Module, # anything with `Gate`s inside
-        attach:bool=True, # put the hooks on at once, or when it is entered as a context?
+
+    def __init__(
+        self,
+        model: nn.Module,  # anything with `Gate`s inside
+        attach: bool = True,  # put the hooks on at once, or when it is entered as a context?
     ):
-        self.gates = {name: m for name,m in model.named_modules() if isinstance(m, Gate)}
-        self.count,self.history,self.routings = {},[],[]
+        self.gates = {name: m for name, m in model.named_modules() if isinstance(m, Gate)}
+        self.count = {}
+        self.history = []
+        self.routings = []
         self.hooks = []
-        if attach: self.attach()
+        if attach:
+            self.attach()
 
     def _see(self, name, r):
         flat = r.indices.flatten()
-        self.count[name] = self.count.get(name, 0) + torch.bincount(flat, minlength=r.scores.shape[-1])
-        if torch.is_grad_enabled() and r.scores.requires_grad: self.routings.append(r)
+        self.count[name] = self.count.get(name, 0) + torch.bincount(
+            flat, minlength=r.scores.shape[-1]
+        )
+        if torch.is_grad_enabled() and r.scores.requires_grad:
+            self.routings.append(r)
 
     def __enter__(self):
         self.attach()
         return self
-    def __exit__(self, *args): self.detach()
+
+    def __exit__(self, *args):
+        self.detach()
+
     def attach(self):
         "Put the hooks on, if they are off"
-        if not self.hooks: self.hooks = [g.register_forward_hook(ForwardHook(partial(self._see, name))) for name,g in self.gates.items()]
+        if not self.hooks:
+            self.hooks = [
+                g.register_forward_hook(ForwardHook(partial(self._see, name)))
+                for name, g in self.gates.items()
+            ]
+
     def detach(self):
         "Take the hooks off"
-        for h in self.hooks: h.remove()
-        self.hooks,self.count,self.routings = [],{},[]
+        for h in self.hooks:
+            h.remove()
+        self.hooks = []
+        self.count = {}
+        self.routings = []
+
     def forget(self):
         "As if no step had been counted"
-        self.count,self.history,self.routings = {},[],[]
+        self.count = {}
+        self.history = []
+        self.routings = []
 
 # %% ../nbs/06_balance.ipynb #fab2aab5
 BALANCE_LOSSES = dict(sequence=sequence_balance_loss, batch=auxiliary_loss)
 
+
 @patch
-def balance_loss(self:LoadMeter,
-    over:str='sequence', # 'sequence' (V3) or 'batch', the classic auxiliary loss
-)->Tensor:               # scalar, summed over layers
+def balance_loss(
+    self: LoadMeter,
+    over: str = 'sequence',  # 'sequence' (V3) or 'batch', the classic auxiliary loss
+) -> Tensor:  # scalar, summed over layers
     "The balance loss of the forward passes since the last call"
-    if over not in BALANCE_LOSSES: raise ValueError(f"over={over!r}: must be {' or '.join(BALANCE_LOSSES)}")
-    routings,self.routings = self.routings,[]
+    if over not in BALANCE_LOSSES:
+        raise ValueError(f'over={over!r}: must be {" or ".join(BALANCE_LOSSES)}')
+    routings = self.routings
+    self.routings = []
     return sum((BALANCE_LOSSES[over](r.scores, r.indices) for r in routings), torch.zeros(()))
 
-@patch
-def step(self:LoadMeter,
-    speed:float=0.,       # of the biases, 0 leaves them
-    keep:bool=True,       # remember this step's load?
-)->dict[str,Tensor]:      # layer -> tokens per expert (experts,)
-    "Close a step, of training or of use: move the biases by its load, and start counting anew"
-    load,self.count,self.routings = self.count,{},[]
-    if speed:
-        for name,l in load.items():
-            if hasattr(self.gates[name], 'e_score_correction_bias'): update_bias(self.gates[name], l, speed) # V2's routers have none
-    if keep and load: self.history.append(load)
-    return load
 
 @patch
-def figures(self:LoadMeter,
-    last:int|None=None,  # steps to sum over, None for all that were kept
-    until:int|None=None, # the window ends before this step, counted from 0; None for the end
-)->dict:                 # figure -> Tensor (layers,), utilisation (layers, experts)
+def step(
+    self: LoadMeter,
+    speed: float = 0.0,  # of the biases, 0 leaves them
+    keep: bool = True,  # remember this step's load?
+) -> dict[str, Tensor]:  # layer -> tokens per expert (experts,)
+    "Close a step, of training or of use: move the biases by its load, and start counting anew"
+    load = self.count
+    self.count = {}
+    self.routings = []
+    if speed:
+        for name, l in load.items():
+            if hasattr(self.gates[name], 'e_score_correction_bias'):
+                update_bias(self.gates[name], l, speed)  # V2's routers have none
+    if keep and load:
+        self.history.append(load)
+    return load
+
+
+@patch
+def figures(
+    self: LoadMeter,
+    last: int | None = None,  # steps to sum over, None for all that were kept
+    until: int | None = None,  # the window ends before this step, counted from 0; None for the end
+) -> dict:  # figure -> Tensor (layers,), utilisation (layers, experts)
     "What the load of a window of steps looks like, layer by layer"
     steps = len(self.history)
-    if not steps: raise ValueError('no step was counted yet: call step() after each training step, or after each call in use')
-    if last is not None and last<1: raise ValueError(f'last={last}: must be a positive number of steps, or None for all')
-    if until is not None and not 1<=until<=steps: raise ValueError(f'until={until}: must lie between 1 and the {steps} steps counted so far')
+    if not steps:
+        raise ValueError(
+            'no step was counted yet: call step() after '
+            'each training step, or after each call in use'
+        )
+    if last is not None and last < 1:
+        raise ValueError(f'last={last}: must be a positive number of steps, or None for all')
+    if until is not None and not 1 <= until <= steps:
+        raise ValueError(f'until={until}: must lie between 1 and the {steps} steps counted so far')
     until = until or steps
-    window = self.history[max(0, until-(last or until)):until]
-    layers = [n for n in self.gates if any(n in h for h in window)] # MTP's layers do not run at every step
+    window = self.history[max(0, until - (last or until)) : until]
+    layers = [
+        n for n in self.gates if any(n in h for h in window)
+    ]  # MTP's layers do not run at every step
     return load_figures(torch.stack([sum(h[n] for h in window if n in h) for n in layers]))

@@ -7,14 +7,22 @@ __all__ = ['PROFILER_LINES', 'CASES', 'sync', 'in_turn', 'median', 'ratio', 'wit
            'peak_bytes', 'Line', 'compared', 'same', 'exponent', 'run', 'keep', 'machine', 'table', 'read', 'picture']
 
 # %% ../nbs/16_bench.ipynb #b8e80e1f
-import inspect, json, math, os, re, sys, tempfile, time
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+
 import torch
-from torch import Tensor
+
 from .fileio import read_json
 from .mla import freed_memory_kept, return_freed_memory
 from .products import product
@@ -22,25 +30,35 @@ from .products import product
 # %% ../nbs/16_bench.ipynb #06c2549d
 def sync(device):
     "Wait for an accelerator"
-    if torch.device(device).type=='cuda': torch.cuda.synchronize()
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize()
+
 
 def in_turn(
-    work:dict,       # name -> a function that is to be timed, or that returns seconds itself
-    rounds:int=7,    # times that each gets its turn
-    device='cpu',    # where it computes
-)->dict:             # name -> seconds of each round
+    work: dict,  # name -> a function that is to be timed, or that returns seconds itself
+    rounds: int = 7,  # times that each gets its turn
+    device='cpu',  # where it computes
+) -> dict:  # name -> seconds of each round
     "Time several things against each other"
     times = {n: [] for n in work}
-    for f in work.values(): f()                  # the first time is not counted
+    for f in work.values():
+        f()  # the first time is not counted
     for _ in range(rounds):
-        for n,f in work.items():
-            sync(device); start = time.perf_counter()
+        for n, f in work.items():
+            sync(device)
+            start = time.perf_counter()
             own = f()
-            sync(device); times[n].append(own if isinstance(own, float) else time.perf_counter()-start)
+            sync(device)
+            times[n].append(own if isinstance(own, float) else time.perf_counter() - start)
     return times
 
-def median(xs): return sorted(xs)[len(xs)//2]
-def ratio(a, b): return median([x/y for x,y in zip(a, b)]) # round by round
+
+def median(xs):
+    return sorted(xs)[len(xs) // 2]
+
+
+def ratio(a, b):
+    return median([x / y for x, y in zip(a, b)])  # round by round
 
 # %% ../nbs/16_bench.ipynb #e0a80001
 # What Kineto says of its stages, and the allocator of blocks that are older than the profile
@@ -74,34 +92,54 @@ def without_profiler_lines():
 
 # %% ../nbs/16_bench.ipynb #15cc84c0
 def limits(
-    device='cpu', # where to compute
-    dtype=torch.float32, # of the numbers
-)->dict:          # name -> work for in_turn, and the bytes or FLOPs in it
+    device='cpu',  # where to compute
+    dtype=torch.float32,  # of the numbers
+) -> dict:  # name -> work for in_turn, and the bytes or FLOPs in it
     "Work that shows what memory and arithmetic can do"
-    parts,A = [torch.ones(2**22, dtype=dtype, device=device) for _ in range(16)],torch.randn(1024, 1024, dtype=dtype, device=device)
-    return dict(memory=(lambda: [p.sum() for p in parts] and None, 16*2**22*parts[0].element_size()), arithmetic=(lambda: product(A, A) is None, 2*1024**3))
+    parts = [torch.ones(2**22, dtype=dtype, device=device) for _ in range(16)]
+    A = torch.randn(1024, 1024, dtype=dtype, device=device)
+    return dict(
+        memory=(lambda: [p.sum() for p in parts] and None, 16 * 2**22 * parts[0].element_size()),
+        arithmetic=(lambda: product(A, A) is None, 2 * 1024**3),
+    )
+
 
 def bounds(
-    times:dict,  # of `in_turn`, with `memory` and `arithmetic` of `limits` in it
-    about:dict,  # of `limits`
-    bytes:float, # that must move
-    flops:float, # that must be computed
-)->list[float]:  # seconds, one a round
+    times: dict,  # of `in_turn`, with `memory` and `arithmetic` of `limits` in it
+    about: dict,  # of `limits`
+    bytes: float,  # that must move
+    flops: float,  # that must be computed
+) -> list[float]:  # seconds, one a round
     "The least an operation can take"
-    return [max(m*bytes/about['memory'][1], a*flops/about['arithmetic'][1]) for m,a in zip(times['memory'], times['arithmetic'])]
+    return [
+        max(m * bytes / about['memory'][1], a * flops / about['arithmetic'][1])
+        for m, a in zip(times['memory'], times['arithmetic'])
+    ]
+
 
 def peak_bytes(
-    f,            # what is to be run
-    device='cpu', # where it computes
-)->int:           # bytes
+    f,  # what is to be run
+    device='cpu',  # where it computes
+) -> int:  # bytes
     "The most that a call holds beyond what was there before"
-    if torch.device(device).type=='cuda':
-        torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); f(); sync(device)
-        return torch.cuda.max_memory_allocated()-before
+    if torch.device(device).type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        sync(device)
+        return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
-    with without_profiler_lines(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
+
+    with (
+        without_profiler_lines(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p,
+    ):
+        f()
     now = most = 0
-    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name()=='[memory]'), key=lambda e: e.start_ns()):
+    for e in sorted(
+        (e for e in p.profiler.kineto_results.events() if e.name() == '[memory]'),
+        key=lambda e: e.start_ns(),
+    ):
         now += e.nbytes()
         most = max(most, now)
     return most
@@ -110,149 +148,258 @@ def peak_bytes(
 @dataclass
 class Line:
     "One measured case"
-    case:str                  # what was measured
-    unit:str                  # of the figures
-    eva:float                 # median
-    peers:dict = field(default_factory=dict)  # name -> median
-    times:dict = field(default_factory=dict)  # name -> that many times Eva's, median of rounds
-    bound:float|None = None   # the limit, in the same unit
-    over:float|None = None    # Eva's over the limit's, median of rounds
-    goals:dict = field(default_factory=dict)  # name -> that many times were wanted
-    more:dict = field(default_factory=dict)   # other figures of this case
-    kind:str = ''             # the case's name in CASES
 
-    def short(self): return {n: g for n,g in self.goals.items() if n in self.times and self.times[n]<g} # of their goals
+    case: str  # what was measured
+    unit: str  # of the figures
+    eva: float  # median
+    peers: dict = field(default_factory=dict)  # name -> median
+    times: dict = field(default_factory=dict)  # name -> that many times Eva's, median of rounds
+    bound: float | None = None  # the limit, in the same unit
+    over: float | None = None  # Eva's over the limit's, median of rounds
+    goals: dict = field(default_factory=dict)  # name -> that many times were wanted
+    more: dict = field(default_factory=dict)  # other figures of this case
+    kind: str = ''  # the case's name in CASES
+
+    def short(self):
+        return {
+            n: g for n, g in self.goals.items() if n in self.times and self.times[n] < g
+        }  # of their goals
 
     def __str__(self):
-        goal = lambda n: '' if n not in self.goals else f', {"missed" if n in self.short() else "reached"} {self.goals[n]:.3g}'
-        peers = ''.join(f'  {n} {self.peers[n]:.4g} ({self.times[n]:.2f}x{goal(n)})' for n in self.peers)
+        def goal(n):
+            return (
+                ''
+                if n not in self.goals
+                else f', {"missed" if n in self.short() else "reached"} {self.goals[n]:.3g}'
+            )
+
+        peers = ''.join(
+            f'  {n} {self.peers[n]:.4g} ({self.times[n]:.2f}x{goal(n)})' for n in self.peers
+        )
         limit = '' if self.bound is None else f'  limit {self.bound:.4g} (Eva {self.over:.2f}x)'
-        return f'{self.case:46} Eva {self.eva:9.4g} {self.unit:9}{peers}{limit}' + ''.join(f'  {k} {v:.3g}' if isinstance(v, float) else f'  {k} {v}' for k,v in self.more.items())
+        return f'{self.case:46} Eva {self.eva:9.4g} {self.unit:9}{peers}{limit}' + ''.join(
+            f'  {k} {v:.3g}' if isinstance(v, float) else f'  {k} {v}' for k, v in self.more.items()
+        )
+
 
 def compared(
-    case:str,     # what was measured
-    times:dict,   # of `in_turn`; `eva`, `memory` and `arithmetic` are no peers
-    bound=None,   # of `bounds`
-    unit:str='ms', # or s
-    **kwargs,     # goals and more of the line
-)->Line:          # medians and ratios
+    case: str,  # what was measured
+    times: dict,  # of `in_turn`; `eva`, `memory` and `arithmetic` are no peers
+    bound=None,  # of `bounds`
+    unit: str = 'ms',  # or s
+    **kwargs,  # goals and more of the line
+) -> Line:  # medians and ratios
     "A line from the times of one case"
     f = dict(ms=1e3, s=1)[unit]
     peers = [n for n in times if n not in ('eva', 'memory', 'arithmetic')]
-    limit = {} if bound is None else dict(bound=f*median(bound), over=ratio(times['eva'], bound))
-    return Line(case, unit, f*median(times['eva']), {n: f*median(times[n]) for n in peers}, {n: ratio(times[n], times['eva']) for n in peers}, **limit, **kwargs)
+    limit = {} if bound is None else dict(bound=f * median(bound), over=ratio(times['eva'], bound))
+    return Line(
+        case,
+        unit,
+        f * median(times['eva']),
+        {n: f * median(times[n]) for n in peers},
+        {n: ratio(times[n], times['eva']) for n in peers},
+        **limit,
+        **kwargs,
+    )
+
 
 def same(
-    what:str,   # that is compared
-    got,        # tensors of Eva
-    want,       # of a peer
-    far:float,  # relative difference allowed
+    what: str,  # that is compared
+    got,  # tensors of Eva
+    want,  # of a peer
+    far: float,  # relative difference allowed
 ):
     "Refuse to time what is not the same function"
-    for a,b in zip(got, want, strict=True):
-        off = ((a.double()-b.double()).norm()/b.double().norm().clamp(min=1e-30)).item()
-        if not off<=far: raise AssertionError(f'{what}: results differ by {off:.2g} of their size, more than {far:.2g}; no time is worth taking')
+    for a, b in zip(got, want, strict=True):
+        off = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+        if not off <= far:
+            raise AssertionError(
+                f'{what}: results differ by {off:.2g} of their '
+                f'size, more than {far:.2g}; no time is worth taking'
+            )
 
-def exponent(x, y): # sizes, figures
+
+def exponent(x, y):  # sizes, figures
     "The power with which one grows with the other, fitted to all points"
-    x,y = [math.log(o) for o in x],[math.log(o) for o in y]
-    mx,my = sum(x)/len(x),sum(y)/len(y)
-    return sum((a-mx)*(b-my) for a,b in zip(x, y))/sum((a-mx)**2 for a in x)
+    x = [math.log(o) for o in x]
+    y = [math.log(o) for o in y]
+    mx = sum(x) / len(x)
+    my = sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
 
 # %% ../nbs/16_bench.ipynb #4b208ef9
-CASES = {**dict.fromkeys(('attention', 'moe', 'experts', 'loss', 'cache'), 'eva.bench_layers'),
-         **dict.fromkeys(('train', 'prefill', 'decode', 'generate', 'drafts'), 'eva.bench_models'),
-         **dict.fromkeys(('quantize', 'convert', 'tokenize', 'load', 'start'), 'eva.bench_files')}
+CASES = {
+    **dict.fromkeys(('attention', 'moe', 'experts', 'loss', 'cache'), 'eva.bench_layers'),
+    **dict.fromkeys(('train', 'prefill', 'decode', 'generate', 'drafts'), 'eva.bench_models'),
+    **dict.fromkeys(('quantize', 'convert', 'tokenize', 'load', 'start'), 'eva.bench_files'),
+}
+
 
 @freed_memory_kept()
 def run(
-    names:list[str]|None=None, # cases, all by default
-    quick:bool=False,          # small versions, to see that it works?
-    device='cpu',              # cpu or cuda
-    out:str|Path|None=None,    # folder for bench.json and pictures
-    say=print,                 # where lines go as they come
-    **kwargs,                  # for the cases that know them: dir, of a trained model
-)->list[Line]:                 # Eva, each peer and the limit, measured in turn
+    names: list[str] | None = None,  # cases, all by default
+    quick: bool = False,  # small versions, to see that it works?
+    device='cpu',  # cpu or cuda
+    out: str | Path | None = None,  # folder for bench.json and pictures
+    say=print,  # where lines go as they come
+    **kwargs,  # for the cases that know them: dir, of a trained model
+) -> list[Line]:  # Eva, each peer and the limit, measured in turn
     "Measure"
     names = names or list(CASES)
-    if unknown := [n for n in names if n not in CASES]: raise ValueError(f'{", ".join(unknown)}: no such case; there are {", ".join(CASES)}')
-    if out is not None: _check(Path(out)) # before anything is measured
-    lines,start = [],time.perf_counter()
+    if unknown := [n for n in names if n not in CASES]:
+        raise ValueError(f'{", ".join(unknown)}: no such case; there are {", ".join(CASES)}')
+    if out is not None:
+        _check(Path(out))  # before anything is measured
+    lines = []
+    start = time.perf_counter()
     for n in names:
         f = getattr(import_module(CASES[n]), n)
         say(f'{n} …')
-        known = {k: v for k,v in dict(quick=quick, device=device, say=say, **kwargs).items() if k in inspect.signature(f).parameters}
+        known = {
+            k: v
+            for k, v in dict(quick=quick, device=device, say=say, **kwargs).items()
+            if k in inspect.signature(f).parameters
+        }
         for line in f(**known):
             line.kind = n
-            lines.append(line); say(str(line))
+            lines.append(line)
+            say(str(line))
         return_freed_memory()
-        if out is not None: keep(lines, Path(out), device=device, quick=quick, seconds=round(time.perf_counter()-start)) # after each case: an interruption loses one
+        if out is not None:
+            keep(
+                lines,
+                Path(out),
+                device=device,
+                quick=quick,
+                seconds=round(time.perf_counter() - start),
+            )  # after each case: an interruption loses one
     return lines
+
 
 def _check(out):
     "Refuse a folder with a bench.json that is somebody else's; one that was written before Eva kept lists is ours"
     from eva.fileio import Manifest, locked
+
     with locked(out):
         manifest = Manifest(out)
-        if not manifest.path.exists() and (out/'bench.json').is_file() and 'machine' in read(out/'bench.json')[1]: manifest.adopt('bench.json', 'bench.png')
+        if (
+            not manifest.path.exists()
+            and (out / 'bench.json').is_file()
+            and 'machine' in read(out / 'bench.json')[1]
+        ):
+            manifest.adopt('bench.json', 'bench.png')
         manifest.check('bench.json', 'bench.png')
 
-def keep(lines, out, device, **about): # a Path
+
+def keep(lines, out, device, **about):  # a Path
     "Write the lines, beside those of other cases that are there already, and a picture"
     from eva.checkpoints import owned_write
+
     new = {l.kind for l in lines}
-    if not about['quick'] and (out/'bench.json').exists():                     # other cases stay, if they are of this machine
-        old,then = read(out/'bench.json')
-        if then['machine']==machine(device) and not then['quick']: lines = sorted([l for l in old if l.kind not in new]+lines, key=lambda l: [*CASES, l.kind].index(l.kind))
-    about = dict(machine=machine(device), date=time.strftime('%Y-%m-%d'), torch=torch.__version__, threads=torch.get_num_threads(), **about, lines=[asdict(l) for l in lines])
-    with owned_write(out/'bench.json') as f: f.write_text(json.dumps(about, indent=1), encoding='utf-8')
-    with owned_write(out/'bench.png') as f: picture(lines, f)
+    if (
+        not about['quick'] and (out / 'bench.json').exists()
+    ):  # other cases stay, if they are of this machine
+        old, then = read(out / 'bench.json')
+        if then['machine'] == machine(device) and not then['quick']:
+            lines = sorted(
+                [l for l in old if l.kind not in new] + lines,
+                key=lambda l: [*CASES, l.kind].index(l.kind),
+            )
+    about = dict(
+        machine=machine(device),
+        date=time.strftime('%Y-%m-%d'),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        **about,
+        lines=[asdict(l) for l in lines],
+    )
+    with owned_write(out / 'bench.json') as f:
+        f.write_text(json.dumps(about, indent=1), encoding='utf-8')
+    with owned_write(out / 'bench.png') as f:
+        picture(lines, f)
+
 
 def machine(device):
     "The processor's own name"
-    if torch.device(device).type=='cuda': return torch.cuda.get_device_name()
-    import platform, re
-    try: return re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())[1]
-    except (OSError, TypeError): return platform.processor()
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_name()
+    import platform
+    import re
+
+    try:
+        return re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor()
 
 # %% ../nbs/16_bench.ipynb #a1d2d2a7
 def table(
-    lines:list[Line], # from `run`
-    kinds=None,       # cases to show; all by default
-)->str:               # Markdown
+    lines: list[Line],  # from `run`
+    kinds=None,  # cases to show; all by default
+) -> str:  # Markdown
     "Eva, peers, goals and limit, one row a line"
     rows = ['| case | Eva | against | times Eva | limit |', '|---|---|---|---|---|']
     for l in lines:
-        if kinds and l.kind not in kinds: continue
-        against = '; '.join(f'{n} {v:.4g}' for n,v in l.peers.items())
-        times = '; '.join(f'{v:.2f}' + (f' ({"missed" if n in l.short() else "reached"} {l.goals[n]:.3g})' if n in l.goals else '') for n,v in l.times.items())
-        rows.append(f'| {l.case} | {l.eva:.4g} {l.unit} | {against} | {times} | {"" if l.bound is None else f"Eva takes {l.over:.2f} of it"} |')
+        if kinds and l.kind not in kinds:
+            continue
+        against = '; '.join(f'{n} {v:.4g}' for n, v in l.peers.items())
+        times = '; '.join(
+            f'{v:.2f}'
+            + (
+                f' ({"missed" if n in l.short() else "reached"} {l.goals[n]:.3g})'
+                if n in l.goals
+                else ''
+            )
+            for n, v in l.times.items()
+        )
+        rows.append(
+            f'| {l.case} | {l.eva:.4g} {l.unit} | {against} | {times} | '
+            f'{"" if l.bound is None else f"Eva takes {l.over:.2f} of it"} |'
+        )
     return '\n'.join(rows)
 
+
 def read(
-    path:str|Path|None=None, # bench.json (default: the one that comes with the package)
-)->tuple[list[Line],dict]:   # lines; machine, date, threads
+    path: str | Path | None = None,  # bench.json (default: the one that comes with the package)
+) -> tuple[list[Line], dict]:  # lines; machine, date, threads
     "The lines that a run of the benchmark wrote, and where and when it ran"
-    path = files('eva')/'results'/'bench_cpu.json' if path is None else Path(path)
+    path = files('eva') / 'results' / 'bench_cpu.json' if path is None else Path(path)
     about = read_json(path)
-    try: return [Line(**l) for l in about.pop('lines')],about
-    except (KeyError, TypeError) as e: raise ValueError(f'{path}: no figures of eva_bench ({e}); move it away, or choose another folder') from None
+    try:
+        return [Line(**l) for l in about.pop('lines')], about
+    except (KeyError, TypeError) as e:
+        raise ValueError(
+            f'{path}: no figures of eva_bench ({e}); move it away, or choose another folder'
+        ) from None
+
 
 def picture(
-    lines:list[Line], # from `run`
-    path,             # of a PNG file
+    lines: list[Line],  # from `run`
+    path,  # of a PNG file
 ):
     "How many times better Eva's figure is than each peer's, case by case"
     from matplotlib.figure import Figure
-    some = [(l, n) for l in lines for n in l.times if l.times[n]>0]
-    ahead = lambda l, n: 1/l.times[n] if l.unit.endswith('/s') else l.times[n] # of a rate, more is better
-    fig = Figure(figsize=(7, max(2, .19*len(some)+1)), layout='constrained')
+
+    some = [(l, n) for l in lines for n in l.times if l.times[n] > 0]
+
+    def ahead(l, n):
+        return 1 / l.times[n] if l.unit.endswith('/s') else l.times[n]  # of a rate, more is better
+
+    fig = Figure(figsize=(7, max(2, 0.19 * len(some) + 1)), layout='constrained')
     ax = fig.subplots()
-    for i,(l,n) in enumerate(some):
-        ax.plot([1, x := ahead(l, n)], [i, i], color='C0' if x>=1 else 'C1', lw=2)
-        ax.plot(x, i, 'o', ms=3, color='C0' if x>=1 else 'C1')
-        if n in l.goals: ax.plot(l.goals[n], i, '|', color='k', ms=7)
-    ax.axvline(1, color='gray', lw=.8)
-    ax.set(xscale='log', xlabel="how many times better Eva's figure is; a stroke is the goal", yticks=range(len(some)), yticklabels=[f'{l.case}: {n}' for l,n in some], title='Right of 1, Eva is ahead')
-    ax.tick_params(axis='y', labelsize=6); ax.invert_yaxis()
+    for i, (l, n) in enumerate(some):
+        ax.plot([1, x := ahead(l, n)], [i, i], color='C0' if x >= 1 else 'C1', lw=2)
+        ax.plot(x, i, 'o', ms=3, color='C0' if x >= 1 else 'C1')
+        if n in l.goals:
+            ax.plot(l.goals[n], i, '|', color='k', ms=7)
+    ax.axvline(1, color='gray', lw=0.8)
+    ax.set(
+        xscale='log',
+        xlabel="how many times better Eva's figure is; a stroke is the goal",
+        yticks=range(len(some)),
+        yticklabels=[f'{l.case}: {n}' for l, n in some],
+        title='Right of 1, Eva is ahead',
+    )
+    ax.tick_params(axis='y', labelsize=6)
+    ax.invert_yaxis()
     fig.savefig(path, format='png', dpi=120)

@@ -7,105 +7,202 @@ __all__ = ['GROWTH', 'HEAVY', 'plain_quantize', 'memory_bound', 'quantize', 'mod
            'tokenize', 'start']
 
 # %% ../nbs/16c_bench_files.ipynb #13583686
-import json, subprocess, sys, tempfile, time
+import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+
 import torch
 from safetensors.torch import load_file, save_file
-from .bench import Line, compared, in_turn, limits, median, ratio, same
-from .bench_layers import small_config
+
 from . import fp8
+from .bench import Line, compared, in_turn, limits, median, same
+from .bench_layers import small_config
 from .fp8 import dequantize
 from .interop import convert_checkpoint, load_pretrained, save_pretrained
 from .model import DeepSeekV3
 
 # %% ../nbs/16c_bench_files.ipynb #97b8a4b2
-def plain_quantize(x, block): # a matrix, (rows, columns) of a block
+def plain_quantize(x, block):  # a matrix, (rows, columns) of a block
     "Blocks in a loop"
-    q,scales = torch.empty_like(x, dtype=torch.float8_e4m3fn),[]
+    q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = []
     for i in range(0, x.shape[0], block[0]):
         for j in range(0, x.shape[1], block[1]):
-            part = x[i:i+block[0],j:j+block[1]]
-            scale = part.abs().max()/448
+            part = x[i : i + block[0], j : j + block[1]]
+            scale = part.abs().max() / 448
             scales.append(scale)
-            q[i:i+block[0],j:j+block[1]] = (part/scale).clamp(-448, 448).to(q.dtype)
-    return q,torch.stack(scales).view(-(-x.shape[0]//block[0]), -1)
+            q[i : i + block[0], j : j + block[1]] = (part / scale).clamp(-448, 448).to(q.dtype)
+    return q, torch.stack(scales).view(-(-x.shape[0] // block[0]), -1)
 
-def memory_bound(times, about, size): return [m*size/about['memory'][1] for m in times['memory']] # seconds to move so many bytes
+
+def memory_bound(times, about, size):
+    return [m * size / about['memory'][1] for m in times['memory']]  # seconds to move so many bytes
+
 
 @torch.no_grad()
 def quantize(
-    quick:bool=False, # a small matrix?
-    device='cpu',     # where to compute
-)->list[Line]:        # both block shapes, there and back
+    quick: bool = False,  # a small matrix?
+    device='cpu',  # where to compute
+) -> list[Line]:  # both block shapes, there and back
     "Float32 to eight bits against a plain loop"
     torch.manual_seed(0)
-    lines,x,about = [],torch.randn(*((256, 512) if quick else (2048, 4096)), device=device),limits(device)
+    lines = []
+    x = torch.randn(*((256, 512) if quick else (2048, 4096)), device=device)
+    about = limits(device)
     for block in ((1, 128), (128, 128)):
-        q,scale = fp8.quantize(x, block)
-        same('quantised weights', [dequantize(q, scale, block)], [dequantize(*plain_quantize(x, block), block)], 1e-3)
-        work = dict(eva=lambda: fp8.quantize(x, block) is None, loop=lambda: plain_quantize(x, block) is None, memory=about['memory'][0])
+        q, scale = fp8.quantize(x, block)
+        same(
+            'quantised weights',
+            [dequantize(q, scale, block)],
+            [dequantize(*plain_quantize(x, block), block)],
+            1e-3,
+        )
+        work = dict(
+            eva=lambda: fp8.quantize(x, block) is None,
+            loop=lambda: plain_quantize(x, block) is None,
+            memory=about['memory'][0],
+        )
         times = in_turn(work, 2 if quick else 3, device)
-        lines.append(compared(f'quantise to blocks of {block[0]}x{block[1]}, {x.numel()*4/1e6:.0f} MB', times, memory_bound(times, about, 5*x.numel()), goals=dict(loop=1.)))
-        times = in_turn(dict(eva=lambda: dequantize(q, scale, block) is None, memory=about['memory'][0]), 2 if quick else 5, device)
-        lines.append(compared(f'and back from {block[0]}x{block[1]}', times, memory_bound(times, about, 5*x.numel())))
+        lines.append(
+            compared(
+                f'quantise to blocks of {block[0]}x{block[1]}, {x.numel() * 4 / 1e6:.0f} MB',
+                times,
+                memory_bound(times, about, 5 * x.numel()),
+                goals=dict(loop=1.0),
+            )
+        )
+        times = in_turn(
+            dict(eva=lambda: dequantize(q, scale, block) is None, memory=about['memory'][0]),
+            2 if quick else 5,
+            device,
+        )
+        lines.append(
+            compared(
+                f'and back from {block[0]}x{block[1]}',
+                times,
+                memory_bound(times, about, 5 * x.numel()),
+            )
+        )
     return lines
 
 # %% ../nbs/16c_bench_files.ipynb #2c91a88d
-def model_folder(folder, quick, to='fp32'): # a Path
+def model_folder(folder, quick, to='fp32'):  # a Path
     "A small model on disk"
     torch.manual_seed(0)
-    model = DeepSeekV3(small_config(num_hidden_layers=2, n_routed_experts=8) if quick else small_config(n_routed_experts=64))
-    save_pretrained(model, folder/'fp32')
-    if to!='fp32': convert_checkpoint(folder/'fp32', folder/to, to=to)
-    return folder/to
+    model = DeepSeekV3(
+        small_config(num_hidden_layers=2, n_routed_experts=8)
+        if quick
+        else small_config(n_routed_experts=64)
+    )
+    save_pretrained(model, folder / 'fp32')
+    if to != 'fp32':
+        convert_checkpoint(folder / 'fp32', folder / to, to=to)
+    return folder / to
 
-def size_of(folder): return sum(f.stat().st_size for f in folder.glob('*.safetensors'))
+
+def size_of(folder):
+    return sum(f.stat().st_size for f in folder.glob('*.safetensors'))
+
 
 def convert(
-    quick:bool=False, # a smaller model?
-)->list[Line]:
+    quick: bool = False,  # a smaller model?
+) -> list[Line]:
     "A checkpoint in FP8 blocks to bf16"
     about = limits()
     with tempfile.TemporaryDirectory() as tmp:
-        src,n = model_folder(Path(tmp), quick, 'fp8'),0
+        src = model_folder(Path(tmp), quick, 'fp8')
+        n = 0
+
         def ours():
             nonlocal n
             n += 1
-            convert_checkpoint(src, Path(tmp)/f'bf16-{n}', to='bf16')
+            convert_checkpoint(src, Path(tmp) / f'bf16-{n}', to='bf16')
+
         def theirs():
             out = {}
             for f in src.glob('*.safetensors'):
                 held = load_file(f)
-                for k,v in held.items():
-                    if k.endswith('_scale_inv'): continue
-                    s = held.get(k+'_scale_inv')
-                    if s is None: out[k] = v if k.endswith('e_score_correction_bias') else v.bfloat16()
-                    else: out[k] = (v.float()*s.repeat_interleave(128, 0)[:v.shape[0]].repeat_interleave(128, 1)[:,:v.shape[1]]).bfloat16()
-            save_file(out, Path(tmp)/'plain.safetensors')
+                for k, v in held.items():
+                    if k.endswith('_scale_inv'):
+                        continue
+                    s = held.get(k + '_scale_inv')
+                    if s is None:
+                        out[k] = v if k.endswith('e_score_correction_bias') else v.bfloat16()
+                    else:
+                        out[k] = (
+                            v.float()
+                            * s.repeat_interleave(128, 0)[: v.shape[0]].repeat_interleave(128, 1)[
+                                :, : v.shape[1]
+                            ]
+                        ).bfloat16()
+            save_file(out, Path(tmp) / 'plain.safetensors')
+
         times = in_turn(dict(eva=ours, loop=theirs, memory=about['memory'][0]), 2 if quick else 3)
-        got,want = load_file(next((Path(tmp)/'bf16-1').glob('*.safetensors'))),load_file(Path(tmp)/'plain.safetensors')
+        got = load_file(next((Path(tmp) / 'bf16-1').glob('*.safetensors')))
+        want = load_file(Path(tmp) / 'plain.safetensors')
         names = sorted(want)
         same('converted weights', [got[k] for k in names], [want[k] for k in names], 1e-3)
-        moved = size_of(src)+size_of(Path(tmp)/'bf16-1')
-        return [compared(f'convert {size_of(src)/1e6:.0f} MB of FP8 to bf16', times, memory_bound(times, about, moved), more=dict(GB_per_second=moved/1e9/median(times['eva'])))]
+        moved = size_of(src) + size_of(Path(tmp) / 'bf16-1')
+        return [
+            compared(
+                f'convert {size_of(src) / 1e6:.0f} MB of FP8 to bf16',
+                times,
+                memory_bound(times, about, moved),
+                more=dict(GB_per_second=moved / 1e9 / median(times['eva'])),
+            )
+        ]
+
 
 def load(
-    quick:bool=False, # a smaller model?
-)->list[Line]:        # time and growth of the process
+    quick: bool = False,  # a smaller model?
+) -> list[Line]:  # time and growth of the process
     "A checkpoint into a model, every weight touched"
     about = limits()
     with tempfile.TemporaryDirectory() as tmp:
         src = model_folder(Path(tmp), quick)
-        touch = lambda tensors: sum(t.sum().item() for t in tensors)
-        work = dict(eva=lambda: touch(load_pretrained(src).parameters()) is None, copy=lambda: touch([t.clone() for f in src.glob('*.safetensors') for t in load_file(f).values()]) is None, memory=about['memory'][0])
+
+        def touch(tensors):
+            return sum(t.sum().item() for t in tensors)
+
+        work = dict(
+            eva=lambda: touch(load_pretrained(src).parameters()) is None,
+            copy=lambda: (
+                touch([t.clone() for f in src.glob('*.safetensors') for t in load_file(f).values()])
+                is None
+            ),
+            memory=about['memory'][0],
+        )
         times = in_turn(work, 2 if quick else 5)
         size = size_of(src)
-        lines = [compared(f'load {size/1e6:.0f} MB and touch every weight', times, memory_bound(times, about, size))]
-        if not Path('/proc/self/status').exists(): return lines                # only Linux tells how far a process has grown
-        grown = json.loads(subprocess.run([sys.executable, '-c', GROWTH, str(src)], capture_output=True, text=True, check=True).stdout)
-        return lines+[Line('growth of the process while loading', 'MB', grown/1e6, dict(file=size/1e6), dict(file=size/max(1, grown)), goals=dict(file=1/1.2))]
+        lines = [
+            compared(
+                f'load {size / 1e6:.0f} MB and touch every weight',
+                times,
+                memory_bound(times, about, size),
+            )
+        ]
+        if not Path('/proc/self/status').exists():
+            return lines  # only Linux tells how far a process has grown
+        grown = json.loads(
+            subprocess.run(
+                [sys.executable, '-c', GROWTH, str(src)], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        return lines + [
+            Line(
+                'growth of the process while loading',
+                'MB',
+                grown / 1e6,
+                dict(file=size / 1e6),
+                dict(file=size / max(1, grown)),
+                goals=dict(file=1 / 1.2),
+            )
+        ]
 
-GROWTH = '''
+
+GROWTH = """
 import sys
 from pathlib import Path
 from eva.interop import load_pretrained
@@ -113,39 +210,96 @@ own = lambda: next(int(l.split()[1]) for l in Path('/proc/self/status').read_tex
 before = own()
 model = load_pretrained(sys.argv[1]); sum(p.sum().item() for p in model.parameters())
 print(1024*(own()-before))
-'''
+"""
 
 # %% ../nbs/16c_bench_files.ipynb #d2f1de3a
 def tokenize(
-    quick:bool=False, # a few files?
-)->list[Line]:
+    quick: bool = False,  # a few files?
+) -> list[Line]:
     "Python's own source to a file of tokens, against one document at a time"
     import numpy as np
+
     from eva.data import find_documents, train_tokenizer, write_tokens
-    docs = find_documents('stdlib')[0][:20 if quick else 400]
-    tok = train_tokenizer([d.text for d in docs[:20 if quick else 100]], 1024 if quick else 4096)
+
+    docs = find_documents('stdlib')[0][: 20 if quick else 400]
+    tok = train_tokenizer([d.text for d in docs[: 20 if quick else 100]], 1024 if quick else 4096)
     size = sum(len(d.text.encode()) for d in docs)
     with tempfile.TemporaryDirectory() as tmp:
-        def ours(): write_tokens(Path(tmp)/'tokens.npy', docs, tok)
-        def theirs(): np.save(Path(tmp)/'plain.npy', np.concatenate([[0, *tok.encode(d.text).ids] for d in docs]).astype(np.uint16))
+
+        def ours():
+            write_tokens(Path(tmp) / 'tokens.npy', docs, tok)
+
+        def theirs():
+            np.save(
+                Path(tmp) / 'plain.npy',
+                np.concatenate([[0, *tok.encode(d.text).ids] for d in docs]).astype(np.uint16),
+            )
+
         times = in_turn(dict(eva=ours, loop=theirs), 2 if quick else 3)
-        same('tokens', *([torch.from_numpy(np.load(Path(tmp)/f, allow_pickle=False).astype(np.int64))] for f in ('tokens.npy', 'plain.npy')), 0)
-    return [compared(f'tokenise {size/1e6:.1f} MB', times, goals=dict(loop=1.), more=dict(MB_per_second=size/1e6/median(times['eva'])))]
+        same(
+            'tokens',
+            *(
+                [torch.from_numpy(np.load(Path(tmp) / f, allow_pickle=False).astype(np.int64))]
+                for f in ('tokens.npy', 'plain.npy')
+            ),
+            0,
+        )
+    return [
+        compared(
+            f'tokenise {size / 1e6:.1f} MB',
+            times,
+            goals=dict(loop=1.0),
+            more=dict(MB_per_second=size / 1e6 / median(times['eva'])),
+        )
+    ]
 
 # %% ../nbs/16c_bench_files.ipynb #c1f1083d
 HEAVY = ('nbdev', 'IPython', 'matplotlib', 'transformers')
 
+
 def start(
-    quick:bool=False, # fewer rounds?
-)->list[Line]:        # of importing and of asking for help
+    quick: bool = False,  # fewer rounds?
+) -> list[Line]:  # of importing and of asking for help
     "Seconds until Eva is there, against `import torch` alone"
-    python = lambda code: lambda: subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
+
+    def python(code):
+        return lambda: subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
+
     modules = 'import eva.model, eva.generate, eva.train'
-    loaded = subprocess.run([sys.executable, '-c', f'import sys; import eva; {modules}; from eva.cli import eva_train\ntry: eva_train(["--help"])\nexcept SystemExit: pass\nprint([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)'], capture_output=True, text=True, check=True).stderr.strip()
-    if loaded!='[]': raise AssertionError(f'{loaded}: imported before they are used')
-    work = dict(torch=python('import torch'), eva=python('import eva'), modules=python(modules), help=python('from eva.cli import eva_train\ntry: eva_train(["--help"])\nexcept SystemExit: pass'))
-    times,lines = in_turn(work, 2 if quick else 7),[]
-    for name,k in (('import eva', 'eva'), (modules, 'modules'), ('eva_train --help', 'help')):
-        more = median([a-b for a,b in zip(times[k], times['torch'])])
-        lines.append(compared(name, dict(eva=times[k], **{'import torch': times['torch']}), unit='s', more=dict(seconds_more=more, wanted=.3)))
+    loaded = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            (
+                f'import sys; import eva; {modules}; from eva.cli import '
+                f'eva_train\ntry: eva_train(["--help"])\nexcept SystemExit: '
+                f'pass\nprint([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)'
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr.strip()
+    if loaded != '[]':
+        raise AssertionError(f'{loaded}: imported before they are used')
+    work = dict(
+        torch=python('import torch'),
+        eva=python('import eva'),
+        modules=python(modules),
+        help=python(
+            'from eva.cli import eva_train\ntry: eva_train(["--help"])\nexcept SystemExit: pass'
+        ),
+    )
+    times = in_turn(work, 2 if quick else 7)
+    lines = []
+    for name, k in (('import eva', 'eva'), (modules, 'modules'), ('eva_train --help', 'help')):
+        more = median([a - b for a, b in zip(times[k], times['torch'])])
+        lines.append(
+            compared(
+                name,
+                dict(eva=times[k], **{'import torch': times['torch']}),
+                unit='s',
+                more=dict(seconds_more=more, wanted=0.3),
+            )
+        )
     return lines

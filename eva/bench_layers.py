@@ -7,11 +7,22 @@ __all__ = ['small_config', 'MultiHead', 'attention_flops', 'step_of', 'attention
            'Nothing', 'moe', 'check_moe', 'experts', 'loss', 'cache']
 
 # %% ../nbs/16a_bench_layers.ipynb #25cea84e
-from functools import partial
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from .bench import Line, bounds, compared, exponent, in_turn, limits, median, peak_bytes, ratio, same
+from torch import nn
+
+from eva.bench import (
+    Line,
+    bounds,
+    compared,
+    exponent,
+    in_turn,
+    limits,
+    median,
+    peak_bytes,
+    ratio,
+    same,
+)
 from .cache import LatentCache
 from .config import PRESETS, Config
 from .mla import MLA, return_freed_memory
@@ -22,197 +33,404 @@ from .rivals import KVCache, attention_params
 from .rope import rope_tables, rotate
 
 # %% ../nbs/16a_bench_layers.ipynb #02876786
-def small_config(**kw): # fields that differ
+def small_config(**kw):  # fields that differ
     "A model of 25.5 million parameters, eight experts of which two are active"
-    return Config.preset('mini', **dict(vocab_size=4096, hidden_size=512, num_attention_heads=8, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-        q_lora_rank=256, kv_lora_rank=128, num_hidden_layers=4, first_k_dense_replace=1, intermediate_size=1408, moe_intermediate_size=384, n_routed_experts=8,
-        num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1, num_nextn_predict_layers=0, max_position_embeddings=33000) | kw)
+    return Config.preset(
+        'mini',
+        **dict(
+            vocab_size=4096,
+            hidden_size=512,
+            num_attention_heads=8,
+            qk_nope_head_dim=64,
+            qk_rope_head_dim=32,
+            v_head_dim=64,
+            q_lora_rank=256,
+            kv_lora_rank=128,
+            num_hidden_layers=4,
+            first_k_dense_replace=1,
+            intermediate_size=1408,
+            moe_intermediate_size=384,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            num_nextn_predict_layers=0,
+            max_position_embeddings=33000,
+        )
+        | kw,
+    )
+
 
 class MultiHead(nn.Module):
     "Multi-head attention as one would write it with PyTorch"
-    def __init__(self,
-        cfg:Config,   # width, heads, rotated features
-        head_dim:int, # features of a head
+
+    def __init__(
+        self,
+        cfg: Config,  # width, heads, rotated features
+        head_dim: int,  # features of a head
     ):
         super().__init__()
-        d,n = cfg.hidden_size,cfg.num_attention_heads
-        self.heads,self.head_dim = n,head_dim
-        self.qkv_proj,self.o_proj = nn.Linear(d, 3*n*head_dim, bias=False),nn.Linear(n*head_dim, d, bias=False)
+        d = cfg.hidden_size
+        n = cfg.num_attention_heads
+        self.heads = n
+        self.head_dim = head_dim
+        self.qkv_proj = nn.Linear(d, 3 * n * head_dim, bias=False)
+        self.o_proj = nn.Linear(n * head_dim, d, bias=False)
 
-    def forward(self, h, rope): # (batch, seq, hidden_size), cosines and sines
-        q,k,v = self.qkv_proj(h).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
-        r = 2*rope[0].shape[-1]
-        q,k = (torch.cat((rotate(x[...,:r], *(o[:,:,None] for o in rope)), x[...,r:]), -1) for x in (q, k))
+    def forward(self, h, rope):  # (batch, seq, hidden_size), cosines and sines
+        q, k, v = self.qkv_proj(h).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        r = 2 * rope[0].shape[-1]
+        q, k = (
+            torch.cat((rotate(x[..., :r], *(o[:, :, None] for o in rope)), x[..., r:]), -1)
+            for x in (q, k)
+        )
         o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
-def attention_flops(
-    cfg:Config,  # widths
-    n:int,       # positions
-    head_dim:int|None=None, # features of a multi-head rival's head; None for MLA
-)->int:          # of a forward pass
-    "FLOPs of one attention layer over one causal sequence"
-    heads,pairs = cfg.num_attention_heads,n*(n+1)//2
-    if head_dim is None: return 2*n*attention_params(cfg)+2*pairs*heads*(cfg.qk_nope_head_dim+cfg.qk_rope_head_dim+cfg.v_head_dim)
-    return 2*n*4*cfg.hidden_size*heads*head_dim+2*pairs*heads*2*head_dim
 
-def step_of(layer, h, *args, backward=True): # a module, its input
+def attention_flops(
+    cfg: Config,  # widths
+    n: int,  # positions
+    head_dim: int | None = None,  # features of a multi-head rival's head; None for MLA
+) -> int:  # of a forward pass
+    "FLOPs of one attention layer over one causal sequence"
+    heads = cfg.num_attention_heads
+    pairs = n * (n + 1) // 2
+    if head_dim is None:
+        return 2 * n * attention_params(cfg) + 2 * pairs * heads * (
+            cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+        )
+    return 2 * n * 4 * cfg.hidden_size * heads * head_dim + 2 * pairs * heads * 2 * head_dim
+
+
+def step_of(layer, h, *args, backward=True):  # a module, its input
     "One pass through a layer, with gradients or without"
+
     def f():
-        with torch.set_grad_enabled(backward): y = layer(h, *args)
+        with torch.set_grad_enabled(backward):
+            y = layer(h, *args)
         if backward:
-            layer.zero_grad(); h.grad = None
+            layer.zero_grad()
+            h.grad = None
             y.square().mean().backward()
+
     return f
 
+
 def attention(
-    quick:bool=False, # short sequences, one type?
-    device='cpu',     # where to compute
-)->list[Line]:        # one for each type, length, and way
+    quick: bool = False,  # short sequences, one type?
+    device='cpu',  # where to compute
+) -> list[Line]:  # one for each type, length, and way
     "An MLA layer against multi-head attention"
-    cfg,lines = small_config(),[]
+    cfg = small_config()
+    lines = []
     torch.manual_seed(0)
     layers = dict(eva=MLA(cfg), wide=MultiHead(cfg, 96), narrow=MultiHead(cfg, 64))
     for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
-        for l in layers.values(): l.to(device, dtype)
+        for l in layers.values():
+            l.to(device, dtype)
         about = limits(device, dtype)
         for n in (256, 512) if quick else (256, 512, 1024, 2048, 4096, 8192):
             h = torch.randn(1, n, cfg.hidden_size, device=device, dtype=dtype, requires_grad=True)
             rope = rope_tables(cfg, torch.arange(n, device=device)[None], dtype)
-            check_attention(layers['eva'], h, rope, 1e-4 if dtype==torch.float32 else .05)
+            check_attention(layers['eva'], h, rope, 1e-4 if dtype == torch.float32 else 0.05)
             for backward in (False, True):
-                times = in_turn({k: step_of(l, h, rope, backward=backward) for k,l in layers.items()} | {k: f for k,(f,_) in about.items()}, 2 if quick else 9 if n<2048 else 5, device)
-                flops = (3 if backward else 1)*attention_flops(cfg, n)
-                weights = (3 if backward else 1)*h.element_size()*attention_params(cfg)
-                extra = 1 if n<=1024 else max(1, attention_flops(cfg, n)/attention_flops(cfg, n, 64))
-                lines.append(compared(f'MLA {"forward+backward" if backward else "forward"}, {n} tokens, {str(dtype)[6:]}', times, bounds(times, about, weights, flops), goals=dict(wide=1., narrow=1/1.1/extra)))
+                times = in_turn(
+                    {k: step_of(l, h, rope, backward=backward) for k, l in layers.items()}
+                    | {k: f for k, (f, _) in about.items()},
+                    2 if quick else 9 if n < 2048 else 5,
+                    device,
+                )
+                flops = (3 if backward else 1) * attention_flops(cfg, n)
+                weights = (3 if backward else 1) * h.element_size() * attention_params(cfg)
+                extra = (
+                    1
+                    if n <= 1024
+                    else max(1, attention_flops(cfg, n) / attention_flops(cfg, n, 64))
+                )
+                lines.append(
+                    compared(
+                        f'MLA {"forward+backward" if backward else "forward"}, '
+                        f'{n} tokens, {str(dtype)[6:]}',
+                        times,
+                        bounds(times, about, weights, flops),
+                        goals=dict(wide=1.0, narrow=1 / 1.1 / extra),
+                    )
+                )
     return lines
+
 
 def check_attention(mla, h, rope, far):
     "MLA against its other evaluation, or a short beginning of it"
-    h = h[:,:512].detach(); rope = tuple(o[:,:512] for o in rope)
+    h = h[:, :512].detach()
+    rope = tuple(o[:, :512] for o in rope)
     with torch.no_grad():
         rows = mla.latents(h, rope)
-        same('MLA', [mla(h, rope)], [mla.o_proj(mla.absorbed(*mla.queries(h, rope), rows).flatten(2))], far)
+        same(
+            'MLA',
+            [mla(h, rope)],
+            [mla.o_proj(mla.absorbed(*mla.queries(h, rope), rows).flatten(2))],
+            far,
+        )
 
 # %% ../nbs/16a_bench_layers.ipynb #c335d6cb
-def transformers_moe(moe): # a MoE without shared experts
+def transformers_moe(moe):  # a MoE without shared experts
     "The same layer of transformers with grouped products, or None where it is not installed"
     try:
         from transformers import DeepseekV3Config
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
-    except ImportError: return None
+    except ImportError:
+        return None
     about = DeepseekV3Config(**moe.gate.cfg.to_json() | dict(n_shared_experts=1))
     about._experts_implementation = 'grouped_mm'
     peer = DeepseekV3MoE(about).to(moe.gate.weight)
     peer.shared_experts = Nothing()
     with torch.no_grad():
-        for a,b in ((peer.experts.gate_up_proj, moe.experts.gate_up_proj), (peer.experts.down_proj, moe.experts.down_proj), (peer.gate.weight, moe.gate.weight)): a.copy_(b)
+        for a, b in (
+            (peer.experts.gate_up_proj, moe.experts.gate_up_proj),
+            (peer.experts.down_proj, moe.experts.down_proj),
+            (peer.gate.weight, moe.gate.weight),
+        ):
+            a.copy_(b)
     return peer
+
 
 class Dense(nn.Module):
     "A gated feed-forward of PyTorch's linear layers"
-    def __init__(self, hidden_size, width): # features in and out, features between
+
+    def __init__(self, hidden_size, width):  # features in and out, features between
         super().__init__()
-        self.gate,self.up,self.down = nn.Linear(hidden_size, width, bias=False),nn.Linear(hidden_size, width, bias=False),nn.Linear(width, hidden_size, bias=False)
-    def forward(self, h): return self.down(F.silu(self.gate(h))*self.up(h))
+        self.gate = nn.Linear(hidden_size, width, bias=False)
+        self.up = nn.Linear(hidden_size, width, bias=False)
+        self.down = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, h):
+        return self.down(F.silu(self.gate(h)) * self.up(h))
+
 
 class Nothing(nn.Module):
     "A shared expert that says nothing"
-    def forward(self, h): return 0
+
+    def forward(self, h):
+        return 0
+
 
 def moe(
-    quick:bool=False, # few tokens, one type?
-    device='cpu',     # where to compute
-)->list[Line]:        # one for each type and number of experts
+    quick: bool = False,  # few tokens, one type?
+    device='cpu',  # where to compute
+) -> list[Line]:  # one for each type and number of experts
     "An MoE layer, forward and backward, against a dense one of its active FLOPs and the peer's"
-    lines,tokens = [],256 if quick else 4096
+    lines = []
+    tokens = 256 if quick else 4096
     for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
         about = limits(device, dtype)
-        for experts,k,width in ((8, 2, 512), (64, 8, 128)) if quick else ((8, 2, 512), (64, 8, 128), (256, 8, 128)):
+        for experts, k, width in (
+            ((8, 2, 512), (64, 8, 128)) if quick else ((8, 2, 512), (64, 8, 128), (256, 8, 128))
+        ):
             torch.manual_seed(0)
-            cfg = small_config(n_routed_experts=experts, num_experts_per_tok=k, moe_intermediate_size=width, n_shared_experts=0)
-            layers = dict(eva=MoE(cfg), dense=Dense(cfg.hidden_size, k*width), own_dense=MLP(cfg.hidden_size, k*width), transformers=None)
+            cfg = small_config(
+                n_routed_experts=experts,
+                num_experts_per_tok=k,
+                moe_intermediate_size=width,
+                n_shared_experts=0,
+            )
+            layers = dict(
+                eva=MoE(cfg),
+                dense=Dense(cfg.hidden_size, k * width),
+                own_dense=MLP(cfg.hidden_size, k * width),
+                transformers=None,
+            )
             for l in layers.values():
-                if l is not None: l.to(device, dtype)
+                if l is not None:
+                    l.to(device, dtype)
             layers['transformers'] = transformers_moe(layers['eva'])
-            h = torch.randn(1, tokens, cfg.hidden_size, device=device, dtype=dtype, requires_grad=True)
-            if layers['transformers'] is not None: check_moe(layers['eva'], layers['transformers'], h)
-            work = {n: step_of(l, h) for n,l in layers.items() if l is not None}
-            times = in_turn(work | {n: f for n,(f,_) in about.items()}, 2 if quick else 7, device)
-            used = 3*cfg.hidden_size*width
-            bound = bounds(times, about, h.element_size()*(3*experts*used+6*tokens*k*cfg.hidden_size), 6*tokens*k*used)
-            goals = dict(dense=1/(1.2 if experts==8 else 1.8)) | (dict(transformers=1.5) if experts>8 else {})
-            lines.append(compared(f'MoE, {experts} experts top-{k} of {width}, {tokens} tokens, {str(dtype)[6:]}', times, bound, goals=goals))
+            h = torch.randn(
+                1, tokens, cfg.hidden_size, device=device, dtype=dtype, requires_grad=True
+            )
+            if layers['transformers'] is not None:
+                check_moe(layers['eva'], layers['transformers'], h)
+            work = {n: step_of(l, h) for n, l in layers.items() if l is not None}
+            times = in_turn(work | {n: f for n, (f, _) in about.items()}, 2 if quick else 7, device)
+            used = 3 * cfg.hidden_size * width
+            bound = bounds(
+                times,
+                about,
+                h.element_size() * (3 * experts * used + 6 * tokens * k * cfg.hidden_size),
+                6 * tokens * k * used,
+            )
+            goals = dict(dense=1 / (1.2 if experts == 8 else 1.8)) | (
+                dict(transformers=1.5) if experts > 8 else {}
+            )
+            lines.append(
+                compared(
+                    f'MoE, {experts} experts top-{k} of {width}, {tokens} tokens, {str(dtype)[6:]}',
+                    times,
+                    bound,
+                    goals=goals,
+                )
+            )
     return lines
+
 
 def check_moe(ours, theirs, h):
     "Outputs and gradients of both"
-    far = 1e-4 if h.dtype==torch.float32 else .05
-    params = lambda m: (m.experts.gate_up_proj, m.experts.down_proj)
-    a,b = ((y, *torch.autograd.grad(y.square().mean(), (h, *params(m)))) for m in (ours, theirs) for y in [m(h)])
+    far = 1e-4 if h.dtype == torch.float32 else 0.05
+
+    def params(m):
+        return (m.experts.gate_up_proj, m.experts.down_proj)
+
+    a, b = (
+        (y, *torch.autograd.grad(y.square().mean(), (h, *params(m))))
+        for m in (ours, theirs)
+        for y in [m(h)]
+    )
     same('MoE', a, b, far)
 
 # %% ../nbs/16a_bench_layers.ipynb #8dfb49e5
 def experts(
-    quick:bool=False, # few tokens and counts?
-    device='cpu',     # where to compute
-)->list[Line]:        # one for each number of experts
+    quick: bool = False,  # few tokens and counts?
+    device='cpu',  # where to compute
+) -> list[Line]:  # one for each number of experts
     "Time and memory of an MoE layer, forward and backward, by its experts, two of them active"
-    counts,tokens = ((8, 16), 256) if quick else ((8, 16, 32, 64), 4096)
-    layers,h = {},torch.randn(1, tokens, 512, device=device, requires_grad=True)
-    for e in counts: torch.manual_seed(0); layers[e] = MoE(small_config(n_routed_experts=e, moe_intermediate_size=256, n_shared_experts=0)).to(device)
-    work = {e: step_of(l, h) for e,l in layers.items()}
-    times,lines = in_turn(work, 2 if quick else 7, device),[]
-    held = {e: sum(p.numel()*p.element_size() for p in l.parameters())+peak_bytes(work[e], device) for e,l in layers.items()}
+    counts, tokens = ((8, 16), 256) if quick else ((8, 16, 32, 64), 4096)
+    layers = {}
+    h = torch.randn(1, tokens, 512, device=device, requires_grad=True)
     for e in counts:
-        fixed = dict(peers={}, times={}) if e==counts[0] else dict(peers={f'{counts[0]} experts': 1e3*median(times[counts[0]])}, times={f'{counts[0]} experts': ratio(times[counts[0]], times[e])})
-        lines.append(Line(f'2 of {e} experts of 256, {tokens} tokens, float32', 'ms', 1e3*median(times[e]), **fixed, more=dict(MB=held[e]/1e6),
-            goals={f'{counts[0]} experts': 1/1.5} if e==64 else {}))
-    lines[-1].more |= dict(time_exponent=exponent(counts, [median(times[e]) for e in counts]), memory_per_expert_MB=(held[counts[-1]]-held[counts[0]])/1e6/(counts[-1]-counts[0]))
+        torch.manual_seed(0)
+        layers[e] = MoE(
+            small_config(n_routed_experts=e, moe_intermediate_size=256, n_shared_experts=0)
+        ).to(device)
+    work = {e: step_of(l, h) for e, l in layers.items()}
+    times = in_turn(work, 2 if quick else 7, device)
+    lines = []
+    held = {
+        e: sum(p.numel() * p.element_size() for p in l.parameters()) + peak_bytes(work[e], device)
+        for e, l in layers.items()
+    }
+    for e in counts:
+        fixed = (
+            dict(peers={}, times={})
+            if e == counts[0]
+            else dict(
+                peers={f'{counts[0]} experts': 1e3 * median(times[counts[0]])},
+                times={f'{counts[0]} experts': ratio(times[counts[0]], times[e])},
+            )
+        )
+        lines.append(
+            Line(
+                f'2 of {e} experts of 256, {tokens} tokens, float32',
+                'ms',
+                1e3 * median(times[e]),
+                **fixed,
+                more=dict(MB=held[e] / 1e6),
+                goals={f'{counts[0]} experts': 1 / 1.5} if e == 64 else {},
+            )
+        )
+    lines[-1].more |= dict(
+        time_exponent=exponent(counts, [median(times[e]) for e in counts]),
+        memory_per_expert_MB=(held[counts[-1]] - held[counts[0]]) / 1e6 / (counts[-1] - counts[0]),
+    )
     return lines
 
 # %% ../nbs/16a_bench_layers.ipynb #380e5989
 def loss(
-    quick:bool=False, # a small vocabulary, one type?
-    device='cpu',     # where to compute
-)->list[Line]:        # time and memory for each type
+    quick: bool = False,  # a small vocabulary, one type?
+    device='cpu',  # where to compute
+) -> list[Line]:  # time and memory for each type
     "Cross-entropy of a large head, forward and backward"
-    vocab,tokens,d,lines = 8192 if quick else 129280,512 if quick else 4096,512,[]
+    vocab = 8192 if quick else 129280
+    tokens = 512 if quick else 4096
+    d = 512
+    lines = []
     for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        h,y = torch.randn(tokens, d, device=device, dtype=dtype, requires_grad=True),torch.randint(vocab, (tokens,), device=device)
-        W = (.02*torch.randn(vocab, d, device=device)).to(dtype).requires_grad_()
-        ways = dict(eva=lambda: head_loss(h, W, y)/tokens, obvious=lambda: F.cross_entropy((h @ W.T).float(), y))
-        if hasattr(F, 'linear_cross_entropy'): ways['linear_cross_entropy'] = lambda: F.linear_cross_entropy(h, W, y)
+        h = torch.randn(tokens, d, device=device, dtype=dtype, requires_grad=True)
+        y = torch.randint(vocab, (tokens,), device=device)
+        W = (0.02 * torch.randn(vocab, d, device=device)).to(dtype).requires_grad_()
+        ways = dict(
+            eva=lambda: head_loss(h, W, y) / tokens,
+            obvious=lambda: F.cross_entropy((h @ W.T).float(), y),
+        )
+        if hasattr(F, 'linear_cross_entropy'):
+            ways['linear_cross_entropy'] = lambda: F.linear_cross_entropy(h, W, y)
+
         def work(f):
-            def g(): h.grad = W.grad = None; f().backward()
+            def g():
+                h.grad = W.grad = None
+                f().backward()
+
             return g
-        work = {n: work(f) for n,f in ways.items()}
-        return_freed_memory(); grads = []
-        for n in ('eva', 'obvious'): work[n](); grads.append((h.grad, W.grad))
-        same('the loss', *grads, 1e-4 if dtype==torch.float32 else .02)
-        del grads; h.grad = W.grad = None
+
+        work = {n: work(f) for n, f in ways.items()}
+        return_freed_memory()
+        grads = []
+        for n in ('eva', 'obvious'):
+            work[n]()
+            grads.append((h.grad, W.grad))
+        same('the loss', *grads, 1e-4 if dtype == torch.float32 else 0.02)
+        del grads
+        h.grad = W.grad = None
         about = limits(device, dtype)
-        times = in_turn(work | {n: f for n,(f,_) in about.items()}, 2 if quick else 3, device)
-        case,held = f'loss, vocabulary {vocab}, {tokens} tokens, {str(dtype)[6:]}',{n: peak_bytes(f, device) for n,f in work.items()}
-        lines += [compared(case, times, bounds(times, about, 3*h.element_size()*vocab*d, 6*tokens*vocab*d), goals=dict(obvious=1.)),
-                  Line(case+', memory', 'MB', held['eva']/1e6, {n: v/1e6 for n,v in held.items() if n!='eva'}, {n: v/held['eva'] for n,v in held.items() if n!='eva'}, goals=dict(obvious=10.))]
+        times = in_turn(work | {n: f for n, (f, _) in about.items()}, 2 if quick else 3, device)
+        case = f'loss, vocabulary {vocab}, {tokens} tokens, {str(dtype)[6:]}'
+        held = {n: peak_bytes(f, device) for n, f in work.items()}
+        lines += [
+            compared(
+                case,
+                times,
+                bounds(times, about, 3 * h.element_size() * vocab * d, 6 * tokens * vocab * d),
+                goals=dict(obvious=1.0),
+            ),
+            Line(
+                case + ', memory',
+                'MB',
+                held['eva'] / 1e6,
+                {n: v / 1e6 for n, v in held.items() if n != 'eva'},
+                {n: v / held['eva'] for n, v in held.items() if n != 'eva'},
+                goals=dict(obvious=10.0),
+            ),
+        ]
     return lines
 
 # %% ../nbs/16a_bench_layers.ipynb #a7015761
 def cache(
-    quick:bool=False, # small presets only?
-)->list[Line]:        # one for each preset and type
+    quick: bool = False,  # small presets only?
+) -> list[Line]:  # one for each preset and type
     "Cache bytes of one position, all layers"
-    lines,n = [],16
+    lines = []
+    n = 16
     for name in PRESETS:
         cfg = Config.preset(name)
-        if quick and cfg.num_hidden_layers>30: continue
-        kv = lambda heads, dtype: KVCache(cfg, heads, cfg.qk_nope_head_dim, 1, n, dtype).nbytes/n
+        if quick and cfg.num_hidden_layers > 30:
+            continue
+
+        def kv(heads, dtype):
+            return KVCache(cfg, heads, cfg.qk_nope_head_dim, 1, n, dtype).nbytes / n
+
         groups = min(8, cfg.num_attention_heads)
-        for kind,made,dtype in (('fp32', LatentCache(cfg, 1, n, torch.float32), torch.float32), ('bf16', LatentCache(cfg, 1, n), torch.bfloat16), ('FP8', FP8LatentCache(cfg, 1, n) if cfg.kv_lora_rank%128==0 else None, torch.bfloat16)):
-            if made is None: continue
-            own,peers = made.nbytes/n,dict(standard=kv(cfg.num_attention_heads, dtype), grouped=kv(groups, dtype))
-            lines.append(Line(f'cache of {name}, {kind}', 'bytes', own, peers, {k: v/own for k,v in peers.items()}, goals=dict(standard=1/(1-.933)), more=dict(below_standard=f'{1-own/peers["standard"]:.1%}')))
+        for kind, made, dtype in (
+            ('fp32', LatentCache(cfg, 1, n, torch.float32), torch.float32),
+            ('bf16', LatentCache(cfg, 1, n), torch.bfloat16),
+            (
+                'FP8',
+                FP8LatentCache(cfg, 1, n) if cfg.kv_lora_rank % 128 == 0 else None,
+                torch.bfloat16,
+            ),
+        ):
+            if made is None:
+                continue
+            own = made.nbytes / n
+            peers = dict(standard=kv(cfg.num_attention_heads, dtype), grouped=kv(groups, dtype))
+            lines.append(
+                Line(
+                    f'cache of {name}, {kind}',
+                    'bytes',
+                    own,
+                    peers,
+                    {k: v / own for k, v in peers.items()},
+                    goals=dict(standard=1 / (1 - 0.933)),
+                    more=dict(below_standard=f'{1 - own / peers["standard"]:.1%}'),
+                )
+            )
     return lines

@@ -7,12 +7,14 @@ __all__ = ['transformers_model', 'next_tokens_loss', 'train', 'training_step', '
            'as_peer_keeps_it', 'attention_model', 'step_cost', 'Clock', 'generate', 'drafts']
 
 # %% ../nbs/16b_bench_models.ipynb #f1af62ad
-import copy, time
+import copy
+import time
 from pathlib import Path
+
 import torch
-from torch import Tensor
+
 from .bench import Line, bounds, compared, in_turn, limits, median, peak_bytes, ratio, same, sync
-from .bench_layers import attention_flops, small_config
+from .bench_layers import small_config
 from .cache import LatentCache
 from .config import Config
 from .context import Context
@@ -26,222 +28,445 @@ def transformers_model(model):
     "The same weights in transformers, or None where it is not installed"
     try:
         import logging
+
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
         from transformers.utils import logging as quiet
-    except ImportError: return None
+    except ImportError:
+        return None
     quiet.set_verbosity_error()
-    about = {k: v for k,v in model.cfg.to_json().items() if k!='architectures'} | dict(model_type='deepseek_v3', num_mtp_layers=0)
-    with torch.device('meta'): peer = DeepseekV3ForCausalLM(DeepseekV3Config(**about))
-    weights = {k: v for k,v in model.state_dict().items() if k in dict(peer.state_dict())}
+    about = {k: v for k, v in model.cfg.to_json().items() if k != 'architectures'} | dict(
+        model_type='deepseek_v3', num_mtp_layers=0
+    )
+    with torch.device('meta'):
+        peer = DeepseekV3ForCausalLM(DeepseekV3Config(**about))
+    weights = {k: v for k, v in model.state_dict().items() if k in dict(peer.state_dict())}
     peer.load_state_dict(weights, assign=True, strict=False)
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(config=peer.config) # its tables are no weights and were made without memory
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(
+        config=peer.config
+    )  # its tables are no weights and were made without memory
     return peer.eval().to(model.lm_head.weight.device)
 
-def next_tokens_loss(peer, tokens): # tokens (batch, seq + 1)
+
+def next_tokens_loss(peer, tokens):  # tokens (batch, seq + 1)
     "The mean loss of the peer on the same targets as `losses`"
-    targets = tokens[:,1:].contiguous()
-    return peer(input_ids=tokens[:,:-1], labels=targets, shift_labels=targets, use_cache=False).loss
+    targets = tokens[:, 1:].contiguous()
+    return peer(
+        input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False
+    ).loss
 
 # %% ../nbs/16b_bench_models.ipynb #41c6a6fe
 def train(
-    quick:bool=False, # a small batch, one type?
-    device='cpu',     # where to compute
-)->list[Line]:        # time and memory, for each batch and type
+    quick: bool = False,  # a small batch, one type?
+    device='cpu',  # where to compute
+) -> list[Line]:  # time and memory, for each batch and type
     "A training step against transformers"
     torch.manual_seed(0)
     model = DeepSeekV3(small_config(num_hidden_layers=2 if quick else 4)).to(device)
-    peer,lines = transformers_model(model),[]
-    for (batch,seq),dtype in [((2, 64), torch.float32)] if quick else [(b, t) for b in ((4, 256), (1, 2048)) for t in (torch.float32, torch.bfloat16)]:
-        tokens = torch.randint(2, 4096, (batch, seq+1), generator=torch.Generator().manual_seed(seq)).to(device)
-        work = dict(eva=training_step(copy.deepcopy(model).to(dtype).train(), tokens, lambda m: m.losses(tokens)[0]))
+    peer = transformers_model(model)
+    lines = []
+    for (batch, seq), dtype in (
+        [((2, 64), torch.float32)]
+        if quick
+        else [(b, t) for b in ((4, 256), (1, 2048)) for t in (torch.float32, torch.bfloat16)]
+    ):
+        tokens = torch.randint(
+            2, 4096, (batch, seq + 1), generator=torch.Generator().manual_seed(seq)
+        ).to(device)
+        work = dict(
+            eva=training_step(
+                copy.deepcopy(model).to(dtype).train(), tokens, lambda m: m.losses(tokens)[0]
+            )
+        )
         if peer is not None:
-            theirs = lambda m: next_tokens_loss(m, tokens)
-            work['transformers'] = training_step(copy.deepcopy(peer).to(dtype).train(), tokens, theirs)
-            if dtype!=torch.float32: work['transformers, autocast'] = training_step(copy.deepcopy(peer).train(), tokens, theirs, dtype)
-            same('the first loss', [work['eva']()], [work['transformers']()], 1e-5 if dtype==torch.float32 else .01)
+
+            def theirs(m):
+                return next_tokens_loss(m, tokens)
+
+            work['transformers'] = training_step(
+                copy.deepcopy(peer).to(dtype).train(), tokens, theirs
+            )
+            if dtype != torch.float32:
+                work['transformers, autocast'] = training_step(
+                    copy.deepcopy(peer).train(), tokens, theirs, dtype
+                )
+            same(
+                'the first loss',
+                [work['eva']()],
+                [work['transformers']()],
+                1e-5 if dtype == torch.float32 else 0.01,
+            )
         about = limits(device, dtype)
-        times = in_turn(work | {n: f for n,(f,_) in about.items()}, 2 if quick else 5, device)
-        flops = model.cfg.flops_per_token((seq+1)//2)
-        case,held = f'training step, {batch}x{seq}, {str(dtype)[6:]}',{n: peak_bytes(f, device) for n,f in work.items()}
-        lines += [compared(case, times, bounds(times, about, 4*16*model.cfg.num_params()[0], 3*batch*seq*flops), goals=dict(transformers=1.25 if seq<2048 else 3.)),
-                  Line(case+', memory', 'MB', held['eva']/1e6, {n: v/1e6 for n,v in held.items() if n!='eva'}, {n: v/held['eva'] for n,v in held.items() if n!='eva'}, goals=dict(transformers=1/.7))]
+        times = in_turn(work | {n: f for n, (f, _) in about.items()}, 2 if quick else 5, device)
+        flops = model.cfg.flops_per_token((seq + 1) // 2)
+        case = f'training step, {batch}x{seq}, {str(dtype)[6:]}'
+        held = {n: peak_bytes(f, device) for n, f in work.items()}
+        lines += [
+            compared(
+                case,
+                times,
+                bounds(times, about, 4 * 16 * model.cfg.num_params()[0], 3 * batch * seq * flops),
+                goals=dict(transformers=1.25 if seq < 2048 else 3.0),
+            ),
+            Line(
+                case + ', memory',
+                'MB',
+                held['eva'] / 1e6,
+                {n: v / 1e6 for n, v in held.items() if n != 'eva'},
+                {n: v / held['eva'] for n, v in held.items() if n != 'eva'},
+                goals=dict(transformers=1 / 0.7),
+            ),
+        ]
     return lines
+
 
 def training_step(model, tokens, loss_of, autocast=None):
     "Loss, gradients, AdamW; gives the loss"
-    masters = autocast is None and model.lm_head.weight.dtype!=torch.float32
-    opt = MasterOptimizer(model, 1e-4, 0) if masters else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    masters = autocast is None and model.lm_head.weight.dtype != torch.float32
+    opt = (
+        MasterOptimizer(model, 1e-4, 0)
+        if masters
+        else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    )
+
     def step():
-        with torch.autocast(tokens.device.type, autocast, enabled=autocast is not None): loss = loss_of(model)
+        with torch.autocast(tokens.device.type, autocast, enabled=autocast is not None):
+            loss = loss_of(model)
         loss.backward()
-        if masters: opt.collect(); opt.step()
-        else: opt.step(); opt.zero_grad()
+        if masters:
+            opt.collect()
+            opt.step()
+        else:
+            opt.step()
+            opt.zero_grad()
         return loss.detach()
+
     return step
 
 # %% ../nbs/16b_bench_models.ipynb #3bc5a2a2
 @torch.no_grad()
 def prefill(
-    quick:bool=False, # short prompts?
-    device='cpu',     # where to compute
-)->list[Line]:        # one for each length
+    quick: bool = False,  # short prompts?
+    device='cpu',  # where to compute
+) -> list[Line]:  # one for each length
     "Reading a prompt into the cache, against transformers"
     torch.manual_seed(0)
     model = DeepSeekV3(small_config(num_hidden_layers=2 if quick else 4)).to(device).eval()
-    peer,lines,about = transformers_model(model),[],limits(device)
+    peer = transformers_model(model)
+    lines = []
+    about = limits(device)
     for n in (128, 256) if quick else (512, 1024, 2048, 4096, 8192):
         ids = torch.randint(2, 4096, (1, n), generator=torch.Generator().manual_seed(n)).to(device)
-        work = dict(eva=lambda: model.lm_head(model.hidden(ids, LatentCache(model.cfg, 1, n, torch.float32, device=device))[:,-1]))
+        work = dict(
+            eva=lambda: model.lm_head(
+                model.hidden(ids, LatentCache(model.cfg, 1, n, torch.float32, device=device))[:, -1]
+            )
+        )
         if peer is not None:
-            work['transformers'] = lambda: peer(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:,-1]
+            work['transformers'] = lambda: peer(
+                input_ids=ids, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
             same('logits after a prompt', [work['eva']()], [work['transformers']()], 1e-3)
-        times = in_turn({n: (lambda f=f: f() is None) for n,f in work.items()} | {n: f for n,(f,_) in about.items()}, 2 if quick else 7 if n<2048 else 3, device)
-        used = model.cfg.num_params()[1]-model.cfg.vocab_size*model.cfg.hidden_size
-        flops = n*(model.cfg.flops_per_token((n+1)//2)-2*model.cfg.vocab_size*model.cfg.hidden_size)
-        goals = {512: 1.2, 2048: 2.5, 4096: 5.}
-        lines.append(compared(f'prompt of {n} tokens', times, bounds(times, about, 4*used, flops), goals=dict(transformers=goals[n]) if n in goals else {}))
+        times = in_turn(
+            {n: (lambda f=f: f() is None) for n, f in work.items()}
+            | {n: f for n, (f, _) in about.items()},
+            2 if quick else 7 if n < 2048 else 3,
+            device,
+        )
+        used = model.cfg.num_params()[1] - model.cfg.vocab_size * model.cfg.hidden_size
+        flops = n * (
+            model.cfg.flops_per_token((n + 1) // 2)
+            - 2 * model.cfg.vocab_size * model.cfg.hidden_size
+        )
+        goals = {512: 1.2, 2048: 2.5, 4096: 5.0}
+        lines.append(
+            compared(
+                f'prompt of {n} tokens',
+                times,
+                bounds(times, about, 4 * used, flops),
+                goals=dict(transformers=goals[n]) if n in goals else {},
+            )
+        )
     return lines
 
 # %% ../nbs/16b_bench_models.ipynb #99062673
 @torch.no_grad()
 def decode(
-    quick:bool=False, # a short past?
-    device='cpu',     # where to compute
-)->list[Line]:        # one for each length
+    quick: bool = False,  # a short past?
+    device='cpu',  # where to compute
+) -> list[Line]:  # one for each length
     "A token after a long past, against transformers and multi-head attention with its full cache"
     torch.manual_seed(0)
     model = DeepSeekV3(small_config(num_hidden_layers=2 if quick else 4)).to(device).eval()
-    cfg,about,lines,token = model.cfg,limits(device),[],torch.tensor([[7]], device=device)
-    peer,rival = transformers_model(model),with_attention(DeepSeekV3(cfg), cfg.num_attention_heads, cfg.qk_nope_head_dim+cfg.qk_rope_head_dim).to(device).eval()
+    cfg = model.cfg
+    about = limits(device)
+    lines = []
+    token = torch.tensor([[7]], device=device)
+    peer, rival = (
+        transformers_model(model),
+        with_attention(
+            DeepSeekV3(cfg), cfg.num_attention_heads, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+        )
+        .to(device)
+        .eval(),
+    )
     for n in (128, 512) if quick else (1024, 4096, 16384, 32768):
-        own,full = LatentCache(cfg, 1, n+1, torch.float32, device=device),KVCache(cfg, cfg.num_attention_heads, cfg.qk_nope_head_dim+cfg.qk_rope_head_dim, 1, n+1, torch.float32)
+        own = LatentCache(cfg, 1, n + 1, torch.float32, device=device)
+        full = KVCache(
+            cfg,
+            cfg.num_attention_heads,
+            cfg.qk_nope_head_dim + cfg.qk_rope_head_dim,
+            1,
+            n + 1,
+            torch.float32,
+        )
         full.rows = full.rows.to(device)
-        for c in (own, full): c.rows.normal_(); c.advance(n)
-        work = dict(eva=lambda: one_more(model, token, own, n), multi_head=lambda: one_more(rival, token, full, n))
+        for c in (own, full):
+            c.rows.normal_()
+            c.advance(n)
+        work = dict(
+            eva=lambda: one_more(model, token, own, n),
+            multi_head=lambda: one_more(rival, token, full, n),
+        )
         if peer is not None:
             theirs = as_peer_keeps_it(own, cfg, n)
             work['transformers'] = lambda: one_more(peer, token, theirs, n)
             same('logits of a step', [work['eva']()], [work['transformers']()], 1e-3)
-        times = in_turn({k: in_a_row(f, 2 if quick else 5, device) for k,f in work.items()} | {k: f for k,(f,_) in about.items()}, 2 if quick else 9, device)
-        lines.append(compared(f'token after {n} of the small model', times, bounds(times, about, *step_cost(cfg, n)), goals=dict(transformers=15., multi_head=3.)))
+        times = in_turn(
+            {k: in_a_row(f, 2 if quick else 5, device) for k, f in work.items()}
+            | {k: f for k, (f, _) in about.items()},
+            2 if quick else 9,
+            device,
+        )
+        lines.append(
+            compared(
+                f'token after {n} of the small model',
+                times,
+                bounds(times, about, *step_cost(cfg, n)),
+                goals=dict(transformers=15.0, multi_head=3.0),
+            )
+        )
     return lines
+
 
 def in_a_row(step, n, device):
     "Seconds of a step among its like, as when text is written: the first finds others' data in the caches and does not count"
+
     def timed():
         at = []
-        for _ in range(n+1): step(); sync(device); at.append(time.perf_counter())
-        return (at[-1]-at[0])/n
+        for _ in range(n + 1):
+            step()
+            sync(device)
+            at.append(time.perf_counter())
+        return (at[-1] - at[0]) / n
+
     return timed
+
 
 def one_more(model, token, cache, n):
     "Logits of the token after the cached ones; the cache stays as it was"
-    if isinstance(cache, LatentCache): logits = model(token, cache); cache.crop(n)
-    else: logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits; cache.crop(-1)
+    if isinstance(cache, LatentCache):
+        logits = model(token, cache)
+        cache.crop(n)
+    else:
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)
     return logits
+
 
 def as_peer_keeps_it(own, cfg, n):
     "A cache of transformers with the latents of ours"
     from transformers import DynamicCache
+
     cache = DynamicCache()
-    for i,rows in enumerate(own.rows[:,:,:n]):
-        c_KV,k_R = rows[:,None].split((cfg.kv_lora_rank, cfg.qk_rope_head_dim), -1)
-        cache.update(c_KV.contiguous(), torch.cat((k_R[...,::2], k_R[...,1::2]), -1), i)
+    for i, rows in enumerate(own.rows[:, :, :n]):
+        c_KV, k_R = rows[:, None].split((cfg.kv_lora_rank, cfg.qk_rope_head_dim), -1)
+        cache.update(c_KV.contiguous(), torch.cat((k_R[..., ::2], k_R[..., 1::2]), -1), i)
     return cache
 
 # %% ../nbs/16b_bench_models.ipynb #8e4a193d
 def attention_model(
-    positions:int, # that it must hold
-    layers:int=2,  # of attention
-)->DeepSeekV3:     # random weights, float32
+    positions: int,  # that it must hold
+    layers: int = 2,  # of attention
+) -> DeepSeekV3:  # random weights, float32
     "The attention of V2-Lite, and little else"
     torch.manual_seed(0)
-    return DeepSeekV3(Config.preset('v2-lite', vocab_size=4096, num_hidden_layers=layers, intermediate_size=2048, moe_intermediate_size=512, n_routed_experts=8,
-        num_experts_per_tok=2, bos_token_id=0, eos_token_id=1, rope_scaling=None, max_position_embeddings=positions, model_type='deepseek_v3',
-        topk_method='noaux_tc', scoring_func='sigmoid', norm_topk_prob=True)).eval()
+    return DeepSeekV3(
+        Config.preset(
+            'v2-lite',
+            vocab_size=4096,
+            num_hidden_layers=layers,
+            intermediate_size=2048,
+            moe_intermediate_size=512,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            bos_token_id=0,
+            eos_token_id=1,
+            rope_scaling=None,
+            max_position_embeddings=positions,
+            model_type='deepseek_v3',
+            topk_method='noaux_tc',
+            scoring_func='sigmoid',
+            norm_topk_prob=True,
+        )
+    ).eval()
+
 
 def step_cost(
-    cfg:Config, # of the model
-    context:int, # positions read
-    size:int=4, # bytes of a number
-)->tuple:       # bytes, FLOPs
+    cfg: Config,  # of the model
+    context: int,  # positions read
+    size: int = 4,  # bytes of a number
+) -> tuple:  # bytes, FLOPs
     "What one decoding step must read and compute, attention in the latent space"
     used = sum(o[2] for o in cfg.param_parts().values())
-    return size*(used + cfg.num_hidden_layers*context*(cfg.kv_lora_rank+cfg.qk_rope_head_dim)), \
-        2*used + 2*cfg.num_hidden_layers*cfg.num_attention_heads*context*(2*cfg.kv_lora_rank+cfg.qk_rope_head_dim)
+    return size * (
+        used + cfg.num_hidden_layers * context * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+    ), 2 * used + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * context * (
+        2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    )
+
 
 class Clock:
     "A streamer of transformers that notes when tokens come"
-    def __init__(self): self.at = []
-    def put(self, tokens): self.at.append(time.perf_counter())
-    def end(self): pass
+
+    def __init__(self):
+        self.at = []
+
+    def put(self, tokens):
+        self.at.append(time.perf_counter())
+
+    def end(self):
+        pass
+
 
 def generate(
-    quick:bool=False, # shorter prompts and fewer rounds?
-    device='cpu',     # where to compute
-)->list[Line]:        # one for each length
+    quick: bool = False,  # shorter prompts and fewer rounds?
+    device='cpu',  # where to compute
+) -> list[Line]:  # one for each length
     "Seconds per new token, by positions read, against transformers and the limit"
-    lengths,new,lines = (128, 512) if quick else (1024, 4096, 16384),5 if quick else 13,[]
-    model = attention_model(max(lengths)+64, 1 if quick else 2).to(device)
+    lengths = (128, 512) if quick else (1024, 4096, 16384)
+    new = 5 if quick else 13
+    lines = []
+    model = attention_model(max(lengths) + 64, 1 if quick else 2).to(device)
     peer = transformers_model(model)
     for n in lengths:
         ids = torch.randint(2, 4096, (1, n), generator=torch.Generator().manual_seed(n)).to(device)
-        context = Context(model, n+new)
+        context = Context(model, n + new)
+
         def ours():
-            at = [time.perf_counter() for _ in stream(model, ids, new, Sampling(0), context=context)]
-            return median([b-a for a,b in zip(at, at[1:])])
+            at = [
+                time.perf_counter() for _ in stream(model, ids, new, Sampling(0), context=context)
+            ]
+            return median([b - a for a, b in zip(at, at[1:])])
+
         def theirs():
             clock = Clock()
-            peer.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=1, streamer=clock)
-            return median([b-a for a,b in zip(clock.at[1:], clock.at[2:])]) # the first is the prompt
+            peer.generate(
+                ids,
+                max_new_tokens=new,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=1,
+                streamer=clock,
+            )
+            return median(
+                [b - a for a, b in zip(clock.at[1:], clock.at[2:])]
+            )  # the first is the prompt
+
         about = limits(device)
-        times = in_turn(dict(eva=ours) | {n: f for n,(f,_) in about.items()}, 2 if quick else 9, device)
-        line = compared(f'token after {n} positions', times, bounds(times, about, *step_cost(model.cfg, n)))
-        if peer is not None and n<=8192:              # beyond, it would need the square of the prompt in memory
+        times = in_turn(
+            dict(eva=ours) | {n: f for n, (f, _) in about.items()}, 2 if quick else 9, device
+        )
+        line = compared(
+            f'token after {n} positions', times, bounds(times, about, *step_cost(model.cfg, n))
+        )
+        if (
+            peer is not None and n <= 8192
+        ):  # beyond, it would need the square of the prompt in memory
             pair = in_turn(dict(eva=ours, transformers=theirs), 1 if quick else 3, device)
-            line.peers['transformers'],line.times['transformers'] = 1e3*median(pair['transformers']),ratio(pair['transformers'], pair['eva'])
+            line.peers['transformers'], line.times['transformers'] = (
+                1e3 * median(pair['transformers']),
+                ratio(pair['transformers'], pair['eva']),
+            )
         lines.append(line)
     return lines
 
 # %% ../nbs/16b_bench_models.ipynb #5b1b4cee
 def drafts(
-    quick:bool=False, # fewer cases and tokens?
-    device='cpu',     # where to compute
-    dir=None,         # what eva_train left: its model and its held-out tokens
-    say=print,        # where remarks go
-)->list[Line]:        # none without a trained model
+    quick: bool = False,  # fewer cases and tokens?
+    device='cpu',  # where to compute
+    dir=None,  # what eva_train left: its model and its held-out tokens
+    say=print,  # where remarks go
+) -> list[Line]:  # none without a trained model
     "Tokens per second with and without drafts"
     import numpy as np
+
     from eva.data import TokenStream
     from eva.interop import load_pretrained
+
     dir = Path(dir or 'runs/mini')
-    if missing := [o for o in ('model.safetensors', 'tokens/held_out.npy') if not (dir/o).exists()]:
-        say(f'no drafts: {dir} holds no {missing[0]}; make a model with eva_train --steps 1300 --mtp_share 1 --out {dir}, or name another with --dir')
+    if missing := [
+        o for o in ('model.safetensors', 'tokens/held_out.npy') if not (dir / o).exists()
+    ]:
+        say(
+            f'no drafts: {dir} holds no {missing[0]}; make a model with eva_train '
+            f'--steps 1300 --mtp_share 1 --out {dir}, or name another with --dir'
+        )
         return []
     model = load_pretrained(dir).to(device)
-    if not len(model.mtp): say(f'no drafts: the model in {dir} has no MTP module'); return []
-    tokens = np.asarray(TokenStream(dir/'tokens'/'held_out.npy').tokens[:], np.int64)
-    lines,new = [],33 if quick else 129
+    if not len(model.mtp):
+        say(f'no drafts: the model in {dir} has no MTP module')
+        return []
+    tokens = np.asarray(TokenStream(dir / 'tokens' / 'held_out.npy').tokens[:], np.int64)
+    lines = []
+    new = 33 if quick else 129
     most = model.cfg.max_position_embeddings
-    for batch,length,temperature in [(1, 128, 0), (2, 128, 1.)] if quick else [(1, 256, 0), (1, 256, .7), (1, 256, 1.), (1, 2048, 0), (4, 256, 0), (16, 256, 0)]:
-        if length+new>min(most, len(tokens)): continue
-        places = np.random.default_rng(0).integers(0, len(tokens)-length, (4 if batch==1 else 1)*batch)
-        prompts = torch.from_numpy(np.stack([tokens[p:p+length] for p in places])).split(batch)
+    for batch, length, temperature in (
+        [(1, 128, 0), (2, 128, 1.0)]
+        if quick
+        else [(1, 256, 0), (1, 256, 0.7), (1, 256, 1.0), (1, 2048, 0), (4, 256, 0), (16, 256, 0)]
+    ):
+        if length + new > min(most, len(tokens)):
+            continue
+        places = np.random.default_rng(0).integers(
+            0, len(tokens) - length, (4 if batch == 1 else 1) * batch
+        )
+        prompts = torch.from_numpy(np.stack([tokens[p : p + length] for p in places])).split(batch)
         tallies = {}
+
         def go(k):
             def run():
                 t = tallies[k] = Tally()
                 for ids in prompts:
-                    for _ in stream(model, ids.to(device), new, Sampling(temperature), k, seed=0, tally=t): pass
+                    for _ in stream(
+                        model, ids.to(device), new, Sampling(temperature), k, seed=0, tally=t
+                    ):
+                        pass
                 return t.seconds
+
             return run
+
         times = in_turn({k: go(k) for k in range(4)}, 3, device)
-        count = len(prompts)*batch*(new-1)
+        count = len(prompts) * batch * (new - 1)
         for k in (1, 2, 3):
             t = tallies[k]
-            alpha = [a/max(1, o) for a,o in zip(t.accepted, t.offered)]
-            gain = 1+sum(float(np.prod(alpha[:j+1])) for j in range(k))
-            lines.append(Line(f'{k} draft{"s"*(k>1)}, batch {batch}, prompt {length}, τ {temperature:g}', 'tokens/s', count/median(times[k]),
-                peers={'no drafts': count/median(times[0])}, times={'no drafts': 1/ratio(times[0], times[k])},
-                more=dict(faster=ratio(times[0], times[k]), at_most=gain, accepted=' '.join(f'{a:.2f}' for a in alpha), batch=batch, length=length, temperature=temperature, drafts=k)))
+            alpha = [a / max(1, o) for a, o in zip(t.accepted, t.offered)]
+            gain = 1 + sum(float(np.prod(alpha[: j + 1])) for j in range(k))
+            lines.append(
+                Line(
+                    f'{k} draft{"s" * (k > 1)}, batch {batch}, prompt {length}, τ {temperature:g}',
+                    'tokens/s',
+                    count / median(times[k]),
+                    peers={'no drafts': count / median(times[0])},
+                    times={'no drafts': 1 / ratio(times[0], times[k])},
+                    more=dict(
+                        faster=ratio(times[0], times[k]),
+                        at_most=gain,
+                        accepted=' '.join(f'{a:.2f}' for a in alpha),
+                        batch=batch,
+                        length=length,
+                        temperature=temperature,
+                        drafts=k,
+                    ),
+                )
+            )
     return lines

@@ -7,106 +7,167 @@ __all__ = ['LatentCache']
 
 # %% ../nbs/03_cache.ipynb #256651d6
 import copy
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
 from .config import Config
 
 # %% ../nbs/03_cache.ipynb #cd5256ef
 class LatentCache:
     "Latents and rotated keys of all layers, written in place"
-    def __init__(self,
-        cfg:Config,   # sizes of the model
-        batch:int,    # sequences side by side
-        max_len:int,  # positions it can hold
-        dtype:torch.dtype=torch.bfloat16, # of the values kept
-        device:str|torch.device|None=None, # where it lives
-        mtp:bool=False, # layers for the MTP modules too?
-        spare:int=0,  # slots beyond max_len, for sequences that wait for each other
+
+    def __init__(
+        self,
+        cfg: Config,  # sizes of the model
+        batch: int,  # sequences side by side
+        max_len: int,  # positions it can hold
+        dtype: torch.dtype = torch.bfloat16,  # of the values kept
+        device: str | torch.device | None = None,  # where it lives
+        mtp: bool = False,  # layers for the MTP modules too?
+        spare: int = 0,  # slots beyond max_len, for sequences that wait for each other
     ):
-        for name,v in dict(batch=batch, max_len=max_len).items():
-            if not isinstance(v, int) or v<1: raise ValueError(f'{name}={v!r}: must be a positive integer')
-        if max_len>cfg.max_position_embeddings: raise ValueError(
-            f'max_len={max_len}: the model has positions up to max_position_embeddings={cfg.max_position_embeddings}')
-        if not dtype.is_floating_point: raise ValueError(f'dtype={dtype}: latents are floating point; use torch.bfloat16 or torch.float32')
-        layers = cfg.num_hidden_layers+mtp*cfg.num_nextn_predict_layers
-        self.rows = torch.zeros(layers, batch, max_len+spare, cfg.kv_lora_rank+cfg.qk_rope_head_dim, dtype=dtype, device=device)
-        self.length,self.rank = 0,cfg.kv_lora_rank
+        for name, v in dict(batch=batch, max_len=max_len).items():
+            if not isinstance(v, int) or v < 1:
+                raise ValueError(f'{name}={v!r}: must be a positive integer')
+        if max_len > cfg.max_position_embeddings:
+            raise ValueError(
+                f'max_len={max_len}: the model has positions up to '
+                f'max_position_embeddings={cfg.max_position_embeddings}'
+            )
+        if not dtype.is_floating_point:
+            raise ValueError(
+                f'dtype={dtype}: latents are floating point; use torch.bfloat16 or torch.float32'
+            )
+        layers = cfg.num_hidden_layers + mtp * cfg.num_nextn_predict_layers
+        self.rows = torch.zeros(
+            layers,
+            batch,
+            max_len + spare,
+            cfg.kv_lora_rank + cfg.qk_rope_head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self.length = 0
+        self.rank = cfg.kv_lora_rank
 
     @property
-    def batch(self): return self.rows.shape[1]
+    def batch(self):
+        return self.rows.shape[1]
+
     @property
-    def max_len(self): return self.rows.shape[2]
+    def max_len(self):
+        return self.rows.shape[2]
+
     @property
-    def nbytes(self): return self.rows.untyped_storage().nbytes()
-    def __repr__(self): return f'LatentCache({self.length} of {self.max_len} positions, batch {self.batch}, {self.nbytes:,} bytes)'
+    def nbytes(self):
+        return self.rows.untyped_storage().nbytes()
+
+    def __repr__(self):
+        return (
+            f'LatentCache({self.length} of {self.max_len} '
+            f'positions, batch {self.batch}, {self.nbytes:,} bytes)'
+        )
 
 # %% ../nbs/03_cache.ipynb #ba67500b
 @patch
-def check_room(self:LatentCache,
-    batch:int, # sequences about to be written
-    seq:int,   # positions about to be written
+def check_room(
+    self: LatentCache,
+    batch: int,  # sequences about to be written
+    seq: int,  # positions about to be written
 ):
     "Refuse what would not fit, before anything is written"
-    if batch!=self.batch: raise ValueError(f'batch of {batch}: this cache was made for batch={self.batch}; make one for {batch}')
-    if self.length+seq>self.max_len: raise ValueError(
-        f'{self.length} cached + {seq} new positions: max_len={self.max_len}; make a longer cache or crop this one')
+    if batch != self.batch:
+        raise ValueError(
+            f'batch of {batch}: this cache was made for batch={self.batch}; make one for {batch}'
+        )
+    if self.length + seq > self.max_len:
+        raise ValueError(
+            f'{self.length} cached + {seq} new positions: '
+            f'max_len={self.max_len}; make a longer cache or crop this one'
+        )
+
 
 @patch
-def write(self:LatentCache,
-    layer:int,   # which layer writes
-    rows:Tensor, # latents and rotated keys side by side (batch, seq, kv_lora_rank + qk_rope_head_dim)
-)->Tensor:       # everything so far, a view (batch, length + seq, kv_lora_rank + qk_rope_head_dim)
+def write(
+    self: LatentCache,
+    layer: int,  # which layer writes
+    # latents and rotated keys side by side (batch, seq, kv_lora_rank + qk_rope_head_dim)
+    rows: Tensor,
+) -> Tensor:  # everything so far, a view (batch, length + seq, kv_lora_rank + qk_rope_head_dim)
     "Put new rows after the old ones"
     self.check_room(*rows.shape[:2])
-    if rows.shape[2]!=self.rows.shape[3] or not 0<=layer<len(self.rows): raise ValueError(
-        f'layer {layer}, rows of width {rows.shape[2]}: this cache has layers 0..{len(self.rows)-1} of width {self.rows.shape[3]}')
-    end = self.length+rows.shape[1]
-    self.rows[layer,:,self.length:end] = rows.detach() # a cache is memory, not a path for gradients
-    return self.rows[layer,:,:end]
+    if rows.shape[2] != self.rows.shape[3] or not 0 <= layer < len(self.rows):
+        raise ValueError(
+            f'layer {layer}, rows of width {rows.shape[2]}: this cache has '
+            f'layers 0..{len(self.rows) - 1} of width {self.rows.shape[3]}'
+        )
+    end = self.length + rows.shape[1]
+    self.rows[layer, :, self.length : end] = (
+        rows.detach()
+    )  # a cache is memory, not a path for gradients
+    return self.rows[layer, :, :end]
+
 
 @patch
-def advance(self:LatentCache,
-    seq:int, # positions that all layers have written
+def advance(
+    self: LatentCache,
+    seq: int,  # positions that all layers have written
 ):
     "Make the rows just written part of the past"
-    if not 0<=seq<=self.max_len-self.length: raise ValueError(f'advance by {seq}: {self.length} of {self.max_len} positions are taken')
+    if not 0 <= seq <= self.max_len - self.length:
+        raise ValueError(f'advance by {seq}: {self.length} of {self.max_len} positions are taken')
     self.length += seq
 
 # %% ../nbs/03_cache.ipynb #2693cedb
 @patch
-def crop(self:LatentCache,
-    length:int, # positions to keep, counted from the first
-)->LatentCache: # itself
+def crop(
+    self: LatentCache,
+    length: int,  # positions to keep, counted from the first
+) -> LatentCache:  # itself
     "Forget all but the first `length` positions"
-    if not 0<=length<=self.length: raise ValueError(f'length={length}: must lie between 0 and the {self.length} cached positions')
+    if not 0 <= length <= self.length:
+        raise ValueError(
+            f'length={length}: must lie between 0 and the {self.length} cached positions'
+        )
     self.length = length
     return self
 
-@patch
-def fork(self:LatentCache,
-    sequences:list[int]|None=None, # which ones, in this order and as often as named; all by default
-)->LatentCache:                    # of the same length and room
-    "An independent copy of what is written"
-    new = copy.copy(self)
-    old = self.rows if sequences is None else self.rows[:,sequences]
-    new.rows = torch.zeros_like(old)
-    new.rows[:,:,:self.length] = old[:,:,:self.length]
-    return new
 
 @patch
-def compact(self:LatentCache,
-    real:Tensor,         # False for holes (batch, upto)
-    upto:int|None=None,  # slots to look at, the rest follows unchanged; all by default
-)->int:                  # slots won
+def fork(
+    self: LatentCache,
+    sequences: list[int]
+    | None = None,  # which ones, in this order and as often as named; all by default
+) -> LatentCache:  # of the same length and room
+    "An independent copy of what is written"
+    new = copy.copy(self)
+    old = self.rows if sequences is None else self.rows[:, sequences]
+    new.rows = torch.zeros_like(old)
+    new.rows[:, :, : self.length] = old[:, :, : self.length]
+    return new
+
+
+@patch
+def compact(
+    self: LatentCache,
+    real: Tensor,  # False for holes (batch, upto)
+    upto: int | None = None,  # slots to look at, the rest follows unchanged; all by default
+) -> int:  # slots won
     "Close the holes, so that all sequences end in the same place"
     upto = self.length if upto is None else upto
-    if real.shape!=(self.batch, upto) or upto>self.length: raise ValueError(
-        f'real of shape {tuple(real.shape)}: must be (batch, upto)={(self.batch, upto)}, upto at most the {self.length} cached positions')
+    if real.shape != (self.batch, upto) or upto > self.length:
+        raise ValueError(
+            f'real of shape {tuple(real.shape)}: must be (batch, '
+            f'upto)={(self.batch, upto)}, upto at most the {self.length} cached positions'
+        )
     most = int(real.sum(1).max())
-    order = real.long().argsort(dim=1, stable=True)[:,upto-most:,None] # holes first, the rest as it stood
+    order = real.long().argsort(dim=1, stable=True)[
+        :, upto - most :, None
+    ]  # holes first, the rest as it stood
     for layer in self.rows:
-        layer[:,:most] = layer[:,:upto].gather(1, order.expand(-1, -1, layer.shape[2]))
-        layer[:,most:self.length-upto+most] = layer[:,upto:self.length].clone()
-    self.length -= upto-most
-    return upto-most
+        layer[:, :most] = layer[:, :upto].gather(1, order.expand(-1, -1, layer.shape[2]))
+        layer[:, most : self.length - upto + most] = layer[:, upto : self.length].clone()
+    self.length -= upto - most
+    return upto - most

@@ -7,7 +7,13 @@ __all__ = ['LARGEST', 'CODE', 'KEPT', 'WORKER', 'MAX_TEMPLATE_BYTES', 'check_pro
            'address_space', 'limited', 'serve', 'Worker', 'end_process', 'ChatTemplate', 'default_template']
 
 # %% ../nbs/12c_chat.ipynb #56f8e270
-import json, os, signal, subprocess, sys, threading, weakref
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -34,12 +40,17 @@ def check_product(
     elif texts and numbers:
         size = len(texts[0]) * numbers[0]
     if size > LARGEST:
-        raise OverflowError(f'{operator} would make more than {LARGEST:,} characters, items or bits')
+        raise OverflowError(
+            f'{operator} would make more than {LARGEST:,} characters, items or bits'
+        )
 
 
 def sandbox():
     "The Jinja environment of a template"
-    from jinja2 import TemplateError, nodes  # not at the top: whoever does not chat does not load it
+    from jinja2 import (
+        TemplateError,
+        nodes,
+    )  # not at the top: whoever does not chat does not load it
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -91,7 +102,8 @@ class Renderer:
     ) -> str:  # the conversation
         "Write a conversation"
         about = dict(messages=messages, tools=None, documents=None, add_generation_prompt=answer)
-        pieces, length = [], 0
+        pieces = []
+        length = 0
         for piece in self.template.generate(marks | about):
             pieces.append(piece)
             length += len(piece)
@@ -159,15 +171,21 @@ def serve():
     for what in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(what, (0, 0))
     Renderer('')  # loads what every template needs
-    at_start, renderers = address_space(), {}
+    at_start = address_space()
+    renderers = {}
     for line in sys.stdin.buffer:
-        request, texts, error = json.loads(line), [], None
+        request = json.loads(line)
+        texts = []
+        error = None
         memory = at_start and at_start + request['memory'] + 32 * len(line)
-        source, messages = request['template'], request['messages']
+        source = request['template']
+        messages = request['messages']
         try:
             with limited(request['seconds'], memory):
                 renderer = renderers.get(source) or Renderer(source)
-            renderers = {source: renderer, **renderers} if len(renderers) < 8 else {source: renderer}
+            renderers = (
+                {source: renderer, **renderers} if len(renderers) < 8 else {source: renderer}
+            )
             for count, answer in request['cuts']:
                 with limited(request['seconds'], memory):
                     text = renderer(messages[:count], answer, request['marks'], request['longest'])
@@ -178,15 +196,27 @@ def serve():
         sys.stdout.buffer.flush()
 
 # %% ../nbs/12c_chat.ipynb #c0a80005
-CODE = 'import json, sys; sys.path[:] = json.loads(sys.argv[1]); from eva.chat import serve; serve()'
-KEPT = 'LD_LIBRARY_PATH DYLD_LIBRARY_PATH SYSTEMROOT TZ LANG LC_ALL LC_TIME'.split()  # of the environment
+CODE = (
+    'import json, sys; sys.path[:] = json.loads(sys.argv[1]); from eva.chat import serve; serve()'
+)
+KEPT = [
+    'LD_LIBRARY_PATH',
+    'DYLD_LIBRARY_PATH',
+    'SYSTEMROOT',
+    'TZ',
+    'LANG',
+    'LC_ALL',
+    'LC_TIME',
+]  # of the environment
 
 
 class Worker:
     "A process that renders templates; one that ended is replaced at the next request"
 
     def __init__(self):
-        self.process, self.finalizer, self.owner = None, None, None
+        self.process = None
+        self.finalizer = None
+        self.owner = None
         self.lock = threading.Lock()
 
     def start(self):
@@ -208,14 +238,17 @@ class Worker:
         "End the process"
         if self.finalizer is not None:
             self.finalizer()
-        self.process, self.finalizer, self.owner = None, None, None
+        self.process = None
+        self.finalizer = None
+        self.owner = None
 
     def ask(
         self,
         request: dict,  # that JSON can hold
     ) -> dict:  # texts, and an error or None
         "Have something rendered"
-        line, said = json.dumps(request).encode() + b'\n', b''
+        line = json.dumps(request).encode() + b'\n'
+        said = b''
         with self.lock:
             try:
                 self.start()
@@ -271,7 +304,9 @@ class ChatTemplate:
     ):
         if not isinstance(template, str):
             raise ValueError(f'{where}: a {type(template).__name__}; a template is a text')
-        self.template, self.where, self.marks = template, where, marks
+        self.template = template
+        self.where = where
+        self.marks = marks
         self.renderer = Renderer(template) if trusted else None
         self.prefixes([], [])  # what is no template is refused now
 
@@ -281,11 +316,17 @@ class ChatTemplate:
         folder: str | Path,  # of a checkpoint
     ) -> 'ChatTemplate | None':  # None where there is none
         "Read the template beside a tokenizer"
-        path, own = Path(folder) / 'tokenizer_config.json', Path(folder) / 'chat_template.jinja'
-        about = read_json(path, max_bytes=MAX_TEMPLATE_BYTES, root=folder) if os.path.lexists(path) else {}
+        path = Path(folder) / 'tokenizer_config.json'
+        own = Path(folder) / 'chat_template.jinja'
+        about = (
+            read_json(path, max_bytes=MAX_TEMPLATE_BYTES, root=folder)
+            if os.path.lexists(path)
+            else {}
+        )
         template = about.get('chat_template')
         if os.path.lexists(own):
-            path, template = own, read_text(own, MAX_TEMPLATE_BYTES, folder)
+            path = own
+            template = read_text(own, MAX_TEMPLATE_BYTES, folder)
         if isinstance(template, (list, dict)):  # several, by purpose
             template = default_template(template, path)
         if template is None:
@@ -321,7 +362,8 @@ class ChatTemplate:
                 raise ValueError(f'{self.where}: {explain(e)}') from None
         request = dict(template=self.template, marks=self.marks, messages=messages, longest=longest)
         request |= dict(seconds=self.seconds, memory=self.memory)
-        texts, at_once = [], max(1, 2**22 // (size + 1))  # so that an answer stays small
+        texts = []
+        at_once = max(1, 2**22 // (size + 1))  # so that an answer stays small
         for i in range(0, max(1, len(cuts)), at_once):
             answer = WORKER.ask(request | dict(cuts=cuts[i : i + at_once]))
             if answer['error'] is not None:

@@ -7,162 +7,228 @@ __all__ = ['LARGEST', 'MAX_METRICS_BYTES', 'MAX_LINE_BYTES', 'seal', 'owned_writ
            'checkpoints', 'newest', 'prune', 'check_same', 'counter', 'read_metrics', 'cut_metrics', 'RunLog']
 
 # %% ../nbs/10c_checkpoints.ipynb #0215de99
-import hashlib, importlib.util, json, math, os, time, warnings
-from contextlib import ExitStack, contextmanager, suppress
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import time
+import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
 from .fileio import Manifest, locked, open_regular, read_json
 
 # %% ../nbs/10c_checkpoints.ipynb #8dc4be3d
-LARGEST = 2**26 # bytes of a state.json: a real one has some thousands
+LARGEST = 2**26  # bytes of a state.json: a real one has some thousands
+
 
 def _sha(path):
-    with open_regular(path) as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open_regular(path) as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def _check(state): return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+def _check(state):
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
 
 def seal(
-    folder:Path, # with tensors.safetensors
-    state:dict,  # what JSON can hold
+    folder: Path,  # with tensors.safetensors
+    state: dict,  # what JSON can hold
 ):
     "Write state.json with the checksums of both files"
-    tensors = folder/'tensors.safetensors'
+    tensors = folder / 'tensors.safetensors'
     sha256 = _sha(tensors)
     Manifest.checksums[tensors] = sha256
     state = dict(state, sha256=sha256)
-    (folder/'state.json').write_text(json.dumps(dict(state, check=_check(state))))
+    (folder / 'state.json').write_text(json.dumps(dict(state, check=_check(state))))
+
 
 @contextmanager
 def owned_write(
-    path:Path, # the file or folder to be
-)->Iterator[Path]: # the temporary name to write to
+    path: Path,  # the file or folder to be
+) -> Iterator[Path]:  # the temporary name to write to
     "Replace a file or a folder of ours, with its folder locked"
     path = Path(path)
     with locked(path.parent), Manifest(path.parent).write(path) as t:
         yield t
 
+
 def save_checkpoint(
-    path:Path,               # the folder to be
-    tensors:dict[str,Tensor], # what to keep
-    state:dict,              # what JSON can hold
+    path: Path,  # the folder to be
+    tensors: dict[str, Tensor],  # what to keep
+    state: dict,  # what JSON can hold
 ):
     "Write a checkpoint that is whole or absent"
     path = Path(path)
     try:
         with owned_write(path) as t:
             t.mkdir()
-            save_file({k: v.contiguous() for k,v in tensors.items()}, t/'tensors.safetensors')
+            save_file({k: v.contiguous() for k, v in tensors.items()}, t / 'tensors.safetensors')
             seal(t, state)
-    except (OSError, SafetensorError) as e: raise OSError(
-        f'{path}: could not be written ({e}); what was saved before is untouched: make room or give write access, then resume') from None
+    except (OSError, SafetensorError) as e:
+        raise OSError(
+            f'{path}: could not be written ({e}); what was saved before '
+            f'is untouched: make room or give write access, then resume'
+        ) from None
+
 
 def load_checkpoint(
-    path:Path, # the folder
-    read=load_file, # called with the file of tensors, once it is known to be whole
-)->tuple[dict,dict]: # tensors, state
+    path: Path,  # the folder
+    read=load_file,  # called with the file of tensors, once it is known to be whole
+) -> tuple[dict, dict]:  # tensors, state
     "Read a checkpoint, or say what is wrong with it"
     try:
-        state = read_json(path/'state.json', max_bytes=LARGEST)
-        if state.pop('check')!=_check(state) or _sha(path/'tensors.safetensors')!=state['sha256']: raise ValueError('the checksum does not match')
-        return read(path/'tensors.safetensors'),state
+        state = read_json(path / 'state.json', max_bytes=LARGEST)
+        if (
+            state.pop('check') != _check(state)
+            or _sha(path / 'tensors.safetensors') != state['sha256']
+        ):
+            raise ValueError('the checksum does not match')
+        return read(path / 'tensors.safetensors'), state
     except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as e:
-        raise ValueError(f'{path}: no complete checkpoint ({e}); remove it to go on from an older one') from None
+        raise ValueError(
+            f'{path}: no complete checkpoint ({e}); remove it to go on from an older one'
+        ) from None
+
 
 def checkpoints(
-    folder:Path, # where they are
-)->list[Path]:   # oldest first
+    folder: Path,  # where they are
+) -> list[Path]:  # oldest first
     "All checkpoints of a run"
-    return sorted((p for p in folder.glob('step-*') if p.is_dir() and p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
+    return sorted(
+        (p for p in folder.glob('step-*') if p.is_dir() and p.name[5:].isdecimal()),
+        key=lambda p: int(p.name[5:]),
+    )
 
 # %% ../nbs/10c_checkpoints.ipynb #3a659389
 def _recover(folder):
     "Remove what a killed process left, unless another one is saving there: then what is temporary is its own"
     manifest = Manifest(folder)
-    if not manifest.temporary(): return
+    if not manifest.temporary():
+        return
     with suppress(ValueError, OSError), locked(folder):
         manifest.recover()
 
+
 def newest(
-    folder:Path, # where the checkpoints are
-    read=load_file, # as of `load_checkpoint`
-)->tuple[Path|None,dict,dict,str]: # the checkpoint, its tensors, its state, and what was wrong with newer ones
+    folder: Path,  # where the checkpoints are
+    read=load_file,  # as of `load_checkpoint`
+) -> tuple[
+    Path | None, dict, dict, str
+]:  # the checkpoint, its tensors, its state, and what was wrong with newer ones
     "The newest checkpoint that is whole; damaged ones are set aside"
     said = ''
     _recover(folder)
     listed = {name.partition('/')[0] for name in Manifest(folder).files}
     for path in reversed(checkpoints(folder)):
-        try: return path,*load_checkpoint(path, read),said
+        try:
+            return path, *load_checkpoint(path, read), said
         except ValueError as e:
             reason = str(e).rpartition(';')[0]
-            if path.name not in listed: raise ValueError(f'{reason}, and it was not written by Eva here; move it away to go on from an older one') from None
+            if path.name not in listed:
+                raise ValueError(
+                    f'{reason}, and it was not written by Eva '
+                    f'here; move it away to go on from an older one'
+                ) from None
             said += f'{reason}, set aside; '
             path.rename(path.with_name(f'damaged-{path.name}-{time.time_ns()}'))
-    return None,{},{},said
+    return None, {}, {}, said
+
 
 def prune(
-    folder:Path, # where the checkpoints are
-    keep:int,    # how many of the newest stay
+    folder: Path,  # where the checkpoints are
+    keep: int,  # how many of the newest stay
 ):
     "Remove old checkpoints, of those that were written here"
     old = checkpoints(folder)[:-keep]
-    if old: Manifest(folder).remove(*old)
+    if old:
+        Manifest(folder).remove(*old)
 
 # %% ../nbs/10c_checkpoints.ipynb #7b764891
 def check_same(
-    path:Path,    # of the checkpoint, for the message
-    saved:dict,   # what the checkpoint says
-    now:dict,     # what this run says
-    defaults:dict={}, # of what older checkpoints do not say
+    path: Path,  # of the checkpoint, for the message
+    saved: dict,  # what the checkpoint says
+    now: dict,  # what this run says
+    defaults: dict = {},  # of what older checkpoints do not say
 ):
     "Refuse to go on with other settings, and name the difference"
-    if not isinstance(saved, dict): raise ValueError(f'{path}: its settings are a {type(saved).__name__}; remove it to go on from an older one')
-    other = {k: (a, v) for k,v in now.items() if (a := saved.get(k, defaults.get(k)))!=v}
-    if other: raise ValueError(f'{path}: was written by a run with other settings, '
-        f'{", ".join(f"{k}={a!r} and not {b!r}" for k,(a,b) in other.items())}; resume with those')
+    if not isinstance(saved, dict):
+        raise ValueError(
+            f'{path}: its settings are a {type(saved).__name__}; '
+            f'remove it to go on from an older one'
+        )
+    other = {k: (a, v) for k, v in now.items() if (a := saved.get(k, defaults.get(k))) != v}
+    if other:
+        raise ValueError(
+            f'{path}: was written by a run with other settings, '
+            f'{", ".join(f"{k}={a!r} and not {b!r}" for k, (a, b) in other.items())}; '
+            f'resume with those'
+        )
+
 
 def counter(
-    path:Path,   # of the checkpoint, for the message
-    state:dict,  # from its state.json
-    name:str,    # of the counter
-    kind:type=int, # int or float
-    default=None, # of what older checkpoints do not say
-):               # a number that is not negative
+    path: Path,  # of the checkpoint, for the message
+    state: dict,  # from its state.json
+    name: str,  # of the counter
+    kind: type = int,  # int or float
+    default=None,  # of what older checkpoints do not say
+):  # a number that is not negative
     "A number from a state.json, checked"
     v = state.get(name, default)
-    if isinstance(v, bool) or not isinstance(v, (int, kind)) or not 0<=v<2**63 or not math.isfinite(v): raise ValueError(
-        f'{path}: {name}={v!r}: must be 0 or more; state.json was changed, remove the checkpoint to go on from an older one')
+    if (
+        isinstance(v, bool)
+        or not isinstance(v, (int, kind))
+        or not 0 <= v < 2**63
+        or not math.isfinite(v)
+    ):
+        raise ValueError(
+            f'{path}: {name}={v!r}: must be 0 or more; state.json was '
+            f'changed, remove the checkpoint to go on from an older one'
+        )
     return v
 
 # %% ../nbs/10c_checkpoints.ipynb #ed73fecd
-MAX_METRICS_BYTES = 2**33 # of metrics.jsonl: V3 would write 90 kB a step
-MAX_LINE_BYTES = 2**24    # of one step
+MAX_METRICS_BYTES = 2**33  # of metrics.jsonl: V3 would write 90 kB a step
+MAX_LINE_BYTES = 2**24  # of one step
+
 
 def read_metrics(
-    path:Path, # metrics.jsonl
-)->list[dict]: # one entry a step; what comes after a line that is not whole is left out
+    path: Path,  # metrics.jsonl
+) -> list[dict]:  # one entry a step; what comes after a line that is not whole is left out
     "What a run wrote about its steps"
     rows = []
-    if not path.exists(): return rows
+    if not path.exists():
+        return rows
     with open_regular(path, MAX_METRICS_BYTES) as f:
         while line := f.readline(MAX_LINE_BYTES):
-            try: row = json.loads(line)
-            except (ValueError, RecursionError): break
-            if not (isinstance(row, dict) and isinstance(row.get('step'), int)): break
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not (isinstance(row, dict) and isinstance(row.get('step'), int)):
+                break
             rows.append(row)
     return rows
 
+
 def cut_metrics(
-    path:Path, # metrics.jsonl
-    step:int,  # the last to be kept
+    path: Path,  # metrics.jsonl
+    step: int,  # the last to be kept
 ):
     "Keep the lines up to a step"
-    if not path.exists() or not path.stat().st_size: return
-    text = ''.join(json.dumps(r)+'\n' for r in read_metrics(path) if r['step']<=step)
-    if text.encode()==path.read_bytes(): return
-    with owned_write(path) as t: t.write_text(text)
+    if not path.exists() or not path.stat().st_size:
+        return
+    text = ''.join(json.dumps(r) + '\n' for r in read_metrics(path) if r['step'] <= step)
+    if text.encode() == path.read_bytes():
+        return
+    with owned_write(path) as t:
+        t.write_text(text)
 
 # %% ../nbs/10c_checkpoints.ipynb #afb1cbf7
 class RunLog:
@@ -197,7 +263,10 @@ class RunLog:
 
                 self.board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
             except Exception as e:  # a broken install may raise anything
-                warnings.warn(f'TensorBoard is installed and does not start ({e}); metrics.jsonl has everything')
+                warnings.warn(
+                    f'TensorBoard is installed and does not '
+                    f'start ({e}); metrics.jsonl has everything'
+                )
 
     def _close(self):
         self.file.close()
@@ -211,7 +280,9 @@ class RunLog:
         with self._stack:
             self._close()
             with suppress(OSError):  # of a full disk: the beginnings of the files are listed
-                self.manifest.seal(*(p for p in (self.path, self.out / 'events.jsonl') if p.exists()))
+                self.manifest.seal(
+                    *(p for p in (self.path, self.out / 'events.jsonl') if p.exists())
+                )
 
     def write(
         self,
@@ -225,7 +296,11 @@ class RunLog:
             self._begun = True
         if self.board is None:
             return
-        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != 'step'}
+        numbers = {
+            k: v
+            for k, v in row.items()
+            if isinstance(v, (int, float)) and not isinstance(v, bool) and k != 'step'
+        }
         for i, load in enumerate(row.get('expert_load') or []):
             if sum(load):
                 numbers[f'busiest_expert/{i}'] = max(load) * len(load) / sum(load)

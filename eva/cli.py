@@ -14,46 +14,165 @@ __all__ = ['SMALL', 'FEW', 'TOKENIZER_FILES', 'MOST', 'RUN_FILES', 'RUN_FOLDERS'
            'generate_parser', 'eva_generate', 'prepare_streams', 'typed_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #2909e24a
-import argparse, codecs, io, sys, time
-from importlib import import_module
+import argparse
+import codecs
+import io
+import sys
+import time
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/19_cli.ipynb #284b82dd
-def train_parser()->argparse.ArgumentParser: # of eva_train
+def train_parser() -> argparse.ArgumentParser:  # of eva_train
     "What eva_train understands"
-    p = argparse.ArgumentParser('eva_train', description='Train a small DeepSeek-V3 on text or on a task, and leave a checkpoint, a report and a sample.')
+    p = argparse.ArgumentParser(
+        'eva_train',
+        description=(
+            'Train a small DeepSeek-V3 on text or on a task, '
+            'and leave a checkpoint, a report and a sample.'
+        ),
+    )
     add = p.add_argument
     add('--preset', help='size of the model: mini, v2-lite, v2 or v3 (default: mini)')
-    add('--data', nargs='+', metavar='PATH', help="text, JSON, JSON lines, CSV, Parquet and saved datasets, also in gzip and zstd, and folders of them, datasets:NAME, or synthetic:NAME, a task with a known optimum: "
-        "copy, recall, induction, modular or markov (default: stdlib, Python's own source)")
+    add(
+        '--data',
+        nargs='+',
+        metavar='PATH',
+        help='text, JSON, JSON lines, CSV, Parquet and saved datasets, '
+        'also in gzip and zstd, and folders of them, datasets:NAME, '
+        'or synthetic:NAME, a task with a known optimum: '
+        "copy, recall, induction, modular or markov (default: stdlib, Python's own source)",
+    )
     add('--text_column', metavar='NAME', help='field or column that holds the text (default: text)')
-    add('--strict', action='store_true', default=None, help='stop at the first file that cannot be read (default: it is skipped whole, and listed)')
-    add('--init', type=Path, metavar='CHECKPOINT', help='a folder to start from, with its weights, its tokenizer and its chat template; on conversations ({"messages": ...} in .jsonl) only answers are learned')
+    add(
+        '--strict',
+        action='store_true',
+        default=None,
+        help=(
+            'stop at the first file that cannot be read (default: it is skipped whole, and listed)'
+        ),
+    )
+    add(
+        '--init',
+        type=Path,
+        metavar='CHECKPOINT',
+        help=(
+            'a folder to start from, with its weights, its tokenizer and its chat template; '
+            'on conversations ({"messages": ...} in .jsonl) only answers are learned'
+        ),
+    )
     add('--out', type=Path, help='folder for everything the run leaves (default: runs/PRESET)')
-    add('--steps', type=int, help='optimizer steps (default: 320, about six minutes for mini on two cores)')
-    add('--precision', choices=('fp32', 'bf16', 'fp16', 'fp8'), help='of the products (default: bf16 where the processor computes in it, else fp32); '
-        'fp8 by Transformer Engine, PyTorch or emulation, the best there is, and the run says which')
-    add('--vocab_size', type=int, help='entries of the tokenizer that is trained on the text (default: 4096; a task has its own)')
-    add('--seq_len', type=int, help='tokens per sequence (default: 512; for a task, one of its documents)')
+    add(
+        '--steps',
+        type=int,
+        help='optimizer steps (default: 320, about six minutes for mini on two cores)',
+    )
+    add(
+        '--precision',
+        choices=('fp32', 'bf16', 'fp16', 'fp8'),
+        help='of the products (default: bf16 where the processor computes in it, else fp32); '
+        'fp8 by Transformer Engine, PyTorch or emulation, '
+        'the best there is, and the run says which',
+    )
+    add(
+        '--vocab_size',
+        type=int,
+        help=(
+            'entries of the tokenizer that is trained on '
+            'the text (default: 4096; a task has its own)'
+        ),
+    )
+    add(
+        '--seq_len',
+        type=int,
+        help='tokens per sequence (default: 512; for a task, one of its documents)',
+    )
     add('--batch_size', type=int, help='sequences per step (default: 16; for a task 128)')
-    add('--lr', type=float, help='peak rate of AdamW, for embedding, head, routers and norms (default: 0.02; for a task 0.01)')
-    add('--muon_lr', type=float, help='peak rate of Muon, for matrices; 0 gives everything to AdamW (default: 0.02; for a task 0.01)')
-    add('--mtp_share', type=float, help='share of each batch that multi-token prediction learns from; 1, as V3 did, for faster speculation (default: 0.25)')
-    add('--fim', type=float, help='share of documents with the middle moved to the end (V3: 0.1; default: 0)')
-    add('--apart', action='store_true', default=None, help='hide the documents of a window from each other (default: for conversations)')
-    add('--on_spike', choices=('log', 'skip', 'rewind', 'stop'), help='what a spike of the loss leads to (default: rewind, to the last checkpoint and past the batches since)')
-    add('--on_collapse', choices=('log', 'rewind', 'stop'), help='what dead experts and collapsed loads lead to (default: log)')
+    add(
+        '--lr',
+        type=float,
+        help=(
+            'peak rate of AdamW, for embedding, head, routers '
+            'and norms (default: 0.02; for a task 0.01)'
+        ),
+    )
+    add(
+        '--muon_lr',
+        type=float,
+        help=(
+            'peak rate of Muon, for matrices; 0 gives everything '
+            'to AdamW (default: 0.02; for a task 0.01)'
+        ),
+    )
+    add(
+        '--mtp_share',
+        type=float,
+        help=(
+            'share of each batch that multi-token prediction learns '
+            'from; 1, as V3 did, for faster speculation (default: 0.25)'
+        ),
+    )
+    add(
+        '--fim',
+        type=float,
+        help='share of documents with the middle moved to the end (V3: 0.1; default: 0)',
+    )
+    add(
+        '--apart',
+        action='store_true',
+        default=None,
+        help='hide the documents of a window from each other (default: for conversations)',
+    )
+    add(
+        '--on_spike',
+        choices=('log', 'skip', 'rewind', 'stop'),
+        help=(
+            'what a spike of the loss leads to (default: rewind, '
+            'to the last checkpoint and past the batches since)'
+        ),
+    )
+    add(
+        '--on_collapse',
+        choices=('log', 'rewind', 'stop'),
+        help='what dead experts and collapsed loads lead to (default: log)',
+    )
     add('--save_every', type=int, help='steps between checkpoints (default: 100)')
     add('--seed', type=int, help='of weights and order of data (default: 0)')
-    add('--resume', action='store_true', help='go on with the run in --out, as it was started; the same arguments may stand there again')
-    add('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to train (default: cuda where there is one, else cpu)')
-    many = p.add_argument_group('many processes', 'torchrun --standalone --nproc-per-node N --max-restarts 3 --no-python eva_train …')
+    add(
+        '--resume',
+        action='store_true',
+        help=(
+            'go on with the run in --out, as it was started; '
+            'the same arguments may stand there again'
+        ),
+    )
+    add(
+        '--device',
+        choices=('auto', 'cpu', 'cuda'),
+        default='auto',
+        help='where to train (default: cuda where there is one, else cpu)',
+    )
+    many = p.add_argument_group(
+        'many processes',
+        'torchrun --standalone --nproc-per-node N --max-restarts 3 --no-python eva_train …',
+    )
     many.add_argument('--ep', type=int, default=1, help='ranks that share the experts (default: 1)')
     many.add_argument('--pp', type=int, default=1, help='ranks that share the layers (default: 1)')
-    many.add_argument('--schedule', choices=('1f1b', 'zero_bubble', 'zbv', 'dualpipev'), default='1f1b', help='of the pipeline (default: 1f1b)')
-    many.add_argument('--fsdp', action=argparse.BooleanOptionalAction, help='divide all other weights among ranks too (default: yes, unless there is a pipeline)')
-    many.add_argument('--recompute', action='store_true', help='keep fewer activations, and compute them again')
+    many.add_argument(
+        '--schedule',
+        choices=('1f1b', 'zero_bubble', 'zbv', 'dualpipev'),
+        default='1f1b',
+        help='of the pipeline (default: 1f1b)',
+    )
+    many.add_argument(
+        '--fsdp',
+        action=argparse.BooleanOptionalAction,
+        help='divide all other weights among ranks too (default: yes, unless there is a pipeline)',
+    )
+    many.add_argument(
+        '--recompute', action='store_true', help='keep fewer activations, and compute them again'
+    )
     return p
 
 # %% ../nbs/19_cli.ipynb #8b0193dc
@@ -61,19 +180,24 @@ def new_run(
     args,  # from train_parser
     say,  # where messages go
     manifest=None,  # an eva.fileio.Manifest of the run; None: one is made
-) -> tuple:  # model config, train config, tokenizer, training and held-out streams, what run.json will say
+) -> (
+    tuple
+):  # model config, train config, tokenizer, training and held-out streams, what run.json will say
     "Read the data, train a tokenizer on them, and write the streams"
     from eva.fileio import Manifest
     from eva.train import TrainConfig
 
-    sources, preset = args.data or ['stdlib'], args.preset or 'mini'
+    sources = args.data or ['stdlib']
+    preset = args.preset or 'mini'
     manifest = manifest or Manifest(args.out)
     if args.init is None and any(o.startswith('synthetic:') for o in sources):
         return new_task_run(args, sources, preset, say, manifest)
     if args.fim is not None and not 0 <= args.fim <= 1:
         raise ValueError(f'--fim {args.fim}: must lie between 0 and 1 (V3: 0.1)')
     rates = {} if args.init is None else dict(lr=0.002, muon_lr=0.002)
-    tcfg = TrainConfig(**rates | settings(args))  # settings that cannot be are refused before anything is read
+    tcfg = TrainConfig(
+        **rates | settings(args)
+    )  # settings that cannot be are refused before anything is read
     start = None if args.init is None else from_checkpoint(args)
     data = read_data(args, sources, say)
     if start is not None and data.content == 'messages':
@@ -92,7 +216,9 @@ def read_data(
     from eva.ingest import TrainingData
 
     prefer = 'text' if args.init is None else 'messages'
-    data = TrainingData(sources, args.text_column or 'text', prefer, bool(args.strict), args.out).scan()
+    data = TrainingData(
+        sources, args.text_column or 'text', prefer, bool(args.strict), args.out
+    ).scan()
     say(data.table())
     return data
 
@@ -110,25 +236,53 @@ def new_small_run(
 
     from eva.config import Config
     from eva.corpus import clear_folder
-    from eva.data import bigram_bits_per_byte, compressed_bits_per_byte, hold_out, train_tokenizer, write_tokens
+    from eva.data import (
+        bigram_bits_per_byte,
+        compressed_bits_per_byte,
+        hold_out,
+        train_tokenizer,
+        write_tokens,
+    )
 
-    docs, vocab_size = list(data.documents(whole=True)), args.vocab_size or 4096
+    docs = list(data.documents(whole=True))
+    vocab_size = args.vocab_size or 4096
     skipped = sum(data.counts('skipped').values())
     to_train, to_test, whole = hold_out(docs)
     size = sum(len(d.text.encode()) for d in docs) / 1e6
     held = f'{len(to_test)} files' if whole else 'the last twentieth of each'
-    say(f'{len(docs)} files, {size:.1f} MB; held out: {held}' + (f'; passed over {skipped}' if skipped else ''))
+    say(
+        f'{len(docs)} files, {size:.1f} MB; held out: {held}'
+        + (f'; passed over {skipped}' if skipped else '')
+    )
     tok = train_tokenizer([d.text for d in to_train], vocab_size)
     if tok.get_vocab_size() < vocab_size:
-        say(f'the text has merges for {tok.get_vocab_size()} of {vocab_size} tokens only: the vocabulary is smaller')
+        say(
+            f'the text has merges for {tok.get_vocab_size()} of '
+            f'{vocab_size} tokens only: the vocabulary is smaller'
+        )
     cfg = Config.preset(preset, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1)
     check_memory(cfg, tcfg, device_of(args))
     clear_folder(args.out / 'tokens', manifest)
-    streams = [write_tokens(args.out / 'tokens' / f'{name}.npy', part, tok, manifest=manifest) for name, part in (('train', to_train), ('held_out', to_test))]
+    streams = [
+        write_tokens(args.out / 'tokens' / f'{name}.npy', part, tok, manifest=manifest)
+        for name, part in (('train', to_train), ('held_out', to_test))
+    ]
     data.save(args.out / 'data.jsonl', manifest)
     bits = compressed_bits_per_byte(to_test) | dict(bigram=bigram_bits_per_byte(*streams))
-    about = dict(data=data.sources, ingest=data.about(), preset=preset, model=cfg.to_json(), train=asdict(tcfg))
-    return cfg, tcfg, tok, *streams, about | dict(baselines=dict(sorted(bits.items(), key=lambda o: -o[1])))
+    about = dict(
+        data=data.sources,
+        ingest=data.about(),
+        preset=preset,
+        model=cfg.to_json(),
+        train=asdict(tcfg),
+    )
+    return (
+        cfg,
+        tcfg,
+        tok,
+        *streams,
+        about | dict(baselines=dict(sorted(bits.items(), key=lambda o: -o[1]))),
+    )
 
 # %% ../nbs/19_cli.ipynb #edbde490
 SMALL = 2**24  # bytes of plain text that are read whole
@@ -160,7 +314,8 @@ def new_corpus_run(
     from eva.corpus import FIM, clear_folder, tokenise
     from eva.data import Document, bigram_bits_per_byte, compressed_bits_per_byte, train_tokenizer
 
-    fim, whole = args.fim or 0.0, data.sources == ['stdlib']
+    fim = args.fim or 0.0
+    whole = data.sources == ['stdlib']
     if start is None:
         texts = (d.text for d in data.documents(whole))
         tok = train_tokenizer(texts, args.vocab_size or 4096, FIM if fim else ())
@@ -169,72 +324,164 @@ def new_corpus_run(
         cfg, tok = start
     end = next(iter(cfg.eos_token_ids), None)
     if fim and end is None:
-        raise ValueError(f'--fim {fim}: a document with its middle at the end needs an end token, and eos_token_id is null in config.json')
+        raise ValueError(
+            f'--fim {fim}: a document with its middle at the end needs '
+            f'an end token, and eos_token_id is null in config.json'
+        )
     check_memory(cfg, tcfg, device_of(args))
     clear_folder(args.out / 'tokens', manifest)
     number = sum(data.counts('documents').values())
-    few = number < 200 and 'datasets' not in data.counts('files')  # perhaps none of them would be held out
-    train, held = tokenise(args.out / 'tokens', data.documents(whole), tok, cfg.bos_token_id, fim, tcfg.seed, eos=end, ends=few, manifest=manifest)
+    few = number < 200 and 'datasets' not in data.counts(
+        'files'
+    )  # perhaps none of them would be held out
+    train, held = tokenise(
+        args.out / 'tokens',
+        data.documents(whole),
+        tok,
+        cfg.bos_token_id,
+        fim,
+        tcfg.seed,
+        eos=end,
+        ends=few,
+        manifest=manifest,
+    )
     data.save(args.out / 'data.jsonl', manifest)
     shards = len(train.tokens.files)
     middle = f'; {fim:.0%} with the middle at the end' if fim else ''
-    say(f'{train.bytes / 1e6:,.1f} MB in {shards} shard{"s" * (shards > 1)}; held out: {held.bytes / 1e6:.2f} MB{middle}')
-    bits = compressed_bits_per_byte([Document('', tok.decode(held.tokens[:].tolist()))]) | dict(bigram=bigram_bits_per_byte(train, held))
+    say(
+        f'{train.bytes / 1e6:,.1f} MB in {shards} shard{"s" * (shards > 1)}; '
+        f'held out: {held.bytes / 1e6:.2f} MB{middle}'
+    )
+    bits = compressed_bits_per_byte([Document('', tok.decode(held.tokens[:].tolist()))]) | dict(
+        bigram=bigram_bits_per_byte(train, held)
+    )
     init = args.init and str(args.init.resolve())
-    about = dict(data=data.sources, ingest=data.about(), preset=preset, init=init, model=cfg.to_json(), train=asdict(tcfg))
-    return cfg, tcfg, tok, train, held, about | dict(baselines=dict(sorted(bits.items(), key=lambda o: -o[1])))
+    about = dict(
+        data=data.sources,
+        ingest=data.about(),
+        preset=preset,
+        init=init,
+        model=cfg.to_json(),
+        train=asdict(tcfg),
+    )
+    return (
+        cfg,
+        tcfg,
+        tok,
+        train,
+        held,
+        about | dict(baselines=dict(sorted(bits.items(), key=lambda o: -o[1]))),
+    )
 
 # %% ../nbs/19_cli.ipynb #12a81bee
 def from_checkpoint(
-    args,     # from train_parser
-)->tuple:     # model config, tokenizer
+    args,  # from train_parser
+) -> tuple:  # model config, tokenizer
     "What --init decides"
     from eva.files import load_tokenizer
     from eva.interop import load_pretrained
+
     for o in ('preset', 'vocab_size'):
-        if getattr(args, o) is not None: raise ValueError(f'--{o} {getattr(args, o)}: comes from --init {args.init}; leave it out')
-    if not (args.init/'tokenizer.json').is_file(): raise ValueError(f'{args.init}: no tokenizer.json; --init needs a checkpoint with its tokenizer')
-    tokenizer_files(args.init)                           # what cannot be read is refused now
-    tok,cfg = load_tokenizer(args.init/'tokenizer.json', args.init),load_pretrained(args.init).cfg
-    if cfg.bos_token_id is None: raise ValueError(f'{args.init}/config.json: bos_token_id is null, and training tells documents apart by it; write the number of a token that starts a document')
-    if tok.get_vocab_size()>cfg.vocab_size: raise ValueError(f'{args.init}: the tokenizer has {tok.get_vocab_size()} entries, the model vocab_size={cfg.vocab_size}; they do not belong together')
-    return cfg,tok
+        if getattr(args, o) is not None:
+            raise ValueError(
+                f'--{o} {getattr(args, o)}: comes from --init {args.init}; leave it out'
+            )
+    if not (args.init / 'tokenizer.json').is_file():
+        raise ValueError(
+            f'{args.init}: no tokenizer.json; --init needs a checkpoint with its tokenizer'
+        )
+    tokenizer_files(args.init)  # what cannot be read is refused now
+    tok = load_tokenizer(args.init / 'tokenizer.json', args.init)
+    cfg = load_pretrained(args.init).cfg
+    if cfg.bos_token_id is None:
+        raise ValueError(
+            f'{args.init}/config.json: bos_token_id is null, and training tells '
+            f'documents apart by it; write the number of a token that starts a document'
+        )
+    if tok.get_vocab_size() > cfg.vocab_size:
+        raise ValueError(
+            f'{args.init}: the tokenizer has {tok.get_vocab_size()} entries, '
+            f'the model vocab_size={cfg.vocab_size}; they do not belong together'
+        )
+    return cfg, tok
+
 
 def new_answers_run(
-    args,      # from train_parser
-    data,      # an eva.ingest.TrainingData
-    cfg,       # of the checkpoint
-    tok,       # its tokenizer
-    say,       # where messages go
+    args,  # from train_parser
+    data,  # an eva.ingest.TrainingData
+    cfg,  # of the checkpoint
+    tok,  # its tokenizer
+    say,  # where messages go
     manifest,  # of the run
-)->tuple:      # as of new_run
+) -> tuple:  # as of new_run
     "Conversations, of which the answers are learned"
     from dataclasses import asdict
+
     from eva.answers import TEMPLATE, write_conversations
     from eva.chat import ChatTemplate
     from eva.corpus import clear_folder
     from eva.train import TrainConfig
-    tcfg = TrainConfig(**dict(lr=.002, muon_lr=.002, apart=True) | settings(args))
-    check_memory(cfg, tcfg, device_of(args))
-    mark = lambda i: tok.id_to_token(i) or ''
-    end = next(iter(cfg.eos_token_ids), cfg.bos_token_id) # fills rows
-    template = ChatTemplate.of(args.init)
-    if (own := template is None) and not cfg.eos_token_ids: raise ValueError(f'{args.init}/config.json: eos_token_id is null, and an answer ends with it; write the number of a token that ends a text')
-    if own: template = ChatTemplate(TEMPLATE, trusted=True, bos_token=mark(cfg.bos_token_id), eos_token=mark(end))
-    clear_folder(args.out/'tokens', manifest)
-    train,held = write_conversations(args.out/'tokens', data, template, tok, tcfg.seq_len, cfg.bos_token_id, end, manifest=manifest)
-    data.save(args.out/'data.jsonl', manifest)
-    if own:
-        with manifest.write(args.out/'chat_template.jinja') as f: f.write_text(TEMPLATE, encoding='utf-8')
-    say(f'conversations: {train.bytes/1e3:,.1f} kB of answers to learn, {held.bytes/1e3:,.1f} kB held out')
-    return cfg,tcfg,tok,train,held,dict(data=data.sources, ingest=data.about(), init=str(args.init.resolve()), model=cfg.to_json(), train=asdict(tcfg), baselines={})
 
+    tcfg = TrainConfig(**dict(lr=0.002, muon_lr=0.002, apart=True) | settings(args))
+    check_memory(cfg, tcfg, device_of(args))
+
+    def mark(i):
+        return tok.id_to_token(i) or ''
+
+    end = next(iter(cfg.eos_token_ids), cfg.bos_token_id)  # fills rows
+    template = ChatTemplate.of(args.init)
+    if (own := template is None) and not cfg.eos_token_ids:
+        raise ValueError(
+            f'{args.init}/config.json: eos_token_id is null, and an answer '
+            f'ends with it; write the number of a token that ends a text'
+        )
+    if own:
+        template = ChatTemplate(
+            TEMPLATE, trusted=True, bos_token=mark(cfg.bos_token_id), eos_token=mark(end)
+        )
+    clear_folder(args.out / 'tokens', manifest)
+    train, held = write_conversations(
+        args.out / 'tokens',
+        data,
+        template,
+        tok,
+        tcfg.seq_len,
+        cfg.bos_token_id,
+        end,
+        manifest=manifest,
+    )
+    data.save(args.out / 'data.jsonl', manifest)
+    if own:
+        with manifest.write(args.out / 'chat_template.jinja') as f:
+            f.write_text(TEMPLATE, encoding='utf-8')
+    say(
+        f'conversations: {train.bytes / 1e3:,.1f} kB of '
+        f'answers to learn, {held.bytes / 1e3:,.1f} kB held out'
+    )
+    return (
+        cfg,
+        tcfg,
+        tok,
+        train,
+        held,
+        dict(
+            data=data.sources,
+            ingest=data.about(),
+            init=str(args.init.resolve()),
+            model=cfg.to_json(),
+            train=asdict(tcfg),
+            baselines={},
+        ),
+    )
 
 # %% ../nbs/19_cli.ipynb #f0a80001
-TOKENIZER_FILES = (
-    'tokenizer_config.json special_tokens_map.json added_tokens.json generation_config.json '
-    'chat_template.jinja'
-).split()
+TOKENIZER_FILES = [
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'generation_config.json',
+    'chat_template.jinja',
+]
 
 
 def tokenizer_files(
@@ -280,84 +527,154 @@ def tokenizer_to_save(
     return None if about.get('init') and there else tok
 
 # %% ../nbs/19_cli.ipynb #0c598cc3
-MOST = 200_000_000 # tokens of a task that are drawn at most, 400 MB; longer runs see them again
+MOST = 200_000_000  # tokens of a task that are drawn at most, 400 MB; longer runs see them again
+
 
 def new_task_run(
-    args,      # from train_parser
-    data:list, # what --data says: synthetic:NAME alone
-    preset:str, # size of the model
-    say,       # where messages go
+    args,  # from train_parser
+    data: list,  # what --data says: synthetic:NAME alone
+    preset: str,  # size of the model
+    say,  # where messages go
     manifest,  # of the run
-)->tuple:      # as of new_run
+) -> tuple:  # as of new_run
     "Draw the documents of a task, and write the streams"
     import math
     from dataclasses import asdict
+
     from eva.config import Config
     from eva.corpus import clear_folder
     from eva.data import bigram_bits_per_byte, synthetic, word_tokenizer, write_synthetic
     from eva.train import TrainConfig
-    if len(data)>1: raise ValueError(f'--data {" ".join(data)}: a task is not mixed with anything else; give synthetic:NAME alone')
-    if args.vocab_size is not None: raise ValueError(f'--vocab_size {args.vocab_size}: a task brings its own vocabulary; leave this out')
+
+    if len(data) > 1:
+        raise ValueError(
+            f'--data {" ".join(data)}: a task is not mixed '
+            f'with anything else; give synthetic:NAME alone'
+        )
+    if args.vocab_size is not None:
+        raise ValueError(
+            f'--vocab_size {args.vocab_size}: a task brings its own vocabulary; leave this out'
+        )
     name = data[0].removeprefix('synthetic:')
     test = synthetic(name, 512, args.seed or 0, held_out=True)
     length = test.tokens.shape[1]
-    tcfg = TrainConfig(**dict(seq_len=length, batch_size=128, lr=.01, muon_lr=.01, bias_speed=.001) | settings(args)) # short sequences, slower rates
-    tcfg.micro_batch = max(1, 2048//tcfg.seq_len)
-    if tcfg.seq_len%length: raise ValueError(f'--seq_len {tcfg.seq_len}: documents of {name} have {length} tokens and are not cut; use a multiple, such as {length}')
+    tcfg = TrainConfig(
+        **dict(seq_len=length, batch_size=128, lr=0.01, muon_lr=0.01, bias_speed=0.001)
+        | settings(args)
+    )  # short sequences, slower rates
+    tcfg.micro_batch = max(1, 2048 // tcfg.seq_len)
+    if tcfg.seq_len % length:
+        raise ValueError(
+            f'--seq_len {tcfg.seq_len}: documents of {name} have {length} '
+            f'tokens and are not cut; use a multiple, such as {length}'
+        )
     cfg = Config.preset(preset, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
     check_memory(cfg, tcfg, device_of(args))
-    windows = tcfg.sequences(tcfg.steps)+1 # one to shift
-    count = min(windows*tcfg.seq_len//length + 1 + cfg.num_nextn_predict_layers, MOST//length)
-    clear_folder(args.out/'tokens', manifest)
-    streams = [write_synthetic(args.out/'tokens'/f'{n}.npy', d, manifest) for n,d in (('train', synthetic(name, count, tcfg.seed)), ('held_out', test))]
-    say(f'{name}: {count:,} documents of {length} tokens to train on, 512 held out; optimum {test.optimum/math.log(2):.3f} bits per token')
-    return cfg,tcfg,word_tokenizer(test.names),*streams,dict(data=data, preset=preset, model=cfg.to_json(), train=asdict(tcfg),
-                                                             baselines=dict(bigram=bigram_bits_per_byte(*streams)))
+    windows = tcfg.sequences(tcfg.steps) + 1  # one to shift
+    count = min(windows * tcfg.seq_len // length + 1 + cfg.num_nextn_predict_layers, MOST // length)
+    clear_folder(args.out / 'tokens', manifest)
+    streams = [
+        write_synthetic(args.out / 'tokens' / f'{n}.npy', d, manifest)
+        for n, d in (('train', synthetic(name, count, tcfg.seed)), ('held_out', test))
+    ]
+    say(
+        f'{name}: {count:,} documents of {length} tokens to train on, 512 '
+        f'held out; optimum {test.optimum / math.log(2):.3f} bits per token'
+    )
+    return (
+        cfg,
+        tcfg,
+        word_tokenizer(test.names),
+        *streams,
+        dict(
+            data=data,
+            preset=preset,
+            model=cfg.to_json(),
+            train=asdict(tcfg),
+            baselines=dict(bigram=bigram_bits_per_byte(*streams)),
+        ),
+    )
 
 # %% ../nbs/19_cli.ipynb #bff27403
 def streams_of(
-    out:Path, # folder of a run
-)->list:      # of tokens: training, held out
+    out: Path,  # folder of a run
+) -> list:  # of tokens: training, held out
     "Reopen what was written, in shards or in one file"
     from eva.corpus import ShardStream
     from eva.data import TokenStream
-    return [ShardStream(p) if (p := out/'tokens'/o).is_dir() else TokenStream(out/'tokens'/f'{o}.npy') for o in ('train', 'held_out')]
+
+    return [
+        ShardStream(p)
+        if (p := out / 'tokens' / o).is_dir()
+        else TokenStream(out / 'tokens' / f'{o}.npy')
+        for o in ('train', 'held_out')
+    ]
+
 
 def old_run(
-    out:Path, # its folder
-)->tuple:     # as of new_run
+    out: Path,  # its folder
+) -> tuple:  # as of new_run
     "Reopen what a run was started with"
     from eva.config import Config
     from eva.fileio import read_json
     from eva.files import load_tokenizer
     from eva.train import TrainConfig
+
     try:
-        about = read_json(out/'run.json', root=out)
-        return (Config.from_json(about['model']), TrainConfig(**about['train']), load_tokenizer(out/'tokenizer.json', out),
-                *streams_of(out), about)
-    except Exception as e: raise ValueError(f'{out}: the run cannot be reopened ({e}); start another with --out') from None
+        about = read_json(out / 'run.json', root=out)
+        return (
+            Config.from_json(about['model']),
+            TrainConfig(**about['train']),
+            load_tokenizer(out / 'tokenizer.json', out),
+            *streams_of(out),
+            about,
+        )
+    except Exception as e:
+        raise ValueError(
+            f'{out}: the run cannot be reopened ({e}); start another with --out'
+        ) from None
+
 
 def opened(
-    args,      # from train_parser
-    say,       # where messages go
-    again=False, # did torchrun start this run anew?
-)->tuple:      # as of new_run, and is it an old run?
+    args,  # from train_parser
+    say,  # where messages go
+    again=False,  # did torchrun start this run anew?
+) -> tuple:  # as of new_run, and is it an old run?
     "Make or reopen what a run trains on"
     from eva.fileio import Manifest
-    out,exists = args.out,(args.out/'run.json').exists()
-    if exists and not (args.resume or again): raise ValueError(f'{out}: already holds a run; --resume goes on with it, --out DIR starts another elsewhere')
-    if args.resume and not exists: say(f'nothing to resume in {out}: starting at the beginning')
-    *rest,about = old_run(out) if exists else new_run(args, say, Manifest(out))
-    if exists and not again: check_arguments_again(out, args, about)
-    if not exists: about['arguments'] = given_arguments(args)
-    return *rest,about,exists
+
+    out = args.out
+    exists = (args.out / 'run.json').exists()
+    if exists and not (args.resume or again):
+        raise ValueError(
+            f'{out}: already holds a run; --resume goes on '
+            f'with it, --out DIR starts another elsewhere'
+        )
+    if args.resume and not exists:
+        say(f'nothing to resume in {out}: starting at the beginning')
+    *rest, about = old_run(out) if exists else new_run(args, say, Manifest(out))
+    if exists and not again:
+        check_arguments_again(out, args, about)
+    if not exists:
+        about['arguments'] = given_arguments(args)
+    return *rest, about, exists
 
 # %% ../nbs/19_cli.ipynb #b7d2c914
 # What runs leave. The index is never written, and must not be there: it would go on to be read.
-RUN_FILES = (
-    'run.json config.json generation_config.json chat_template.jinja tokenizer.json tokenizer_config.json '
-    'model.safetensors model.safetensors.index.json metrics.jsonl events.jsonl sample.txt report.png'
-).split()
+RUN_FILES = [
+    'run.json',
+    'config.json',
+    'generation_config.json',
+    'chat_template.jinja',
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'model.safetensors',
+    'model.safetensors.index.json',
+    'metrics.jsonl',
+    'events.jsonl',
+    'sample.txt',
+    'report.png',
+]
 RUN_FOLDERS = ['tokens', 'checkpoints', 'tensorboard']
 
 
@@ -374,11 +691,17 @@ def adopt_run(
         if not all(isinstance(about.get(name), dict) for name in ('model', 'train')):
             raise ValueError('run.json is no file of eva_train')
     except ValueError as e:
-        raise ValueError(f'{out}: the run cannot be reopened ({e}); start another with --out') from None
-    saved, manifest = out / 'checkpoints', Manifest(out)
+        raise ValueError(
+            f'{out}: the run cannot be reopened ({e}); start another with --out'
+        ) from None
+    saved = out / 'checkpoints'
+    manifest = Manifest(out)
     if not manifest.path.exists():
         found = manifest.adopt(*RUN_FILES, *RUN_FOLDERS)
-        say(f'{out}: the run is older than the list of what Eva wrote; now listed: {", ".join(found)}')
+        say(
+            f'{out}: the run is older than the list of what '
+            f'Eva wrote; now listed: {", ".join(found)}'
+        )
     if saved.is_dir() and not saved.is_symlink() and not Manifest(saved).path.exists():
         names = ('state.json', 'tensors.safetensors')
         Manifest(saved).adopt(*(p / name for p in checkpoints(saved) for name in names))
@@ -404,7 +727,10 @@ def check_run_folder(
             Manifest(out / folder).recover()
     for path in sorted((out / 'checkpoints').glob('step-*')):
         if path.name[5:].isdecimal() and not path.is_dir():
-            raise ValueError(f'{path}: is no checkpoint and was not written by Eva; move it away, or choose another folder')
+            raise ValueError(
+                f'{path}: is no checkpoint and was not written '
+                f'by Eva; move it away, or choose another folder'
+            )
 
 
 @contextmanager
@@ -421,151 +747,249 @@ def run_folder(
         def take():
             lock = stack.enter_context(locked(args.out))
             if lock.holder:
-                say(f'{args.out}: {lock.holder} ended without a word; this run goes on in its folder')
+                say(
+                    f'{args.out}: {lock.holder} ended without '
+                    f'a word; this run goes on in its folder'
+                )
             resumes = args.resume or parallel is not None and parallel.restarted
-            if resumes or not (args.out / 'run.json').exists():  # else it is refused, and not looked at
+            if (
+                resumes or not (args.out / 'run.json').exists()
+            ):  # else it is refused, and not looked at
                 check_run_folder(args.out, say)
 
         take() if parallel is None else parallel.tell(take)
         yield
 
 # %% ../nbs/19_cli.ipynb #a3f60887
-VOCABULARY = 4096 # entries of a tokenizer that is trained on text, if nothing else is said
+VOCABULARY = 4096  # entries of a tokenizer that is trained on text, if nothing else is said
 
-# Where a run is, and on how many processes and which of them: another choice goes on with the same run.
+# Where a run is, and on how many processes and which of them: another choice goes on with the same
+# run.
 MAY_CHANGE = ['out', 'resume', 'device', 'ep', 'pp', 'schedule', 'fsdp', 'recompute']
 
+
 def given_arguments(
-    args, # from train_parser
-)->dict:  # name to value, what JSON can hold
+    args,  # from train_parser
+) -> dict:  # name to value, what JSON can hold
     "What decides how a run goes, of what stood on the command line: every option but those that may change"
-    given = {name: value for name, value in vars(args).items() if value is not None and name not in MAY_CHANGE}
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if value is not None and name not in MAY_CHANGE
+    }
     if 'init' in given:
         given['init'] = str(given['init'].resolve())
     return given
 
+
 def started_with(
-    name:str,   # of an argument
-    about:dict, # what run.json says
-):              # its value, given or by default; None where a run of an older Eva does not say
+    name: str,  # of an argument
+    about: dict,  # what run.json says
+):  # its value, given or by default; None where a run of an older Eva does not say
     "Look up what a run was started with"
     if name in about.get('arguments', {}):
         return about['arguments'][name]
     if name in SETTINGS:
         return about['train'][name]
-    if name=='vocab_size': # of text that has merges for fewer tokens, the model has fewer than were asked for
+    if (
+        name == 'vocab_size'
+    ):  # of text that has merges for fewer tokens, the model has fewer than were asked for
         from_text = about.get('init') is None and not about['data'][0].startswith('synthetic:')
         return VOCABULARY if 'arguments' in about and from_text else about['model']['vocab_size']
-    defaults = dict(fim=0., text_column='text', strict=False) if 'arguments' in about else {}
+    defaults = dict(fim=0.0, text_column='text', strict=False) if 'arguments' in about else {}
     return about.get(name, defaults.get(name))
 
+
 def same_argument(
-    name:str, # of an argument
-    given,    # now
+    name: str,  # of an argument
+    given,  # now
     started,  # then
-)->bool:
+) -> bool:
     "Do two values mean the same? Two names of one file do"
-    if name=='data' and isinstance(started, list) and len(given)==len(started):
-        return all(a==b or Path(a).exists() and Path(a).resolve()==Path(b).resolve() for a, b in zip(given, started))
-    return given==started
+    if name == 'data' and isinstance(started, list) and len(given) == len(started):
+        return all(
+            a == b or Path(a).exists() and Path(a).resolve() == Path(b).resolve()
+            for a, b in zip(given, started)
+        )
+    return given == started
+
 
 def check_arguments_again(
-    out:Path,   # folder of the run
-    args,       # from train_parser
-    about:dict, # what run.json says
+    out: Path,  # folder of the run
+    args,  # from train_parser
+    about: dict,  # what run.json says
 ):
     "Refuse arguments that differ from what the run was started with"
-    def shown(value): return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+
+    def shown(value):
+        return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
+
     wrong = []
     for name, given in given_arguments(args).items():
         started = started_with(name, about)
         if not same_argument(name, given, started):
             known = 'not given' if started is None else shown(started)
             wrong.append(f'--{name} {shown(given)} (was: {known})')
-    if wrong: raise ValueError(f'{out}: a run goes on as it was started, and not with {", ".join(wrong)}; '
-        'leave this out, or start another run with --out DIR')
+    if wrong:
+        raise ValueError(
+            f'{out}: a run goes on as it was started, and not with {", ".join(wrong)}; '
+            'leave this out, or start another run with --out DIR'
+        )
 
 # %% ../nbs/19_cli.ipynb #f7bae5ea
 def opened_together(
-    args,     # from train_parser
-    say,      # where messages go
-    parallel, # an eva.distributed.Parallel
-)->tuple:     # as of opened; the tokenizer on the first rank only
+    args,  # from train_parser
+    say,  # where messages go
+    parallel,  # an eva.distributed.Parallel
+) -> tuple:  # as of opened; the tokenizer on the first rank only
     "The first rank does it, the others read what it wrote"
     from eva.config import Config
     from eva.train import TrainConfig
+
     got = []
+
     def work():
         got.extend(opened(args, say, parallel.restarted))
-        return got[5],got[6]
-    about,exists = parallel.tell(work)
-    if got: return tuple(got)
-    return (Config.from_json(about['model']), TrainConfig(**about['train']), None,
-            *streams_of(args.out), about, exists)
+        return got[5], got[6]
+
+    about, exists = parallel.tell(work)
+    if got:
+        return tuple(got)
+    return (
+        Config.from_json(about['model']),
+        TrainConfig(**about['train']),
+        None,
+        *streams_of(args.out),
+        about,
+        exists,
+    )
 
 # %% ../nbs/19_cli.ipynb #c3f0e969
 def prepare(
-    args,      # from train_parser
-    say=print, # where messages go
-    parallel=None, # an eva.distributed.Parallel
-)->tuple:      # trainer, tokenizer, baselines in bits per byte
+    args,  # from train_parser
+    say=print,  # where messages go
+    parallel=None,  # an eva.distributed.Parallel
+) -> tuple:  # trainer, tokenizer, baselines in bits per byte
     "Make or reopen everything a run needs"
-    import json, torch
+    import json
+
+    import torch
+
     from eva.checkpoints import checkpoints
     from eva.fileio import Manifest
     from eva.train import Trainer
-    out,device,first = args.out,device_of(args),parallel is None or parallel.rank==0
-    if not first: say = lambda *args: None
-    cfg,tcfg,tok,train,held,about,exists = opened(args, say) if parallel is None else opened_together(args, say, parallel)
+
+    out = args.out
+    device = device_of(args)
+    first = parallel is None or parallel.rank == 0
+    if not first:
+
+        def say(*args):
+            return None
+
+    cfg, tcfg, tok, train, held, about, exists = (
+        opened(args, say) if parallel is None else opened_together(args, say, parallel)
+    )
     torch.manual_seed(tcfg.seed)
-    begun = exists and checkpoints(out/'checkpoints')        # then --init is not needed any more
-    t = Trainer(start_model(cfg, {} if begun else about).to(device), train, held, tcfg, out, parallel)
-    if exists: say(t.resume())
-    elif first: # only what can be trained becomes a run
-        if about.get('init'): copy_tokenizer(Path(about['init']), out)
-        with Manifest(out).write('tokenizer.json') as f: tok.save(str(f))
-        with Manifest(out).write('run.json') as f: f.write_text(json.dumps(about, indent=2), encoding='utf-8')
-    return t,tok,about['baselines']
+    begun = exists and checkpoints(out / 'checkpoints')  # then --init is not needed any more
+    t = Trainer(
+        start_model(cfg, {} if begun else about).to(device), train, held, tcfg, out, parallel
+    )
+    if exists:
+        say(t.resume())
+    elif first:  # only what can be trained becomes a run
+        if about.get('init'):
+            copy_tokenizer(Path(about['init']), out)
+        with Manifest(out).write('tokenizer.json') as f:
+            tok.save(str(f))
+        with Manifest(out).write('run.json') as f:
+            f.write_text(json.dumps(about, indent=2), encoding='utf-8')
+    return t, tok, about['baselines']
 
 # %% ../nbs/19_cli.ipynb #9bc101d5
 def start_model(
-    cfg,        # of the model
-    about:dict, # what run.json says
-):              # a DeepSeekV3 in float32
+    cfg,  # of the model
+    about: dict,  # what run.json says
+):  # a DeepSeekV3 in float32
     "New weights, or those of --init"
     from eva.interop import load_pretrained
     from eva.model import DeepSeekV3
-    if not about.get('init'): return DeepSeekV3(cfg)
+
+    if not about.get('init'):
+        return DeepSeekV3(cfg)
     model = load_pretrained(about['init']).float()
-    if model.cfg.to_json()!=about['model']: raise ValueError(f'{about["init"]}: is another model than the one this run was started from; put that back, or start another run with --out')
+    if model.cfg.to_json() != about['model']:
+        raise ValueError(
+            f'{about["init"]}: is another model than the one this run was '
+            f'started from; put that back, or start another run with --out'
+        )
     return model
 
-SETTINGS = 'steps precision seq_len batch_size lr muon_lr mtp_share apart on_spike on_collapse save_every seed'.split() # arguments that are fields of TrainConfig
+
+SETTINGS = [
+    'steps',
+    'precision',
+    'seq_len',
+    'batch_size',
+    'lr',
+    'muon_lr',
+    'mtp_share',
+    'apart',
+    'on_spike',
+    'on_collapse',
+    'save_every',
+    'seed',
+]  # arguments that are fields of TrainConfig
+
 
 def settings(
-    args, # from train_parser
-)->dict:  # for TrainConfig
+    args,  # from train_parser
+) -> dict:  # for TrainConfig
     "What the arguments say about training, the rest by default"
     import torch
-    def has_bf16(): return device_of(args)=='cuda' or torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-    return dict(precision='bf16' if args.precision is None and has_bf16() else 'fp32', on_spike='rewind') | {k: v for k in SETTINGS if (v := getattr(args, k)) is not None}
+
+    def has_bf16():
+        return (
+            device_of(args) == 'cuda'
+            or torch.backends.mkldnn.is_available()
+            and torch.cpu._is_avx512_bf16_supported()
+        )
+
+    return dict(
+        precision='bf16' if args.precision is None and has_bf16() else 'fp32', on_spike='rewind'
+    ) | {k: v for k in SETTINGS if (v := getattr(args, k)) is not None}
+
 
 def device_of(
-    args, # from train_parser
-)->str:   # cpu or cuda
+    args,  # from train_parser
+) -> str:  # cpu or cuda
     "Where to train"
     import torch
-    if args.device=='cuda' and not torch.cuda.is_available(): raise ValueError('--device cuda: PyTorch sees no GPU here; use --device cpu')
-    return 'cuda' if args.device!='cpu' and torch.cuda.is_available() else 'cpu'
+
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError('--device cuda: PyTorch sees no GPU here; use --device cpu')
+    return 'cuda' if args.device != 'cpu' and torch.cuda.is_available() else 'cpu'
+
 
 def parallel_of(
-    args, # from train_parser
-):        # an eva.distributed.Parallel, None for a process of its own
+    args,  # from train_parser
+):  # an eva.distributed.Parallel, None for a process of its own
     "The processes that torchrun started"
     import os
-    if 'TORCHELASTIC_RUN_ID' not in os.environ and args.ep==args.pp==1: return None
+
+    if 'TORCHELASTIC_RUN_ID' not in os.environ and args.ep == args.pp == 1:
+        return None
     from eva.distributed import Parallel
-    return Parallel.from_env(device_of(args), ep=args.ep, pp=args.pp, fsdp=args.fsdp, recompute=args.recompute, schedule=args.schedule)
+
+    return Parallel.from_env(
+        device_of(args),
+        ep=args.ep,
+        pp=args.pp,
+        fsdp=args.fsdp,
+        recompute=args.recompute,
+        schedule=args.schedule,
+    )
+
 
 def step_memory(
     cfg,  # of the model to be trained
@@ -576,7 +1000,8 @@ def step_memory(
     from eva.model import LOGITS
     from eva.plan import block_activations
 
-    # In float32: weights, gradients, their sum over micro-batches, two moments. In bf16 the first two take half, and masters come in.
+    # In float32: weights, gradients, their sum over micro-batches, two moments. In bf16 the first
+    # two take half, and masters come in.
     states = 20 * cfg.num_params(mtp=True)[0]
     precision = 'fp32' if tcfg.precision == 'fp32' else 'bf16'
     number_bytes = 4 if precision == 'fp32' else 2
@@ -584,7 +1009,11 @@ def step_memory(
     dense = min(cfg.first_k_dense_replace, cfg.num_hidden_layers)
     mtp = cfg.num_nextn_predict_layers * min(1.0, tcfg.mtp_share)
     blocks = dict(dense=dense, moe=cfg.num_hidden_layers - dense + mtp)
-    per_token = sum(number * sum(block_activations(cfg, kind, precision, 'none', fused=False).values()) for kind, number in blocks.items() if number)
+    per_token = sum(
+        number * sum(block_activations(cfg, kind, precision, 'none', fused=False).values())
+        for kind, number in blocks.items()
+        if number
+    )
     activations = rows * tcfg.seq_len * per_token
     scores = rows * cfg.num_attention_heads * min(tcfg.seq_len, KEPT_UP_TO) ** 2 / 2 * number_bytes
     scores *= sum(blocks.values()) if tcfg.seq_len <= KEPT_UP_TO else 1
@@ -625,7 +1054,8 @@ def check_memory(
     have = memory_of(device) * (ranks if device == 'cuda' else 1)
     if total > have:
         raise ValueError(
-            f'this model needs about {total / 1e9:,.0f} GB to train, {step / 1e9:,.1f} of them for {tcfg.micro_batch} sequences of {tcfg.seq_len} tokens, '
+            f'this model needs about {total / 1e9:,.0f} GB to train, {step / 1e9:,.1f} '
+            f'of them for {tcfg.micro_batch} sequences of {tcfg.seq_len} tokens, '
             f'the machine has {have / 1e9:,.0f}; use --preset mini, or a smaller --seq_len'
         )
 
@@ -635,105 +1065,221 @@ def check_sizes(
 ):
     "Refuse numbers that no machine holds, before memory is asked for"
     import os
+
     from eva.config import PRESETS, Config
+
     have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     width = Config.preset(args.preset if args.preset in PRESETS else 'mini').hidden_size
-    batch, window, vocab = args.batch_size or 16, args.seq_len or 512, args.vocab_size or 0
+    batch = args.batch_size or 16
+    window = args.seq_len or 512
+    vocab = args.vocab_size or 0
     needs = {
-        f'--vocab_size {vocab}': (20 * 2 * vocab * width, f'its embedding and head, {width} wide, with what training keeps of them'),
-        f'--batch_size {batch} --seq_len {window}': (8 * batch * window, 'the token numbers of one step'),
+        f'--vocab_size {vocab}': (
+            20 * 2 * vocab * width,
+            f'its embedding and head, {width} wide, with what training keeps of them',
+        ),
+        f'--batch_size {batch} --seq_len {window}': (
+            8 * batch * window,
+            'the token numbers of one step',
+        ),
     }
     for name, (need, what) in needs.items():
         if need > have:
-            raise ValueError(f'{name}: {what} would take {need / 1e9:,.0f} GB, and the machine has {have / 1e9:,.0f}; choose less')
+            raise ValueError(
+                f'{name}: {what} would take {need / 1e9:,.0f} GB, '
+                f'and the machine has {have / 1e9:,.0f}; choose less'
+            )
 
 # %% ../nbs/19_cli.ipynb #ef1b4d35
 def train_with_bar(
-    trainer, # from prepare
-)->None:
+    trainer,  # from prepare
+) -> None:
     "Train, with a progress bar"
     import torch
     from tqdm.auto import tqdm
-    c,recent = trainer.cfg,[]
-    if trainer.parallel.rank: return trainer.fit() # the first rank shows it
-    with tqdm(total=c.steps, initial=trainer.step, unit='step', dynamic_ncols=True, smoothing=.05) as bar:
+
+    c = trainer.cfg
+    recent = []
+    if trainer.parallel.rank:
+        return trainer.fit()  # the first rank shows it
+    with tqdm(
+        total=c.steps, initial=trainer.step, unit='step', dynamic_ncols=True, smoothing=0.05
+    ) as bar:
+
         def watch(row):
-            for said in row.get('events', []): tqdm.write(f'step {row["step"]}: {said}')
-            if row.get('skipped'): bar.update(); bar.update(row['step']-bar.n); tqdm.write(f'step {row["step"]}: nothing was learned from it ({trainer.bad} so far)'); return
-            recent.append(row); del recent[:-20]
-            shown = dict(loss=f'{sum(r["loss"] for r in recent)/len(recent):.3f}', tok_s=round(sum(r['tokens_per_second'] for r in recent)/len(recent)))
+            for said in row.get('events', []):
+                tqdm.write(f'step {row["step"]}: {said}')
+            if row.get('skipped'):
+                bar.update()
+                bar.update(row['step'] - bar.n)
+                tqdm.write(
+                    f'step {row["step"]}: nothing was learned from it ({trainer.bad} so far)'
+                )
+                return
+            recent.append(row)
+            del recent[:-20]
+            shown = dict(
+                loss=f'{sum(r["loss"] for r in recent) / len(recent):.3f}',
+                tok_s=round(sum(r['tokens_per_second'] for r in recent) / len(recent)),
+            )
             if row['expert_load']:
                 load = torch.tensor([r['expert_load'] for r in recent], dtype=torch.float).sum(0)
-                shown['busiest_expert'] = f'{(load.amax(-1)/load.mean(-1)).max():.2f}x'
-            if 'val_bits_per_byte' in row: watch.val = f'{row["val_bits_per_byte"]:.3f}'
-            if watch.val: shown['val_bpb'] = watch.val
+                shown['busiest_expert'] = f'{(load.amax(-1) / load.mean(-1)).max():.2f}x'
+            if 'val_bits_per_byte' in row:
+                watch.val = f'{row["val_bits_per_byte"]:.3f}'
+            if watch.val:
+                shown['val_bpb'] = watch.val
             bar.set_postfix(shown, refresh=False)
-            bar.update(row['step']-bar.n)                  # back, where the run went back
+            bar.update(row['step'] - bar.n)  # back, where the run went back
+
         watch.val = None
         trainer.fit(watch)
 
 # %% ../nbs/19_cli.ipynb #618dcb21
 def sample_text(
-    trainer,        # after fit
-    tok,            # its tokenizer
-    given:int=32,   # tokens of the beginning
-    more:int=192,   # tokens to be written
-)->str:             # three pieces
+    trainer,  # after fit
+    tok,  # its tokenizer
+    given: int = 32,  # tokens of the beginning
+    more: int = 192,  # tokens to be written
+) -> str:  # three pieces
     "Beginnings of held-out documents, continued by the model"
-    import numpy as np, torch
+    import numpy as np
+    import torch
+
     from eva.generate import generate
-    if trainer.held_out.task and (length := trainer.held_out.align): given,more = length//2+1,length-length//2-1 # of a task: the second half
-    tokens,bos,eos = np.asarray(trainer.held_out.tokens[:10**6], np.int64),trainer.model.cfg.bos_token_id,trainer.model.cfg.eos_token_ids
-    starts = [i for i in np.flatnonzero(tokens==bos) if i+given<=len(tokens) and not (tokens[i+1:i+given]==bos).any()][:3] or [0]
-    if trainer.held_out.learn is not None: # a conversation: up to its first answer
-        i,learn = int(np.flatnonzero(tokens==bos)[0]),trainer.held_out.learn[:10**6]
-        starts,given = [i],int(np.flatnonzero(learn[i:])[0])
-    prompts = torch.from_numpy(np.stack([tokens[i:i+given] for i in starts])).to(trainer.device)
-    ids = generate(trainer.model, prompts, more, temperature=.7, top_p=.95, seed=trainer.cfg.seed, eos_token_id=(bos, *eos)) # the start token begins another document
-    return '\n'.join(f'----- held-out beginning {n}\n{tok.decode(p.tolist())}\n----- continued by the model\n{tok.decode(i[given:].tolist())}\n'
-                     for n,(p,i) in enumerate(zip(prompts, ids), 1))
+
+    if trainer.held_out.task and (length := trainer.held_out.align):
+        given = length // 2 + 1
+        more = length - length // 2 - 1  # of a task: the second half
+    tokens = np.asarray(trainer.held_out.tokens[: 10**6], np.int64)
+    bos = trainer.model.cfg.bos_token_id
+    eos = trainer.model.cfg.eos_token_ids
+    starts = [
+        i
+        for i in np.flatnonzero(tokens == bos)
+        if i + given <= len(tokens) and not (tokens[i + 1 : i + given] == bos).any()
+    ][:3] or [0]
+    if trainer.held_out.learn is not None:  # a conversation: up to its first answer
+        i = int(np.flatnonzero(tokens == bos)[0])
+        learn = trainer.held_out.learn[: 10**6]
+        starts = [i]
+        given = int(np.flatnonzero(learn[i:])[0])
+    prompts = torch.from_numpy(np.stack([tokens[i : i + given] for i in starts])).to(trainer.device)
+    ids = generate(
+        trainer.model,
+        prompts,
+        more,
+        temperature=0.7,
+        top_p=0.95,
+        seed=trainer.cfg.seed,
+        eos_token_id=(bos, *eos),
+    )  # the start token begins another document
+    return '\n'.join(
+        (
+            f'----- held-out beginning {n}\n{tok.decode(p.tolist())}\n----- '
+            f'continued by the model\n{tok.decode(i[given:].tolist())}\n'
+        )
+        for n, (p, i) in enumerate(zip(prompts, ids), 1)
+    )
 
 # %% ../nbs/19_cli.ipynb #e2b6b8f6
 def finish(
-    trainer, # after fit
-    tok,     # its tokenizer
-    baselines:dict, # bits per byte by name
-    say=print, # where messages go
+    trainer,  # after fit
+    tok,  # its tokenizer
+    baselines: dict,  # bits per byte by name
+    say=print,  # where messages go
 ):
     "Judge, write a sample and the report, and print the table"
     import math
+
     from tqdm.auto import tqdm
+
     from eva.fileio import Manifest
     from eva.report import balance_summary, draw_report
     from eva.train import bits_per_byte, read_metrics
-    out,rows,model,manifest = trainer.out,read_metrics(trainer.out/'metrics.jsonl'),trainer.model,Manifest(trainer.out)
-    with manifest.write('sample.txt') as f: f.write_text(sample_text(trainer, tok), encoding='utf-8')
-    window,align,optimum = trainer.cfg.seq_len,trainer.held_out.align,trainer.held_out.optimum
-    stride = window//2//align*align or window # of a task or of conversations: whole rows
-    optimum = optimum and optimum/math.log(2) # bits
-    how = trainer.precision if trainer.device.type=='cpu' and trainer.precision in ('bf16', 'fp8') else 'fp32' # as it was trained, in half the time
+
+    out = trainer.out
+    rows = read_metrics(trainer.out / 'metrics.jsonl')
+    model = trainer.model
+    manifest = Manifest(trainer.out)
+    with manifest.write('sample.txt') as f:
+        f.write_text(sample_text(trainer, tok), encoding='utf-8')
+    window = trainer.cfg.seq_len
+    align = trainer.held_out.align
+    optimum = trainer.held_out.optimum
+    stride = window // 2 // align * align or window  # of a task or of conversations: whole rows
+    optimum = optimum and optimum / math.log(2)  # bits
+    how = (
+        trainer.precision
+        if trainer.device.type == 'cpu' and trainer.precision in ('bf16', 'fp8')
+        else 'fp32'
+    )  # as it was trained, in half the time
     with tqdm(total=100, desc='evaluating', unit='%', leave=False, dynamic_ncols=True) as bar:
         trainer.compute_in(how)
-        final = bits_per_byte(model, trainer.held_out, window, stride, progress=lambda x: bar.update(int(100*x)-bar.n), apart=trainer.cfg.apart)
+        final = bits_per_byte(
+            model,
+            trainer.held_out,
+            window,
+            stride,
+            progress=lambda x: bar.update(int(100 * x) - bar.n),
+            apart=trainer.cfg.apart,
+        )
         trainer.compute_in('fp32')
-    with manifest.write('report.png') as f: draw_report(rows, f, baselines, final, optimum)
-    bits = baselines | {f'Eva, computed in {how}': final} | ({} if optimum is None else dict(optimum=optimum))
-    say(summary(trainer, bits, balance_summary(rows) if model.cfg.first_k_dense_replace<model.cfg.num_hidden_layers else None))
+    with manifest.write('report.png') as f:
+        draw_report(rows, f, baselines, final, optimum)
+    bits = (
+        baselines
+        | {f'Eva, computed in {how}': final}
+        | ({} if optimum is None else dict(optimum=optimum))
+    )
+    say(
+        summary(
+            trainer,
+            bits,
+            balance_summary(rows)
+            if model.cfg.first_k_dense_replace < model.cfg.num_hidden_layers
+            else None,
+        )
+    )
 
 # %% ../nbs/19_cli.ipynb #cd2d83aa
 def summary(
-    trainer, # after fit
-    bits:dict, # name -> bits per byte, of a task per token
-    load:dict|None, # from balance_summary
-)->str:      # several lines
+    trainer,  # after fit
+    bits: dict,  # name -> bits per byte, of a task per token
+    load: dict | None,  # from balance_summary
+) -> str:  # several lines
     "The table at the end"
-    names = dict(gzip='gzip -9', xz='xz -9e', bigram='bigram of the same tokens', optimum='optimum: entropy of the source')
-    lines = ['', f'{"held-out text":32} bits per byte' if trainer.held_out.optimum is None else f'{"held-out documents":32} bits per token'] + [f'  {names.get(n, n):30} {b:.3f}' for n,b in bits.items()]
-    if load: lines += [f'expert load of the last 50 steps, each layer: utilisation {load["utilisation"].min():.2f} to {load["utilisation"].max():.2f}, '
-        f'variance {load["variance"].max():.4f}, balance score {load["balance_score"].min():.3f}, entropy ratio {load["entropy_ratio"].min():.4f}']
+    names = dict(
+        gzip='gzip -9',
+        xz='xz -9e',
+        bigram='bigram of the same tokens',
+        optimum='optimum: entropy of the source',
+    )
+    lines = [
+        '',
+        f'{"held-out text":32} bits per byte'
+        if trainer.held_out.optimum is None
+        else f'{"held-out documents":32} bits per token',
+    ] + [f'  {names.get(n, n):30} {b:.3f}' for n, b in bits.items()]
+    if load:
+        lines += [
+            f'expert load of the last 50 steps, each layer: utilisation '
+            f'{load["utilisation"].min():.2f} to {load["utilisation"].max():.2f}, '
+            f'variance {load["variance"].max():.4f}, balance score '
+            f'{load["balance_score"].min():.3f}, entropy ratio {load["entropy_ratio"].min():.4f}'
+        ]
     t = trainer
-    return '\n'.join(lines + [f'{t.tokens:,} tokens in {t.seconds:.0f} s of training, {t.tokens/max(t.seconds, 1e-9):,.0f} per second'
-        + (f'; {t.bad} step{"s"*(t.bad!=1)} skipped' if t.bad else ''), f'everything is in {t.out}: report.png, sample.txt, model.safetensors, …'])
+    return '\n'.join(
+        lines
+        + [
+            (
+                f'{t.tokens:,} tokens in {t.seconds:.0f} s of training, '
+                f'{t.tokens / max(t.seconds, 1e-9):,.0f} per second'
+            )
+            + (f'; {t.bad} step{"s" * (t.bad != 1)} skipped' if t.bad else ''),
+            f'everything is in {t.out}: report.png, sample.txt, model.safetensors, …',
+        ]
+    )
 
 
 def closing_hint(
@@ -744,7 +1290,9 @@ def closing_hint(
 ) -> str:  # what to do, and the command for it
     "What to do with the model, by what it has learned: to answer, a task, or to continue texts"
     import shlex
+
     import numpy as np
+
     from eva.chat import ChatTemplate
 
     command = f'eva_generate {shlex.quote(str(out))}'
@@ -764,118 +1312,261 @@ def closing_hint(
 
 # %% ../nbs/19_cli.ipynb #b64d19aa
 def guarded(
-    name:str, # of the command
-    work,     # to be done
-    parallel=lambda: None, # an eva.distributed.Parallel, once it is there
-)->int:       # exit code
+    name: str,  # of the command
+    work,  # to be done
+    parallel=lambda: None,  # an eva.distributed.Parallel, once it is there
+) -> int:  # exit code
     "Say what went wrong in one sentence, and where there are many processes say it once"
-    try: return work() or 0
-    except KeyboardInterrupt: print(f'\n{name}: interrupted', file=sys.stderr); return 130
-    except BrokenPipeError: return 0
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        print(f'\n{name}: interrupted', file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
     except Exception as e:
-        ours,p = isinstance(e, (ValueError, OSError, FloatingPointError)) or type(e).__name__ in ('Diverged', 'SafetensorError'),parallel()
+        ours = isinstance(e, (ValueError, OSError, FloatingPointError)) or type(e).__name__ in (
+            'Diverged',
+            'SafetensorError',
+        )
+        p = parallel()
         if p is not None:
             from eva.distributed import is_lost
-            if is_lost(e): e,ours = 'another rank is gone, and the job cannot go on without it; what was saved is whole, and --resume, or torchrun --max-restarts, goes on from there',True
-            if ours and not p.speaks(): return 1
-        if not ours: raise # our own mistakes keep their traceback
+
+            if is_lost(e):
+                e = (
+                    'another rank is gone, and the job cannot go on '
+                    'without it; what was saved is whole, and --resume, '
+                    'or torchrun --max-restarts, goes on from there'
+                )
+                ours = True
+            if ours and not p.speaks():
+                return 1
+        if not ours:
+            raise  # our own mistakes keep their traceback
         print(f'{name}: {e}', file=sys.stderr, flush=True)
-        return 2 if isinstance(e, ValueError) else 1           # as of arguments that are not understood; 1: what was right went wrong
+        return (
+            2 if isinstance(e, ValueError) else 1
+        )  # as of arguments that are not understood; 1: what was right went wrong
+
 
 def eva_train(
-    argv:list[str]|None=None, # arguments, those of the command line by default
-)->int:                       # exit code
+    argv: list[str] | None = None,  # arguments, those of the command line by default
+) -> int:  # exit code
     "Train a small DeepSeek-V3 on text"
     args = train_parser().parse_args(argv)
-    args.out,ranks = args.out or Path('runs')/(args.preset or 'mini'),[None]
+    args.out = args.out or Path('runs') / (args.preset or 'mini')
+    ranks = [None]
+
     def work():
         start = time.time()
         check_sizes(args)
         ranks[0] = parallel = parallel_of(args)
-        say = print if parallel is None or parallel.rank==0 else lambda *args, **kw: None
-        with run_folder(args, parallel, say): return train_in_folder(args, parallel, say, start)
+        say = print if parallel is None or parallel.rank == 0 else lambda *args, **kw: None
+        with run_folder(args, parallel, say):
+            return train_in_folder(args, parallel, say, start)
+
     return guarded('eva_train', work, lambda: ranks[0])
 
+
 def train_in_folder(
-    args,     # from train_parser
-    parallel, # an eva.distributed.Parallel, or None
-    say,      # where messages go
-    start:float, # when the command was started, seconds
-)->int|None:  # exit code
+    args,  # from train_parser
+    parallel,  # an eva.distributed.Parallel, or None
+    say,  # where messages go
+    start: float,  # when the command was started, seconds
+) -> int | None:  # exit code
     "Train in a folder that this process holds, and write what a run leaves"
-    t,tok,baselines = prepare(args, parallel=parallel)
+    t, tok, baselines = prepare(args, parallel=parallel)
     from eva.interop import save_pretrained
-    if t.step>=t.cfg.steps and (t.out/'report.png').exists(): say(f'{t.out}: this run is finished, {t.step} steps; --out DIR starts another'); return
+
+    if t.step >= t.cfg.steps and (t.out / 'report.png').exists():
+        say(f'{t.out}: this run is finished, {t.step} steps; --out DIR starts another')
+        return
     c = t.model.cfg
-    say(f'{c.num_params()[0]:,} parameters, {c.num_params()[1]:,} used by a token; {len(t.train):,} tokens; {t.precision} on {t.device.type}' + (f'\n{t.computes}' if t.precision=='fp8' else ''), flush=True)
+    say(
+        (
+            f'{c.num_params()[0]:,} parameters, {c.num_params()[1]:,} used by a '
+            f'token; {len(t.train):,} tokens; {t.precision} on {t.device.type}'
+        )
+        + (f'\n{t.computes}' if t.precision == 'fp8' else ''),
+        flush=True,
+    )
     train_with_bar(t)
     kept = None if tok is None else tokenizer_to_save(t.out, tok)
-    if parallel is None: save_pretrained(t.model, t.out, kept)
-    else: parallel.export(t, t.out, kept)
+    if parallel is None:
+        save_pretrained(t.model, t.out, kept)
+    else:
+        parallel.export(t, t.out, kept)
     if t.stop:
         import signal
-        say(f'stopped at step {t.step} of {t.cfg.steps}, nothing is lost; go on with: eva_train --out {t.out} --resume'); return 128+getattr(signal, t.stop)
+
+        say(
+            f'stopped at step {t.step} of {t.cfg.steps}, nothing '
+            f'is lost; go on with: eva_train --out {t.out} --resume'
+        )
+        return 128 + getattr(signal, t.stop)
     if parallel is not None:
-        t = parallel.leave(t) # the rest is for one
-        if t is None: return
+        t = parallel.leave(t)  # the rest is for one
+        if t is None:
+            return
     finish(t, tok, baselines)
-    say(f'{time.time()-start:.0f} s altogether; {closing_hint(t.out, t.held_out, tok, c.bos_token_id)}')
+    say(
+        f'{time.time() - start:.0f} s altogether; '
+        f'{closing_hint(t.out, t.held_out, tok, c.bos_token_id)}'
+    )
 
 # %% ../nbs/19_cli.ipynb #228dc4ef
-def convert_parser()->argparse.ArgumentParser: # of eva_convert
+def convert_parser() -> argparse.ArgumentParser:  # of eva_convert
     "What eva_convert understands"
-    p = argparse.ArgumentParser('eva_convert', description='Convert a DeepSeek checkpoint, tensor by tensor, in the memory of a few tensors; after an interruption the same command goes on.')
-    p.add_argument('src', type=Path, metavar='SRC', help='folder with config.json and safetensors, one file or many')
-    p.add_argument('dst', type=Path, metavar='DST', help='folder to be made; until it is complete it is called DST.partial')
-    p.add_argument('--to', choices=('bf16', 'fp32', 'fp8'), default='bf16', help='bf16 and fp32 convert every tensor but the routing biases, which stay float32; '
-        'fp8 rounds the weights that are published in FP8 to blocks of 128x128 and leaves the rest (default: bf16)')
-    p.add_argument('--pow2', action='store_true', help='with --to fp8: scales that are powers of two, as in V3.1')
+    p = argparse.ArgumentParser(
+        'eva_convert',
+        description=(
+            'Convert a DeepSeek checkpoint, tensor by tensor, in the memory '
+            'of a few tensors; after an interruption the same command goes on.'
+        ),
+    )
+    p.add_argument(
+        'src',
+        type=Path,
+        metavar='SRC',
+        help='folder with config.json and safetensors, one file or many',
+    )
+    p.add_argument(
+        'dst',
+        type=Path,
+        metavar='DST',
+        help='folder to be made; until it is complete it is called DST.partial',
+    )
+    p.add_argument(
+        '--to',
+        choices=('bf16', 'fp32', 'fp8'),
+        default='bf16',
+        help='bf16 and fp32 convert every tensor but the routing biases, which stay float32; '
+        'fp8 rounds the weights that are published in FP8 to '
+        'blocks of 128x128 and leaves the rest (default: bf16)',
+    )
+    p.add_argument(
+        '--pow2',
+        action='store_true',
+        help='with --to fp8: scales that are powers of two, as in V3.1',
+    )
     return p
 
+
 def eva_convert(
-    argv:list[str]|None=None, # arguments, those of the command line by default
-)->int:                       # exit code
+    argv: list[str] | None = None,  # arguments, those of the command line by default
+) -> int:  # exit code
     "Convert a checkpoint"
     args = convert_parser().parse_args(argv)
+
     def work():
         from tqdm.auto import tqdm
+
         from eva.interop import convert_checkpoint
-        if args.pow2 and args.to!='fp8': raise ValueError(f'--pow2 with --to {args.to}: belongs to --to fp8; leave it out')
-        start,bars = time.time(),[]
+
+        if args.pow2 and args.to != 'fp8':
+            raise ValueError(f'--pow2 with --to {args.to}: belongs to --to fp8; leave it out')
+        start = time.time()
+        bars = []
+
         def progress(done, total):
-            if not bars: bars.append(tqdm(total=total, unit='B', unit_scale=True, dynamic_ncols=True)) # not before the folder has been checked
-            bars[0].update(done-bars[0].n)
-        try: convert_checkpoint(args.src, args.dst, args.to, args.pow2, progress, lambda s: print(f'eva_convert: {s}', file=sys.stderr))
-        except KeyboardInterrupt: print(f'interrupted, nothing is lost; go on with: eva_convert {args.src} {args.dst} --to {args.to}' + ' --pow2'*args.pow2); return 130
+            if not bars:
+                bars.append(
+                    tqdm(total=total, unit='B', unit_scale=True, dynamic_ncols=True)
+                )  # not before the folder has been checked
+            bars[0].update(done - bars[0].n)
+
+        try:
+            convert_checkpoint(
+                args.src,
+                args.dst,
+                args.to,
+                args.pow2,
+                progress,
+                lambda s: print(f'eva_convert: {s}', file=sys.stderr),
+            )
+        except KeyboardInterrupt:
+            print(
+                (
+                    f'interrupted, nothing is lost; go on with: '
+                    f'eva_convert {args.src} {args.dst} --to {args.to}'
+                )
+                + ' --pow2' * args.pow2
+            )
+            return 130
         finally:
-            for b in bars: b.close()
-        size,seconds = sum(b.n for b in bars),time.time()-start
-        print(f'{args.dst}: {size/1e9:.2f} GB read in {seconds:.0f} s, {size/1e9/max(seconds, 1e-9):.2f} GB per second')
+            for b in bars:
+                b.close()
+        size = sum(b.n for b in bars)
+        seconds = time.time() - start
+        print(
+            f'{args.dst}: {size / 1e9:.2f} GB read in {seconds:.0f} '
+            f's, {size / 1e9 / max(seconds, 1e-9):.2f} GB per second'
+        )
+
     return guarded('eva_convert', work)
 
 # %% ../nbs/19_cli.ipynb #8c0c62d7
-def bench_parser()->argparse.ArgumentParser: # of eva_bench
+def bench_parser() -> argparse.ArgumentParser:  # of eva_bench
     "What eva_bench understands"
-    p = argparse.ArgumentParser('eva_bench', description='Measure Eva, what one would use instead, and the limits of this machine, in turn in one process.')
-    p.add_argument('--only', nargs='+', metavar='NAME', help='cases to measure: attention, moe, experts, loss, cache, train, prefill, decode, generate, drafts, quantize, convert, tokenize, load, start (default: all, a quarter of an hour)')
-    p.add_argument('--quick', action='store_true', help='small versions in two minutes, to see that it works')
-    p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where to compute (default: cpu)')
-    p.add_argument('--dir', type=Path, help='what eva_train left, for drafts on held-out text (default: runs/mini, if it is there)')
-    p.add_argument('--out', type=Path, default=Path('runs/bench'), help='folder for bench.json and pictures (default: runs/bench)')
+    p = argparse.ArgumentParser(
+        'eva_bench',
+        description=(
+            'Measure Eva, what one would use instead, and the '
+            'limits of this machine, in turn in one process.'
+        ),
+    )
+    p.add_argument(
+        '--only',
+        nargs='+',
+        metavar='NAME',
+        help=(
+            'cases to measure: attention, moe, experts, loss, cache, '
+            'train, prefill, decode, generate, drafts, quantize, convert, '
+            'tokenize, load, start (default: all, a quarter of an hour)'
+        ),
+    )
+    p.add_argument(
+        '--quick', action='store_true', help='small versions in two minutes, to see that it works'
+    )
+    p.add_argument(
+        '--device', choices=('cpu', 'cuda'), default='cpu', help='where to compute (default: cpu)'
+    )
+    p.add_argument(
+        '--dir',
+        type=Path,
+        help=(
+            'what eva_train left, for drafts on held-out text (default: runs/mini, if it is there)'
+        ),
+    )
+    p.add_argument(
+        '--out',
+        type=Path,
+        default=Path('runs/bench'),
+        help='folder for bench.json and pictures (default: runs/bench)',
+    )
     return p
 
+
 def eva_bench(
-    argv:list[str]|None=None, # arguments, those of the command line by default
-)->int:                       # exit code
+    argv: list[str] | None = None,  # arguments, those of the command line by default
+) -> int:  # exit code
     "Measure speeds"
     args = bench_parser().parse_args(argv)
+
     def work():
-        device_of(args)                                    # refuses cuda where there is none
-        if args.dir is not None and not (args.dir/'tokens').is_dir(): raise ValueError(f'{args.dir}: not a folder that eva_train left; drafts need its model and its held-out tokens')
+        device_of(args)  # refuses cuda where there is none
+        if args.dir is not None and not (args.dir / 'tokens').is_dir():
+            raise ValueError(
+                f'{args.dir}: not a folder that eva_train left; '
+                f'drafts need its model and its held-out tokens'
+            )
         from eva.bench import machine, run
+
         print(machine(args.device), flush=True)
         run(args.only, args.quick, args.device, args.out, dir=args.dir)
         print(f'everything is in {args.out}: bench.json, bench.png')
+
     return guarded('eva_bench', work)
 
 # %% ../nbs/19_cli.ipynb #65d42987
@@ -889,50 +1580,137 @@ def typed_text(
         raise argparse.ArgumentTypeError(f'{argument!a} is not UTF-8; type it as UTF-8') from None
 
 # %% ../nbs/19_cli.ipynb #39a4bb70
-def generate_parser()->argparse.ArgumentParser: # of eva_generate
+def generate_parser() -> argparse.ArgumentParser:  # of eva_generate
     "What eva_generate understands"
-    p = argparse.ArgumentParser('eva_generate', description='Let a trained model write, until it begins another document, or answer, where the folder has a chat template. '
-        'Without a prompt in a terminal it waits for lines.')
-    p.add_argument('dir', type=Path, metavar='DIR', help='what eva_train left, or any checkpoint folder with a tokenizer.json')
-    p.add_argument('--prompt', type=typed_text, help='what to continue or to answer (default: standard input if it is piped, else lines from the terminal)')
-    p.add_argument('--max_new_tokens', type=int, default=256, help='at most so many tokens (default: 256)')
-    p.add_argument('--temperature', type=float, default=.7, help='0 is greedy, higher is wilder (default: 0.7)')
+    p = argparse.ArgumentParser(
+        'eva_generate',
+        description='Let a trained model write, until it begins another '
+        'document, or answer, where the folder has a chat template. '
+        'Without a prompt in a terminal it waits for lines.',
+    )
+    p.add_argument(
+        'dir',
+        type=Path,
+        metavar='DIR',
+        help='what eva_train left, or any checkpoint folder with a tokenizer.json',
+    )
+    p.add_argument(
+        '--prompt',
+        type=typed_text,
+        help=(
+            'what to continue or to answer (default: standard '
+            'input if it is piped, else lines from the terminal)'
+        ),
+    )
+    p.add_argument(
+        '--max_new_tokens', type=int, default=256, help='at most so many tokens (default: 256)'
+    )
+    p.add_argument(
+        '--temperature',
+        type=float,
+        default=0.7,
+        help='0 is greedy, higher is wilder (default: 0.7)',
+    )
     p.add_argument('--top_k', type=int, help='choose among so many likeliest tokens')
-    p.add_argument('--top_p', type=float, default=.95, help='choose among the likeliest up to this probability (default: 0.95)')
-    p.add_argument('--min_p', type=float, help="choose among tokens that have at least this share of the likeliest one's probability")
-    p.add_argument('--repetition_penalty', type=float, default=1., help='above 1 makes tokens less likely that have been seen (default: 1)')
-    p.add_argument('--stop', type=typed_text, action='append', default=[], metavar='TEXT', help='end where this text would come; may be given several times')
-    p.add_argument('--speculate', nargs='?', type=int, const=True, default=False, metavar='N', help='let the MTP modules draft, one token each, or N tokens a step')
+    p.add_argument(
+        '--top_p',
+        type=float,
+        default=0.95,
+        help='choose among the likeliest up to this probability (default: 0.95)',
+    )
+    p.add_argument(
+        '--min_p',
+        type=float,
+        help="choose among tokens that have at least this share of the likeliest one's probability",
+    )
+    p.add_argument(
+        '--repetition_penalty',
+        type=float,
+        default=1.0,
+        help='above 1 makes tokens less likely that have been seen (default: 1)',
+    )
+    p.add_argument(
+        '--stop',
+        type=typed_text,
+        action='append',
+        default=[],
+        metavar='TEXT',
+        help='end where this text would come; may be given several times',
+    )
+    p.add_argument(
+        '--speculate',
+        nargs='?',
+        type=int,
+        const=True,
+        default=False,
+        metavar='N',
+        help='let the MTP modules draft, one token each, or N tokens a step',
+    )
     p.add_argument('--seed', type=int, help='for the same text again')
-    p.add_argument('--plain', action='store_true', help='continue the text, even where the folder has a chat template')
-    p.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto', help='where to compute (default: cuda where there is one, else cpu)')
+    p.add_argument(
+        '--plain',
+        action='store_true',
+        help='continue the text, even where the folder has a chat template',
+    )
+    p.add_argument(
+        '--device',
+        choices=('auto', 'cpu', 'cuda'),
+        default='auto',
+        help='where to compute (default: cuda where there is one, else cpu)',
+    )
     return p
 
+
 def eva_generate(
-    argv:list[str]|None=None, # arguments, those of the command line by default
-)->int:                       # exit code
+    argv: list[str] | None = None,  # arguments, those of the command line by default
+) -> int:  # exit code
     "Continue a prompt with a trained model"
     args = generate_parser().parse_args(argv)
+
     def work():
         from eva.mla import freed_memory_kept
-        with freed_memory_kept(): return speak()
+
+        with freed_memory_kept():
+            return speak()
+
     def speak():
         from eva.sampling import Sampling
-        how = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty) # refused before anything is loaded
+
+        how = Sampling(
+            args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
+        )  # refused before anything is loaded
         from eva.talk import Speaker, converse
-        speaker = Speaker(args.dir, how, args.speculate, args.seed, tuple(args.stop), device_of(args), args.plain)
+
+        speaker = Speaker(
+            args.dir, how, args.speculate, args.seed, tuple(args.stop), device_of(args), args.plain
+        )
         terminal = sys.stdin is not None and sys.stdin.isatty()
         if args.prompt is None and terminal:
             import contextlib
-            with contextlib.suppress(ImportError): import readline # lines can be edited
+
+            with contextlib.suppress(ImportError):
+                pass  # lines can be edited
             return converse(speaker, args.max_new_tokens)
-        prompt = args.prompt if args.prompt is not None else '' if sys.stdin is None else sys.stdin.read()
-        before,code = '' if speaker.template else prompt,0 # not shown before something follows it
+        prompt = (
+            args.prompt
+            if args.prompt is not None
+            else ''
+            if sys.stdin is None
+            else sys.stdin.read()
+        )
+        before = '' if speaker.template else prompt
+        code = 0  # not shown before something follows it
         try:
-            for piece in speaker.say(prompt, args.max_new_tokens, lambda s: print(s, file=sys.stderr)): print(before+piece, end='', flush=True); before = ''
-        except KeyboardInterrupt: code = 130
+            for piece in speaker.say(
+                prompt, args.max_new_tokens, lambda s: print(s, file=sys.stderr)
+            ):
+                print(before + piece, end='', flush=True)
+                before = ''
+        except KeyboardInterrupt:
+            code = 130
         print(f'\n\n{speaker.tally}', file=sys.stderr)
         return code
+
     return guarded('eva_generate', work)
 
 # %% ../nbs/19_cli.ipynb #1eda8861
@@ -950,7 +1728,10 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
-    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == 'ascii':
+    if (
+        isinstance(sys.stdin, io.TextIOWrapper)
+        and codecs.lookup(sys.stdin.encoding).name == 'ascii'
+    ):
         sys.stdin.reconfigure(encoding='utf-8', errors='strict')
 
 

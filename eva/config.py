@@ -24,39 +24,46 @@ from .fileio import atomic_write, read_json
 @dataclass(frozen=True)
 class Config:
     "Sizes of one model, under the names of its published `config.json`; defaults are DeepSeek-V3"
-    vocab_size:int = 129280            # entries of the tokenizer
-    hidden_size:int = 7168             # width of the residual stream, features
-    num_hidden_layers:int = 61         # transformer blocks, MTP modules not counted
-    num_attention_heads:int = 128      # query heads
-    q_lora_rank:int|None = 1536        # width of the query latent, features; None leaves queries uncompressed
-    kv_lora_rank:int = 512             # width of the latent c_KV, features
-    qk_nope_head_dim:int = 128         # content part of one query/key head, features
-    qk_rope_head_dim:int = 64          # rotated part, shared by all key heads, features
-    v_head_dim:int = 128               # one value head, features
-    intermediate_size:int = 18432      # width of a dense feed-forward layer, features
-    moe_intermediate_size:int = 2048   # width of one expert, features
-    hidden_act:str = 'silu'            # activation of every feed-forward: silu, gelu, gelu_pytorch_tanh, relu or relu2
-    first_k_dense_replace:int = 3      # first layers that are dense, the rest are MoE
-    n_routed_experts:int = 256         # experts the router chooses from, per layer
-    n_shared_experts:int = 1           # experts every token visits, per layer
-    num_experts_per_tok:int = 8        # routed experts per token
-    n_group:int = 8                    # groups the routed experts are divided into
-    topk_group:int = 4                 # groups a token may choose experts from
-    topk_method:str = 'noaux_tc'       # noaux_tc (V3), group_limited_greedy (V2) or greedy (V2-Lite)
-    scoring_func:str = 'sigmoid'       # router scores: sigmoid (V3) or softmax (V2)
-    norm_topk_prob:bool = True         # make the chosen weights sum to 1?
-    routed_scaling_factor:float = 2.5  # factor on the chosen weights
-    num_nextn_predict_layers:int = 1   # multi-token prediction modules
-    max_position_embeddings:int = 163840 # positions the rotary tables may cover
-    rope_theta:float = 10000.          # base of the rotary wavelengths
-    rope_scaling:dict|None = None      # YaRN settings as published, or None
-    rms_norm_eps:float = 1e-6          # added to the mean square before the root
-    initializer_range:float = 0.006    # standard deviation of fresh weights
-    tie_word_embeddings:bool = False   # one matrix for embedding and head?
-    bos_token_id:int|None = 0          # starts a document; None: nothing does
-    eos_token_id:int|tuple[int, ...]|None = 1 # ends a document: a token, any of several, or None
-    pad_token_id:int|None = None       # fills up a batch; nothing is computed from it
-    model_type:str = 'deepseek_v3'     # deepseek_v3 or deepseek_v2
+
+    vocab_size: int = 129280  # entries of the tokenizer
+    hidden_size: int = 7168  # width of the residual stream, features
+    num_hidden_layers: int = 61  # transformer blocks, MTP modules not counted
+    num_attention_heads: int = 128  # query heads
+    q_lora_rank: int | None = (
+        1536  # width of the query latent, features; None leaves queries uncompressed
+    )
+    kv_lora_rank: int = 512  # width of the latent c_KV, features
+    qk_nope_head_dim: int = 128  # content part of one query/key head, features
+    qk_rope_head_dim: int = 64  # rotated part, shared by all key heads, features
+    v_head_dim: int = 128  # one value head, features
+    intermediate_size: int = 18432  # width of a dense feed-forward layer, features
+    moe_intermediate_size: int = 2048  # width of one expert, features
+    hidden_act: str = (
+        'silu'  # activation of every feed-forward: silu, gelu, gelu_pytorch_tanh, relu or relu2
+    )
+    first_k_dense_replace: int = 3  # first layers that are dense, the rest are MoE
+    n_routed_experts: int = 256  # experts the router chooses from, per layer
+    n_shared_experts: int = 1  # experts every token visits, per layer
+    num_experts_per_tok: int = 8  # routed experts per token
+    n_group: int = 8  # groups the routed experts are divided into
+    topk_group: int = 4  # groups a token may choose experts from
+    topk_method: str = 'noaux_tc'  # noaux_tc (V3), group_limited_greedy (V2) or greedy (V2-Lite)
+    scoring_func: str = 'sigmoid'  # router scores: sigmoid (V3) or softmax (V2)
+    norm_topk_prob: bool = True  # make the chosen weights sum to 1?
+    routed_scaling_factor: float = 2.5  # factor on the chosen weights
+    num_nextn_predict_layers: int = 1  # multi-token prediction modules
+    max_position_embeddings: int = 163840  # positions the rotary tables may cover
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_scaling: dict | None = None  # YaRN settings as published, or None
+    rms_norm_eps: float = 1e-6  # added to the mean square before the root
+    initializer_range: float = 0.006  # standard deviation of fresh weights
+    tie_word_embeddings: bool = False  # one matrix for embedding and head?
+    bos_token_id: int | None = 0  # starts a document; None: nothing does
+    eos_token_id: int | tuple[int, ...] | None = (
+        1  # ends a document: a token, any of several, or None
+    )
+    pad_token_id: int | None = None  # fills up a batch; nothing is computed from it
+    model_type: str = 'deepseek_v3'  # deepseek_v3 or deepseek_v2
 
     def __post_init__(self):
         if isinstance(self.eos_token_id, list):
@@ -83,15 +90,40 @@ class Config:
         return dataclasses.replace(self, **changes)
 
 # %% ../nbs/01_config.ipynb #b8a2df54
-POSITIVE = '''vocab_size hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim
-    v_head_dim intermediate_size moe_intermediate_size n_routed_experts num_experts_per_tok n_group topk_group
-    max_position_embeddings'''.split()
-COUNTS = 'first_k_dense_replace n_shared_experts num_nextn_predict_layers'.split()
-FLOATS = 'routed_scaling_factor rope_theta rms_norm_eps initializer_range'.split()
-CHOICES = dict(topk_method=('noaux_tc', 'group_limited_greedy', 'greedy'), scoring_func=('sigmoid', 'softmax'),
-               model_type=('deepseek_v3', 'deepseek_v2'), hidden_act=('silu', 'gelu', 'gelu_pytorch_tanh', 'relu', 'relu2'))
-YARN_V3 = dict(type='yarn', factor=40, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
-               original_max_position_embeddings=4096)
+POSITIVE = [
+    'vocab_size',
+    'hidden_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'kv_lora_rank',
+    'qk_nope_head_dim',
+    'qk_rope_head_dim',
+    'v_head_dim',
+    'intermediate_size',
+    'moe_intermediate_size',
+    'n_routed_experts',
+    'num_experts_per_tok',
+    'n_group',
+    'topk_group',
+    'max_position_embeddings',
+]
+COUNTS = ['first_k_dense_replace', 'n_shared_experts', 'num_nextn_predict_layers']
+FLOATS = ['routed_scaling_factor', 'rope_theta', 'rms_norm_eps', 'initializer_range']
+CHOICES = dict(
+    topk_method=('noaux_tc', 'group_limited_greedy', 'greedy'),
+    scoring_func=('sigmoid', 'softmax'),
+    model_type=('deepseek_v3', 'deepseek_v2'),
+    hidden_act=('silu', 'gelu', 'gelu_pytorch_tanh', 'relu', 'relu2'),
+)
+YARN_V3 = dict(
+    type='yarn',
+    factor=40,
+    beta_fast=32,
+    beta_slow=1,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    original_max_position_embeddings=4096,
+)
 
 
 class FrozenDict(dict):
@@ -99,7 +131,8 @@ class FrozenDict(dict):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
-            'settings inside of a Config cannot be changed; make another one with cfg.replace(rope_scaling=...)'
+            'settings inside of a Config cannot be changed; '
+            'make another one with cfg.replace(rope_scaling=...)'
         )
 
     __setitem__ = __delitem__ = __ior__ = _refuse
@@ -123,7 +156,8 @@ def _known_fields(changes):
     unknown = changes.keys() - {f.name for f in fields(Config)}
     if unknown:
         raise ValueError(
-            f'{", ".join(sorted(unknown))}: no such field; the fields are those of a published config.json'
+            f'{", ".join(sorted(unknown))}: no such field; '
+            f'the fields are those of a published config.json'
         )
 
 
@@ -136,63 +170,148 @@ def _fixed_rope(settings):
 
 # %% ../nbs/01_config.ipynb #363503fc
 @patch
-def check(self:Config):
+def check(self: Config):
     "Raise a `ValueError` that names the first field which cannot be"
     v3 = {f.name: f.default for f in fields(Config)} | dict(rope_scaling=YARN_V3)
+
     def need(ok, name, expected):
-        if not ok: raise ValueError(f'{name}={getattr(self, name)!r:.80}: {expected} (DeepSeek-V3 uses {v3[name]!r})')
-    for o in POSITIVE: need(_is_int(getattr(self, o)) and getattr(self, o)>0, o, 'must be a positive integer')
-    for o in COUNTS: need(_is_int(getattr(self, o)) and getattr(self, o)>=0, o, 'must be an integer, 0 or more')
-    for o,ok in CHOICES.items(): need(getattr(self, o) in ok, o, f'must be one of {", ".join(ok)}')
-    for o in ('norm_topk_prob', 'tie_word_embeddings'): need(isinstance(getattr(self, o), bool), o, 'must be true or false')
+        if not ok:
+            raise ValueError(
+                f'{name}={getattr(self, name)!r:.80}: {expected} (DeepSeek-V3 uses {v3[name]!r})'
+            )
+
+    for o in POSITIVE:
+        need(_is_int(getattr(self, o)) and getattr(self, o) > 0, o, 'must be a positive integer')
+    for o in COUNTS:
+        need(
+            _is_int(getattr(self, o)) and getattr(self, o) >= 0, o, 'must be an integer, 0 or more'
+        )
+    for o, ok in CHOICES.items():
+        need(getattr(self, o) in ok, o, f'must be one of {", ".join(ok)}')
+    for o in ('norm_topk_prob', 'tie_word_embeddings'):
+        need(isinstance(getattr(self, o), bool), o, 'must be true or false')
     for o in FLOATS:
-        need(_is_number(getattr(self, o)) and getattr(self, o)>0, o, 'must be a positive, finite number')
-    need(self.q_lora_rank is None or _is_int(self.q_lora_rank) and self.q_lora_rank>0, 'q_lora_rank', 'must be a positive integer or None')
-    need(self.qk_rope_head_dim%2==0, 'qk_rope_head_dim', 'must be even, because features are rotated in pairs')
-    need(self.n_routed_experts%self.n_group==0, 'n_routed_experts', f'must divide into n_group={self.n_group} equal groups')
-    need(self.topk_group<=self.n_group, 'topk_group', f'cannot exceed n_group={self.n_group}')
-    need(self.rope_theta>1, 'rope_theta', 'must exceed 1')
-    k,reach = 'num_experts_per_tok',self.topk_group*self.n_routed_experts//self.n_group
-    need(self.num_experts_per_tok<=self.n_routed_experts, k, f'cannot exceed n_routed_experts={self.n_routed_experts}')
-    need(self.topk_method=='greedy' or self.num_experts_per_tok<=reach, k,
-         f'cannot exceed the {reach} experts that topk_group={self.topk_group} leaves')
-    need(self.topk_method!='noaux_tc' or self.n_routed_experts//self.n_group>=2, 'n_group',
-         'leaves one expert per group, and noaux_tc scores a group by its best two')
-    need(self.first_k_dense_replace<=self.num_hidden_layers, 'first_k_dense_replace', f'cannot exceed num_hidden_layers={self.num_hidden_layers}')
+        need(
+            _is_number(getattr(self, o)) and getattr(self, o) > 0,
+            o,
+            'must be a positive, finite number',
+        )
+    need(
+        self.q_lora_rank is None or _is_int(self.q_lora_rank) and self.q_lora_rank > 0,
+        'q_lora_rank',
+        'must be a positive integer or None',
+    )
+    need(
+        self.qk_rope_head_dim % 2 == 0,
+        'qk_rope_head_dim',
+        'must be even, because features are rotated in pairs',
+    )
+    need(
+        self.n_routed_experts % self.n_group == 0,
+        'n_routed_experts',
+        f'must divide into n_group={self.n_group} equal groups',
+    )
+    need(self.topk_group <= self.n_group, 'topk_group', f'cannot exceed n_group={self.n_group}')
+    need(self.rope_theta > 1, 'rope_theta', 'must exceed 1')
+    k = 'num_experts_per_tok'
+    reach = self.topk_group * self.n_routed_experts // self.n_group
+    need(
+        self.num_experts_per_tok <= self.n_routed_experts,
+        k,
+        f'cannot exceed n_routed_experts={self.n_routed_experts}',
+    )
+    need(
+        self.topk_method == 'greedy' or self.num_experts_per_tok <= reach,
+        k,
+        f'cannot exceed the {reach} experts that topk_group={self.topk_group} leaves',
+    )
+    need(
+        self.topk_method != 'noaux_tc' or self.n_routed_experts // self.n_group >= 2,
+        'n_group',
+        'leaves one expert per group, and noaux_tc scores a group by its best two',
+    )
+    need(
+        self.first_k_dense_replace <= self.num_hidden_layers,
+        'first_k_dense_replace',
+        f'cannot exceed num_hidden_layers={self.num_hidden_layers}',
+    )
     self._check_tokens(need)
     self._check_rope(need)
 
 # %% ../nbs/01_config.ipynb #b7ac1455
 @patch
-def _check_tokens(self:Config, need):
+def _check_tokens(self: Config, need):
     "Special tokens must be tokens, or absent"
     several = isinstance(self.eos_token_id, tuple)
-    ends = self.eos_token_id if several else [] if self.eos_token_id is None else [self.eos_token_id]
+    ends = (
+        self.eos_token_id if several else [] if self.eos_token_id is None else [self.eos_token_id]
+    )
     starts = [] if self.bos_token_id is None else [self.bos_token_id]
     for name, ids in (('eos_token_id', ends), ('bos_token_id', starts)):
-        kinds = 'an integer, a list of integers or null' if name=='eos_token_id' else 'an integer, 0 or more, or null'
-        need(all(_is_int(i) and i>=0 for i in ids), name, f'must be {kinds}')
-        need(all(i<self.vocab_size for i in ids), name, f'must be below vocab_size={self.vocab_size}')
-    pad = self.pad_token_id # some files say -1 where there is none
-    need(pad is None or _is_int(pad) and -1<=pad<self.vocab_size, 'pad_token_id', f'must be null or a token below vocab_size={self.vocab_size}')
+        kinds = (
+            'an integer, a list of integers or null'
+            if name == 'eos_token_id'
+            else 'an integer, 0 or more, or null'
+        )
+        need(all(_is_int(i) and i >= 0 for i in ids), name, f'must be {kinds}')
+        need(
+            all(i < self.vocab_size for i in ids),
+            name,
+            f'must be below vocab_size={self.vocab_size}',
+        )
+    pad = self.pad_token_id  # some files say -1 where there is none
+    need(
+        pad is None or _is_int(pad) and -1 <= pad < self.vocab_size,
+        'pad_token_id',
+        f'must be null or a token below vocab_size={self.vocab_size}',
+    )
+
 
 @patch
-def _check_rope(self:Config, need):
+def _check_rope(self: Config, need):
     "YaRN settings must be complete, or absent"
     s = self.rope_scaling
-    if s is None: return
+    if s is None:
+        return
     need(isinstance(s, dict), 'rope_scaling', 'must be None or a dictionary of YaRN settings')
     kinds = [s[o] for o in ('type', 'rope_type') if o in s]
-    need(kinds in (['yarn'], ['yarn', 'yarn']), 'rope_scaling', "must have type 'yarn', the only extension these models use, and no other rope_type beside it")
+    need(
+        kinds in (['yarn'], ['yarn', 'yarn']),
+        'rope_scaling',
+        "must have type 'yarn', the only extension these "
+        'models use, and no other rope_type beside it',
+    )
     for o in ('factor', 'original_max_position_embeddings'):
-        need(_is_number(s.get(o)) and s[o]>0, 'rope_scaling', f'needs a positive {o}')
-    for o in ('beta_fast', 'beta_slow'): need(o not in s or _is_number(s[o]) and s[o]>0, 'rope_scaling', f'{o} must be a positive number')
-    for o in ('mscale', 'mscale_all_dim'): need(o not in s or _is_number(s[o]) and s[o]>=0, 'rope_scaling', f'{o} must be 0 or more')
-    need(s.get('attention_factor') is None and s.get('truncate', True) is True, 'rope_scaling', 'attention_factor and truncate are not known to Eva; no published model sets them')
-    nested = [o for o,v in s.items() if isinstance(v, (dict, list))]
-    need(not nested, 'rope_scaling', f'{", ".join(nested)} must be a number or a word; settings by layer are not known to Eva')
-    need(s.get('rope_theta', self.rope_theta)==self.rope_theta, 'rope_scaling', f'has another rope_theta than the field beside it, {self.rope_theta!r}')
-    need(s.get('partial_rotary_factor', 1)==1, 'rope_scaling', 'partial_rotary_factor must be 1; these models rotate qk_rope_head_dim features')
+        need(_is_number(s.get(o)) and s[o] > 0, 'rope_scaling', f'needs a positive {o}')
+    for o in ('beta_fast', 'beta_slow'):
+        need(
+            o not in s or _is_number(s[o]) and s[o] > 0,
+            'rope_scaling',
+            f'{o} must be a positive number',
+        )
+    for o in ('mscale', 'mscale_all_dim'):
+        need(o not in s or _is_number(s[o]) and s[o] >= 0, 'rope_scaling', f'{o} must be 0 or more')
+    need(
+        s.get('attention_factor') is None and s.get('truncate', True) is True,
+        'rope_scaling',
+        'attention_factor and truncate are not known to Eva; no published model sets them',
+    )
+    nested = [o for o, v in s.items() if isinstance(v, (dict, list))]
+    need(
+        not nested,
+        'rope_scaling',
+        f'{", ".join(nested)} must be a number or a word; settings by layer are not known to Eva',
+    )
+    need(
+        s.get('rope_theta', self.rope_theta) == self.rope_theta,
+        'rope_scaling',
+        f'has another rope_theta than the field beside it, {self.rope_theta!r}',
+    )
+    need(
+        s.get('partial_rotary_factor', 1) == 1,
+        'rope_scaling',
+        'partial_rotary_factor must be 1; these models rotate qk_rope_head_dim features',
+    )
 
 # %% ../nbs/01_config.ipynb #a1f00001
 _BOTH = dict(
@@ -264,7 +383,8 @@ def _read_fields(found):
     for key, (value, readers) in _ONLY.items():
         if family in readers and found.get(key, value) not in (value, None):
             raise ValueError(
-                f'{key}={found[key]!r:.80}: Eva computes {key}={value!r} only, as every published DeepSeek-V2 and V3 does'
+                f'{key}={found[key]!r:.80}: Eva computes {key}={value!r} '
+                f'only, as every published DeepSeek-V2 and V3 does'
             )
     if family == 'deepseek_v3' and 'rope_interleave' in found and found['rope_interleave'] is None:
         raise ValueError(
@@ -278,7 +398,8 @@ def _read_fields(found):
     _same_heads(out, found)
     if 'num_experts_per_tok' not in out:
         raise ValueError(
-            f'num_experts_per_tok: missing, and {family} has no default for it; take it from the published config.json'
+            f'num_experts_per_tok: missing, and {family} has no '
+            f'default for it; take it from the published config.json'
         )
     return out
 
@@ -300,7 +421,8 @@ def _family(found):
         raise ValueError(f'model_type={family!r:.80}: must be one of {", ".join(FAMILIES)}')
     if listed and family not in listed:
         raise ValueError(
-            f'model_type={family!r} and architectures={architectures!r:.120} contradict each other; keep the right one'
+            f'model_type={family!r} and architectures={architectures!r:.120} '
+            f'contradict each other; keep the right one'
         )
     return family
 
@@ -314,7 +436,8 @@ def _without_aliases(found):
         known = found.get(name, out.get(name))
         if known is not None and known != found[other]:
             raise ValueError(
-                f'{name}={known!r:.80} and {other}={found[other]!r:.80} contradict each other; keep the right one'
+                f'{name}={known!r:.80} and {other}={found[other]!r:.80} '
+                f'contradict each other; keep the right one'
             )
         out[name] = found[other]
     return out
@@ -322,25 +445,29 @@ def _without_aliases(found):
 
 def _rope_of(found):
     "Return `rope_theta` and `rope_scaling`, which files keep in three places"
-    places, thetas = {}, {'rope_theta': found.get('rope_theta')}
+    places = {}
+    thetas = {'rope_theta': found.get('rope_theta')}
     for key in ('rope_scaling', 'rope_parameters'):
         settings = found.get(key)
         if settings is None:
             continue
         if not isinstance(settings, dict):
             raise ValueError(
-                f'{key}={settings!r:.80}: must be an object with rope_type and its settings, or null'
+                f'{key}={settings!r:.80}: must be an object '
+                f'with rope_type and its settings, or null'
             )
         thetas[f'{key}.rope_theta'] = settings.get('rope_theta')
         places[key] = _fixed_rope({k: v for k, v in settings.items() if k != 'rope_theta'})
         kinds = [settings[k] for k in ('type', 'rope_type') if settings.get(k) is not None]
         if len(kinds) == 2 and kinds[0] != kinds[1]:
             raise ValueError(
-                f'{key}: type={kinds[0]!r:.80} and rope_type={kinds[1]!r:.80} contradict each other; keep the right one'
+                f'{key}: type={kinds[0]!r:.80} and rope_type={kinds[1]!r:.80} '
+                f'contradict each other; keep the right one'
             )
         if places[key] is not None and not kinds:
             raise ValueError(
-                f'{key}={settings!r:.120}: has settings and no rope_type; say which, {"yarn"!r} or {"default"!r}'
+                f'{key}={settings!r:.120}: has settings and no '
+                f'rope_type; say which, {"yarn"!r} or {"default"!r}'
             )
     thetas = {k: v for k, v in thetas.items() if v is not None}
     _agree(thetas)
@@ -357,7 +484,8 @@ def _agree(values):
     for name, other in others:
         if other != value:
             raise ValueError(
-                f'{first}={value!r:.120} and {name}={other!r:.120} contradict each other; keep the right one'
+                f'{first}={value!r:.120} and {name}={other!r:.120} '
+                f'contradict each other; keep the right one'
             )
 
 
@@ -399,7 +527,8 @@ def _as_the_peer(out, found, family):
             continue
         if found.get(name) not in (value, None):
             warnings.warn(
-                f'{name}={found[name]!r:.80}: transformers ignores this in {family} and computes {value!r}; so does Eva',
+                f'{name}={found[name]!r:.80}: transformers ignores '
+                f'this in {family} and computes {value!r}; so does Eva',
                 stacklevel=4,
             )
         out[name] = value
@@ -411,7 +540,8 @@ def _as_the_peer(out, found, family):
         and 'topk_method' not in honoured
     ):
         raise ValueError(
-            "topk_method='noaux_tc': not a method of deepseek_v2, whose are group_limited_greedy and greedy"
+            "topk_method='noaux_tc': not a method of deepseek_v2, "
+            'whose are group_limited_greedy and greedy'
         )
     if out['norm_topk_prob'] is None:
         out['norm_topk_prob'] = False
@@ -422,7 +552,8 @@ def _fill_groups(out, found, family):
     if out['n_group'] is None:
         if out['topk_method'] == 'group_limited_greedy':
             raise ValueError(
-                f"n_group: missing or null, and {family} has no default for it; topk_method='group_limited_greedy' needs it"
+                f'n_group: missing or null, and {family} has no default '
+                f"for it; topk_method='group_limited_greedy' needs it"
             )
         out['n_group'] = 1
         if found.get('topk_group') is None or out['topk_method'] == 'greedy':
@@ -433,11 +564,9 @@ def _fill_groups(out, found, family):
 
 def _same_heads(out, found):
     "Refuse counts and widths of heads that say something else than the fields they follow from"
-    heads, content, rotary = (
-        out['num_attention_heads'],
-        out['qk_nope_head_dim'],
-        out['qk_rope_head_dim'],
-    )
+    heads = out['num_attention_heads']
+    content = out['qk_nope_head_dim']
+    rotary = out['qk_rope_head_dim']
     if not all(_is_int(o) for o in (heads, content, rotary)):
         return  # refused by name when the config is checked
     together = content + rotary
@@ -448,11 +577,13 @@ def _same_heads(out, found):
     for name, (value, source) in expected.items():
         if found.get(name) not in (value, None):
             raise ValueError(
-                f'{name}={found[name]!r:.80} and {source}={value} contradict each other; MLA has no other, leave {name} out'
+                f'{name}={found[name]!r:.80} and {source}={value} '
+                f'contradict each other; MLA has no other, leave {name} out'
             )
     if found.get('head_dim') not in (rotary, together, None):
         raise ValueError(
-            f'head_dim={found["head_dim"]!r:.80} and qk_rope_head_dim={rotary} contradict each other; leave head_dim out'
+            f'head_dim={found["head_dim"]!r:.80} and qk_rope_head_dim={rotary} '
+            f'contradict each other; leave head_dim out'
         )
 
 # %% ../nbs/01_config.ipynb #dcd7f598
@@ -504,93 +635,182 @@ def to_json(
     return found
 
 # %% ../nbs/01_config.ipynb #d3fe3c3c
-_V2 = dict(model_type='deepseek_v2', vocab_size=102400, num_attention_heads=128, num_nextn_predict_layers=0, first_k_dense_replace=1,
-           n_shared_experts=2, num_experts_per_tok=6, scoring_func='softmax', norm_topk_prob=False, bos_token_id=100000,
-           eos_token_id=100001, rope_scaling=YARN_V3 | dict(mscale=0.707, mscale_all_dim=0.707))
+_V2 = dict(
+    model_type='deepseek_v2',
+    vocab_size=102400,
+    num_attention_heads=128,
+    num_nextn_predict_layers=0,
+    first_k_dense_replace=1,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    scoring_func='softmax',
+    norm_topk_prob=False,
+    bos_token_id=100000,
+    eos_token_id=100001,
+    rope_scaling=YARN_V3 | dict(mscale=0.707, mscale_all_dim=0.707),
+)
 PRESETS = {
-    'mini': dict(vocab_size=4096, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, q_lora_rank=128, kv_lora_rank=48,
-        qk_nope_head_dim=64, qk_rope_head_dim=16, v_head_dim=64, intermediate_size=512, moe_intermediate_size=96,
-        first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1,
-        max_position_embeddings=4096, initializer_range=0.03),
-    'v2-lite': _V2 | dict(hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None, intermediate_size=10944,
-        moe_intermediate_size=1408, n_routed_experts=64, n_group=1, topk_group=1, topk_method='greedy', routed_scaling_factor=1.0),
-    'v2': _V2 | dict(hidden_size=5120, num_hidden_layers=60, intermediate_size=12288, moe_intermediate_size=1536,
-        n_routed_experts=160, n_group=8, topk_group=3, topk_method='group_limited_greedy', routed_scaling_factor=16.0),
+    'mini': dict(
+        vocab_size=4096,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        q_lora_rank=128,
+        kv_lora_rank=48,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=16,
+        v_head_dim=64,
+        intermediate_size=512,
+        moe_intermediate_size=96,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        max_position_embeddings=4096,
+        initializer_range=0.03,
+    ),
+    'v2-lite': _V2
+    | dict(
+        hidden_size=2048,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        q_lora_rank=None,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        n_routed_experts=64,
+        n_group=1,
+        topk_group=1,
+        topk_method='greedy',
+        routed_scaling_factor=1.0,
+    ),
+    'v2': _V2
+    | dict(
+        hidden_size=5120,
+        num_hidden_layers=60,
+        intermediate_size=12288,
+        moe_intermediate_size=1536,
+        n_routed_experts=160,
+        n_group=8,
+        topk_group=3,
+        topk_method='group_limited_greedy',
+        routed_scaling_factor=16.0,
+    ),
     'v3': dict(rope_scaling=YARN_V3),
 }
 
 # %% ../nbs/01_config.ipynb #e0eca1fe
 @patch(cls_method=True)
-def preset(cls:Config,
-    name:str,   # mini, v2-lite, v2 or v3
+def preset(
+    cls: Config,
+    name: str,  # mini, v2-lite, v2 or v3
     **changes,  # fields to set otherwise
-)->Config:      # a fresh configuration
+) -> Config:  # a fresh configuration
     "One of the built-in configurations, with any field changed"
-    if name not in PRESETS: raise ValueError(f'preset {name!r}: must be one of {", ".join(PRESETS)}')
+    if name not in PRESETS:
+        raise ValueError(f'preset {name!r}: must be one of {", ".join(PRESETS)}')
     _known_fields(changes)
     return cls(**copy.deepcopy(PRESETS[name]) | changes)
 
 # %% ../nbs/01_config.ipynb #25f3a63e
 @patch
-def param_parts(self:Config,
-    mtp:bool=False, # with the MTP modules' own?
-)->dict:            # part -> (all, used by one token, in matrix products of one token)
+def param_parts(
+    self: Config,
+    mtp: bool = False,  # with the MTP modules' own?
+) -> dict:  # part -> (all, used by one token, in matrix products of one token)
     "Where the parameters are, by part of the model, summed over layers"
-    d,n,m = self.hidden_size,self.num_attention_heads,self.moe_intermediate_size
-    qk,kv = self.qk_nope_head_dim+self.qk_rope_head_dim,self.qk_nope_head_dim+self.v_head_dim
-    r,c = self.q_lora_rank,self.kv_lora_rank
-    query = d*r + r*n*qk if r else d*n*qk
-    attn = query + d*(c+self.qk_rope_head_dim) + c*n*kv + n*self.v_head_dim*d
-    norms = 2*d + (r or 0) + c                # two of the block, one on each latent
-    shared,router = 3*d*m*self.n_shared_experts,d*self.n_routed_experts
+    d = self.hidden_size
+    n = self.num_attention_heads
+    m = self.moe_intermediate_size
+    qk = self.qk_nope_head_dim + self.qk_rope_head_dim
+    kv = self.qk_nope_head_dim + self.v_head_dim
+    r = self.q_lora_rank
+    c = self.kv_lora_rank
+    query = d * r + r * n * qk if r else d * n * qk
+    attn = query + d * (c + self.qk_rope_head_dim) + c * n * kv + n * self.v_head_dim * d
+    norms = 2 * d + (r or 0) + c  # two of the block, one on each latent
+    shared = 3 * d * m * self.n_shared_experts
+    router = d * self.n_routed_experts
     extra = self.num_nextn_predict_layers if mtp else 0
-    L,moe = self.num_hidden_layers+extra,self.num_hidden_layers-self.first_k_dense_replace+extra
-    head = 0 if self.tie_word_embeddings else self.vocab_size*d
-    parts = dict(embedding=(self.vocab_size*d, self.vocab_size*d, 0), head=(head, head, self.vocab_size*d),
-        attention=(L*attn,)*3, dense=(self.first_k_dense_replace*3*d*self.intermediate_size,)*3,
-        routed=(moe*3*d*m*self.n_routed_experts, *(moe*3*d*m*self.num_experts_per_tok,)*2),
-        shared=(moe*shared,)*3, router=(moe*router,)*3, norms=(L*norms+d, L*norms+d, 0))
-    if extra: parts['mtp'] = (extra*(2*d*d+3*d), extra*(2*d*d+3*d), extra*2*d*d) # eh_proj; enorm, hnorm, shared_head.norm
+    L = self.num_hidden_layers + extra
+    moe = self.num_hidden_layers - self.first_k_dense_replace + extra
+    head = 0 if self.tie_word_embeddings else self.vocab_size * d
+    parts = dict(
+        embedding=(self.vocab_size * d, self.vocab_size * d, 0),
+        head=(head, head, self.vocab_size * d),
+        attention=(L * attn,) * 3,
+        dense=(self.first_k_dense_replace * 3 * d * self.intermediate_size,) * 3,
+        routed=(
+            moe * 3 * d * m * self.n_routed_experts,
+            *(moe * 3 * d * m * self.num_experts_per_tok,) * 2,
+        ),
+        shared=(moe * shared,) * 3,
+        router=(moe * router,) * 3,
+        norms=(L * norms + d, L * norms + d, 0),
+    )
+    if extra:
+        parts['mtp'] = (
+            extra * (2 * d * d + 3 * d),
+            extra * (2 * d * d + 3 * d),
+            extra * 2 * d * d,
+        )  # eh_proj; enorm, hnorm, shared_head.norm
     return parts
 
 # %% ../nbs/01_config.ipynb #6384b938
 @patch
-def num_params(self:Config,
-    mtp:bool=False, # with the MTP modules' own?
-)->tuple[int,int]:  # (all, used by one token)
+def num_params(
+    self: Config,
+    mtp: bool = False,  # with the MTP modules' own?
+) -> tuple[int, int]:  # (all, used by one token)
     "Exact parameter counts; the routing biases are state, not parameters"
-    total,active,_ = map(sum, zip(*self.param_parts(mtp).values()))
-    return total,active
+    total, active, _ = map(sum, zip(*self.param_parts(mtp).values()))
+    return total, active
 
 # %% ../nbs/01_config.ipynb #2b1b1cfa
 @patch
-def flops_per_token(self:Config,
-    context:int, # positions the token attends to, itself included
-)->int:          # FLOPs of the forward pass
+def flops_per_token(
+    self: Config,
+    context: int,  # positions the token attends to, itself included
+) -> int:  # FLOPs of the forward pass
     "Two for each multiply-add of one token's forward pass"
-    head = self.qk_nope_head_dim+self.qk_rope_head_dim+self.v_head_dim
+    head = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
     products = sum(o[2] for o in self.param_parts().values())
-    return 2*products + 2*self.num_hidden_layers*self.num_attention_heads*context*head
+    return 2 * products + 2 * self.num_hidden_layers * self.num_attention_heads * context * head
 
 # %% ../nbs/01_config.ipynb #d8d9d590
 @patch
-def moe_speedup(self:Config,
-)->float: # a ratio
+def moe_speedup(
+    self: Config,
+) -> float:  # a ratio
     "FLOPs of a dense layer with all experts' width over the FLOPs of the MoE layer, its router included"
-    one,shared = 3*self.moe_intermediate_size,self.n_shared_experts
-    return one*(self.n_routed_experts+shared)/(one*(self.num_experts_per_tok+shared)+self.n_routed_experts)
+    one = 3 * self.moe_intermediate_size
+    shared = self.n_shared_experts
+    return (
+        one
+        * (self.n_routed_experts + shared)
+        / (one * (self.num_experts_per_tok + shared) + self.n_routed_experts)
+    )
 
 # %% ../nbs/01_config.ipynb #ca1c2875
 @patch
-def kv_bytes_per_token(self:Config,
-    bytes_per_value:int=2, # 2 for bf16, 4 for fp32
-)->int:                    # bytes, summed over all layers
+def kv_bytes_per_token(
+    self: Config,
+    bytes_per_value: int = 2,  # 2 for bf16, 4 for fp32
+) -> int:  # bytes, summed over all layers
     "What one token costs the cache: a latent and one rotated key per layer"
-    return self.num_hidden_layers*(self.kv_lora_rank+self.qk_rope_head_dim)*bytes_per_value
+    return self.num_hidden_layers * (self.kv_lora_rank + self.qk_rope_head_dim) * bytes_per_value
+
 
 @patch
-def standard_kv_bytes_per_token(self:Config,
-    bytes_per_value:int=2, # 2 for bf16, 4 for fp32
-)->int:                    # bytes, summed over all layers
+def standard_kv_bytes_per_token(
+    self: Config,
+    bytes_per_value: int = 2,  # 2 for bf16, 4 for fp32
+) -> int:  # bytes, summed over all layers
     "What one token would cost with a key and a value of `qk_nope_head_dim` per head"
-    return self.num_hidden_layers*2*self.num_attention_heads*self.qk_nope_head_dim*bytes_per_value
+    return (
+        self.num_hidden_layers
+        * 2
+        * self.num_attention_heads
+        * self.qk_nope_head_dim
+        * bytes_per_value
+    )

@@ -6,11 +6,14 @@
 __all__ = ['takes_dtype', 'Context', 'check_rows']
 
 # %% ../nbs/11f_context.ipynb #23946f74
-import copy, inspect
+import copy
+import inspect
 from collections import deque
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
 from .cache import LatentCache
 from .mla import sight
 from .model import DeepSeekV3
@@ -21,39 +24,72 @@ def takes_dtype(
     kind,  # of a cache: a class, or a function that makes one
 ) -> bool:  # False where its values have a type of their own, or one was chosen already
     "Say whether the values of a cache may have the type of the model"
-    if "dtype" in getattr(kind, "keywords", {}):  # functools.partial
+    if 'dtype' in getattr(kind, 'keywords', {}):  # functools.partial
         return False
     parameters = inspect.signature(kind).parameters.values()
-    return any(p.name == "dtype" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return any(p.name == 'dtype' or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 class Context:
     "What a model has read"
-    def __init__(self,
-        model:DeepSeekV3, # that reads
-        max_len:int,      # positions it can take
-        batch:int=1,      # rows
-        depths:int=0,     # MTP modules that are to look ahead from here
-        cache=LatentCache, # its kind
-        spare:int=64,     # holes to tolerate
+
+    def __init__(
+        self,
+        model: DeepSeekV3,  # that reads
+        max_len: int,  # positions it can take
+        batch: int = 1,  # rows
+        depths: int = 0,  # MTP modules that are to look ahead from here
+        cache=LatentCache,  # its kind
+        spare: int = 64,  # holes to tolerate
     ):
-        if not 0<=depths<=len(model.mtp): raise ValueError(f'depths={depths}: this model has {len(model.mtp)} MTP modules')
+        if not 0 <= depths <= len(model.mtp):
+            raise ValueError(f'depths={depths}: this model has {len(model.mtp)} MTP modules')
         weight = model.model['embed_tokens'].weight
-        self.model,self.depths,self.max_len,self.spare,device = model,depths,max_len,spare,weight.device
+        self.model = model
+        self.depths = depths
+        self.max_len = max_len
+        self.spare = spare
+        device = weight.device
         kind = dict(dtype=weight.dtype) if takes_dtype(cache) else {}
-        self.cache = cache(model.cfg, batch, max_len, device=device, mtp=depths>0, spare=2*spare if batch>1 else 0, **kind)
-        self.tokens = torch.zeros(batch, max_len+spare, dtype=torch.long, device=device) # by position, with room for drafts
-        self.real,self.held = None,None       # which slots are real (batch, slots) and how many (batch,), None while all are
-        self.states,self.starts = None,deque(maxlen=max(1, depths)) # of the last slots, and where the last steps began
-        self.behind = False # have MTP modules not read the window since it came?
-        self.computed = 0   # tokens that the last go_to had to read
-        self.paused = False # has a row kept nothing of a step? Then the window has passed it by
+        self.cache = cache(
+            model.cfg,
+            batch,
+            max_len,
+            device=device,
+            mtp=depths > 0,
+            spare=2 * spare if batch > 1 else 0,
+            **kind,
+        )
+        self.tokens = torch.zeros(
+            batch, max_len + spare, dtype=torch.long, device=device
+        )  # by position, with room for drafts
+        self.real = None
+        # which slots are real (batch, slots) and how many (batch,), None while all are
+        self.held = None
+        self.states = None
+        # of the last slots, and where the last steps began
+        self.starts = deque(maxlen=max(1, depths))
+        self.behind = False  # have MTP modules not read the window since it came?
+        self.computed = 0  # tokens that the last go_to had to read
+        self.paused = False  # has a row kept nothing of a step? Then the window has passed it by
 
     @property
-    def batch(self): return len(self.tokens)
+    def batch(self):
+        return len(self.tokens)
+
     @property
-    def counts(self): return self.held if self.held is not None else torch.full((self.batch,), self.cache.length, device=self.tokens.device)
-    def __repr__(self): return f'Context({self.counts.tolist()} of {self.max_len} positions, {self.cache.nbytes:,} bytes)'
+    def counts(self):
+        return (
+            self.held
+            if self.held is not None
+            else torch.full((self.batch,), self.cache.length, device=self.tokens.device)
+        )
+
+    def __repr__(self):
+        return (
+            f'Context({self.counts.tolist()} of {self.max_len} '
+            f'positions, {self.cache.nbytes:,} bytes)'
+        )
 
 # %% ../nbs/11f_context.ipynb #b0a80001
 def check_rows(
@@ -62,10 +98,12 @@ def check_rows(
     mask: Tensor | None = None,  # (batch, seq)
 ):
     "Refuse tokens that are not rows of this context"
-    rows, shape = context.batch, tuple(new.shape)
+    rows = context.batch
+    shape = tuple(new.shape)
     if new.dim() != 2 or shape[0] != rows or shape[1] == 0:
         raise ValueError(
-            f'tokens of shape {shape}: this context reads rows ({rows}, seq) of at least one token; '
+            f'tokens of shape {shape}: this context reads '
+            f'rows ({rows}, seq) of at least one token; '
             'make a context for as many rows, or fork one'
         )
     if mask is not None and mask.shape != new.shape:
@@ -73,217 +111,315 @@ def check_rows(
 
 # %% ../nbs/11f_context.ipynb #3aa2b059
 @patch
-def extend(self:Context,
-    new:Tensor,            # tokens (batch, seq)
-    mask:Tensor|None=None, # False for holes (batch, seq)
-)->Tensor:                 # normalised states (batch, seq, hidden_size)
+def extend(
+    self: Context,
+    new: Tensor,  # tokens (batch, seq)
+    mask: Tensor | None = None,  # False for holes (batch, seq)
+) -> Tensor:  # normalised states (batch, seq, hidden_size)
     "Put new tokens behind the old ones"
     self.make_room(new.shape[1], mask)
-    start,s,c = self.cache.length,new.shape[1],self.cache
-    if mask is not None and mask.all(): mask = None
-    if mask is not None: self.open_holes()
-    if self.real is not None: self.real[:,start:start+s] = True if mask is None else mask
-    place = self.counts[:,None]+(torch.arange(s, device=new.device) if mask is None else mask.cumsum(1)-1)
-    if mask is None: self.tokens.scatter_(1, place, new)   # before they count, so that an interruption leaves nothing unsaid
-    else: rows,cols = mask.nonzero(as_tuple=True); self.tokens[rows, place[rows,cols]] = new[rows,cols]
-    h = self.model.hidden(new, c, None if self.real is None else self.real[:,:start+s])
-    if self.held is not None: self.held = self.held+(s if mask is None else mask.sum(1))
+    start = self.cache.length
+    s = new.shape[1]
+    c = self.cache
+    if mask is not None and mask.all():
+        mask = None
+    if mask is not None:
+        self.open_holes()
+    if self.real is not None:
+        self.real[:, start : start + s] = True if mask is None else mask
+    place = self.counts[:, None] + (
+        torch.arange(s, device=new.device) if mask is None else mask.cumsum(1) - 1
+    )
+    if mask is None:
+        self.tokens.scatter_(
+            1, place, new
+        )  # before they count, so that an interruption leaves nothing unsaid
+    else:
+        rows, cols = mask.nonzero(as_tuple=True)
+        self.tokens[rows, place[rows, cols]] = new[rows, cols]
+    h = self.model.hidden(new, c, None if self.real is None else self.real[:, : start + s])
+    if self.held is not None:
+        self.held = self.held + (s if mask is None else mask.sum(1))
     return h
 
 # %% ../nbs/11f_context.ipynb #64f6f64c
 @patch
-def open_holes(self:Context):
+def open_holes(self: Context):
     "Begin to tell slots from positions"
-    if self.real is not None: return
-    self.real = torch.zeros(self.batch, self.cache.max_len, dtype=torch.bool, device=self.tokens.device)
+    if self.real is not None:
+        return
+    self.real = torch.zeros(
+        self.batch, self.cache.max_len, dtype=torch.bool, device=self.tokens.device
+    )
     self.held = self.counts
-    self.real[:,:self.cache.length] = True
+    self.real[:, : self.cache.length] = True
+
 
 @patch
-def make_room(self:Context,
-    seq:int, # slots needed
-    mask:Tensor|None=None, # False for holes (batch, seq)
+def make_room(
+    self: Context,
+    seq: int,  # slots needed
+    mask: Tensor | None = None,  # False for holes (batch, seq)
 ):
     "Close holes when there are many, or refuse"
-    if self.real is not None and self.cache.length-int(self.held.max())>self.spare:
-        upto = self.starts[0] if self.depths and self.starts else self.cache.length # MTP still needs the last slots as they are
-        window,real = self.cache.length-upto,self.real[:,:self.cache.length].clone()
-        won = self.cache.compact(real[:,:upto], upto)
-        sorted = real[:,:upto].sort(dim=1, stable=True)[0][:,won:]
-        self.real[:,:self.cache.length] = torch.cat((sorted, real[:,upto:]), 1)
-        self.starts = deque((s-won for s in self.starts), maxlen=self.starts.maxlen)
+    if self.real is not None and self.cache.length - int(self.held.max()) > self.spare:
+        upto = (
+            self.starts[0] if self.depths and self.starts else self.cache.length
+        )  # MTP still needs the last slots as they are
+        window = self.cache.length - upto
+        real = self.real[:, : self.cache.length].clone()
+        won = self.cache.compact(real[:, :upto], upto)
+        sorted = real[:, :upto].sort(dim=1, stable=True)[0][:, won:]
+        self.real[:, : self.cache.length] = torch.cat((sorted, real[:, upto:]), 1)
+        self.starts = deque((s - won for s in self.starts), maxlen=self.starts.maxlen)
     longest = self.cache.length if self.held is None else int(self.held.max())
-    total = longest+seq if mask is None else int((self.counts+mask.sum(1)).max())
-    if total>self.max_len+self.spare or self.cache.length+seq>self.cache.max_len: raise ValueError(
-        f'{longest} positions read + {seq} new: this context was made for {self.max_len}; make a longer one, or rewind')
+    total = longest + seq if mask is None else int((self.counts + mask.sum(1)).max())
+    if total > self.max_len + self.spare or self.cache.length + seq > self.cache.max_len:
+        raise ValueError(
+            f'{longest} positions read + {seq} new: this context was '
+            f'made for {self.max_len}; make a longer one, or rewind'
+        )
 
 # %% ../nbs/11f_context.ipynb #562410c2
 @patch
 @torch.inference_mode()
-def read(self:Context,
-    new:Tensor,            # tokens (batch, seq)
-    mask:Tensor|None=None, # False for padding on the left (batch, seq)
-    piece:int=1024,        # tokens at a time
-    progress=None,         # called with the share done
-)->Tensor:                 # normalised states of the last slot (batch, hidden_size)
+def read(
+    self: Context,
+    new: Tensor,  # tokens (batch, seq)
+    mask: Tensor | None = None,  # False for padding on the left (batch, seq)
+    piece: int = 1024,  # tokens at a time
+    progress=None,  # called with the share done
+) -> Tensor:  # normalised states of the last slot (batch, hidden_size)
     "Read a text, in pieces"
     check_rows(self, new, mask)
-    if self.paused: self.rewind(self.counts)
+    if self.paused:
+        self.rewind(self.counts)
     for i in range(0, new.shape[1], piece):
-        part = slice(i, i+piece)
-        h = self.extend(new[:,part], None if mask is None else mask[:,part])
+        part = slice(i, i + piece)
+        h = self.extend(new[:, part], None if mask is None else mask[:, part])
         if self.depths:
-            upcoming = new[:,i+piece:i+piece+self.depths]    # what follows the piece, as far as it is known
+            upcoming = new[
+                :, i + piece : i + piece + self.depths
+            ]  # what follows the piece, as far as it is known
             self.states = h if self.states is None else torch.cat((self.states, h), 1)
-            for j in range(upcoming.shape[1]): self.foresee(j, upcoming[:,j])
+            for j in range(upcoming.shape[1]):
+                self.foresee(j, upcoming[:, j])
             self.follow()
-            self.starts = deque((self.reach(j) for j in range(self.depths, 0, -1)), maxlen=self.depths)
-            self.states = self.states[:,self.starts[0]-self.cache.length:]
+            self.starts = deque(
+                (self.reach(j) for j in range(self.depths, 0, -1)), maxlen=self.depths
+            )
+            self.states = self.states[:, self.starts[0] - self.cache.length :]
             self.behind = True
-        if progress: progress(min(1., (i+piece)/new.shape[1]))
-    return h[:,-1]
+        if progress:
+            progress(min(1.0, (i + piece) / new.shape[1]))
+    return h[:, -1]
+
 
 @patch
-def reach(self:Context,
-    j:int, # positions
-)->int:    # a slot whose states are kept
+def reach(
+    self: Context,
+    j: int,  # positions
+) -> int:  # a slot whose states are kept
     "The first slot needed to see the last j positions of every row that has so many"
-    last,w = self.cache.length,self.states.shape[1]
-    if self.real is None: return last-min(j, w)
-    width = (self.real[:,last-w:last].flip(1).cumsum(1)<j).sum(1)+1
-    return last-min(w, int(torch.where(self.held<j, 1, width).max()))
+    last = self.cache.length
+    w = self.states.shape[1]
+    if self.real is None:
+        return last - min(j, w)
+    width = (self.real[:, last - w : last].flip(1).cumsum(1) < j).sum(1) + 1
+    return last - min(w, int(torch.where(self.held < j, 1, width).max()))
 
 # %% ../nbs/11f_context.ipynb #0ba2a6f9
 @patch
-def foresee(self:Context,
-    j:int,        # 0 for the token after the last one read
-    token:Tensor, # what it is, or is thought to be (batch,)
+def foresee(
+    self: Context,
+    j: int,  # 0 for the token after the last one read
+    token: Tensor,  # what it is, or is thought to be (batch,)
 ):
     "Write down a token that has not been read"
-    self.tokens.scatter_(1, (self.counts+j)[:,None], token[:,None])
+    self.tokens.scatter_(1, (self.counts + j)[:, None], token[:, None])
+
 
 @patch
-def window(self:Context)->tuple: # positions (batch or 1, w), their rotary tables, their mask or None
+def window(
+    self: Context,
+) -> tuple:  # positions (batch or 1, w), their rotary tables, their mask or None
     "The slots whose states are kept"
-    w,end = self.states.shape[1],self.cache.length
-    if self.real is None: positions,mask = torch.arange(end-w, end, device=self.tokens.device)[None],None
-    else: positions,mask = sight(self.real[:,:end], w)
-    return positions,rope_tables(self.model.cfg, positions, self.states.dtype),mask
+    w = self.states.shape[1]
+    end = self.cache.length
+    if self.real is None:
+        positions = torch.arange(end - w, end, device=self.tokens.device)[None]
+        mask = None
+    else:
+        positions, mask = sight(self.real[:, :end], w)
+    return positions, rope_tables(self.model.cfg, positions, self.states.dtype), mask
+
 
 @patch
-def module(self:Context,
-    k:int,        # depth, from 1
-    h:Tensor,     # states of the depth before over the window (batch, w, hidden_size)
-    window:tuple, # from `window`
-)->Tensor:        # states of this depth (batch, w, hidden_size)
+def module(
+    self: Context,
+    k: int,  # depth, from 1
+    h: Tensor,  # states of the depth before over the window (batch, w, hidden_size)
+    window: tuple,  # from `window`
+) -> Tensor:  # states of this depth (batch, w, hidden_size)
     "Run one MTP module over the window"
-    positions,rope,mask = window
-    end,nexts = self.cache.length,self.tokens.gather(1, positions.expand(self.batch, -1)+k)
-    self.cache.length = end-h.shape[1]
-    try: return self.model.mtp[k-1].look_ahead(h, self.model.model['embed_tokens'](nexts), rope, mask, self.cache)
-    finally: self.cache.length = end
+    positions, rope, mask = window
+    end = self.cache.length
+    nexts = self.tokens.gather(1, positions.expand(self.batch, -1) + k)
+    self.cache.length = end - h.shape[1]
+    try:
+        return self.model.mtp[k - 1].look_ahead(
+            h, self.model.model['embed_tokens'](nexts), rope, mask, self.cache
+        )
+    finally:
+        self.cache.length = end
+
 
 @patch
-def follow(self:Context):
+def follow(self: Context):
     "Let all MTP modules read what the main model has read"
-    window,h = self.window(),self.states
-    for k in range(1, self.depths+1): h = self.module(k, h, window)
+    window = self.window()
+    h = self.states
+    for k in range(1, self.depths + 1):
+        h = self.module(k, h, window)
     self.behind = False
 
 # %% ../nbs/11f_context.ipynb #25d31ab4
 @patch
 @torch.inference_mode()
-def step(self:Context,
-    new:Tensor, # tokens (batch, s): the last one chosen, then drafts
-    mask:Tensor|None=None, # False for rows that have ended (batch, s)
-)->Tensor:      # normalised states (batch, s, hidden_size)
+def step(
+    self: Context,
+    new: Tensor,  # tokens (batch, s): the last one chosen, then drafts
+    mask: Tensor | None = None,  # False for rows that have ended (batch, s)
+) -> Tensor:  # normalised states (batch, s, hidden_size)
     "Read a few tokens that may be taken back"
     check_rows(self, new, mask)
     if self.behind:
-        for j in range(min(self.depths, new.shape[1])): self.foresee(j, new[:,j])
+        for j in range(min(self.depths, new.shape[1])):
+            self.foresee(j, new[:, j])
         self.follow()
     h = self.extend(new, mask)
-    self.behind = self.depths>0
-    self.fresh = new.shape[1],(new.shape[1] if mask is None else mask.sum(1))
-    if self.depths: self.starts.append(self.cache.length-new.shape[1]); self.states = torch.cat((self.states, h), 1)
+    self.behind = self.depths > 0
+    self.fresh = new.shape[1], (new.shape[1] if mask is None else mask.sum(1))
+    if self.depths:
+        self.starts.append(self.cache.length - new.shape[1])
+        self.states = torch.cat((self.states, h), 1)
     return h
 
-@patch
-@torch.inference_mode()
-def keep(self:Context,
-    n:Tensor, # how many of the last step's tokens each row keeps (batch,)
-):
-    "Take back the others"
-    (s,read),most,length = self.fresh,int(n.max()),self.cache.length
-    self.paused,self.behind = self.paused or bool((n==0).any()),self.depths>0
-    if self.real is not None or not (n==most).all():
-        self.open_holes()
-        self.real[:,length-s:length] = torch.arange(s, device=n.device)<n[:,None]
-        self.held = self.held-read+n
-    self.cache.crop(length-s+most)
-    if self.depths: self.states = self.states[:,:self.states.shape[1]-s+most][:,self.starts[0]-self.cache.length:]
 
 @patch
 @torch.inference_mode()
-def rewind(self:Context,
-    length:int|Tensor, # positions to keep, of every row or of each (batch,)
-)->Context:            # itself
+def keep(
+    self: Context,
+    n: Tensor,  # how many of the last step's tokens each row keeps (batch,)
+):
+    "Take back the others"
+    (s, read), most, length = self.fresh, int(n.max()), self.cache.length
+    self.paused = self.paused or bool((n == 0).any())
+    self.behind = self.depths > 0
+    if self.real is not None or not (n == most).all():
+        self.open_holes()
+        self.real[:, length - s : length] = torch.arange(s, device=n.device) < n[:, None]
+        self.held = self.held - read + n
+    self.cache.crop(length - s + most)
+    if self.depths:
+        self.states = self.states[:, : self.states.shape[1] - s + most][
+            :, self.starts[0] - self.cache.length :
+        ]
+
+
+@patch
+@torch.inference_mode()
+def rewind(
+    self: Context,
+    length: int | Tensor,  # positions to keep, of every row or of each (batch,)
+) -> Context:  # itself
     "Forget what came later"
     counts = self.counts
     keep = torch.as_tensor(length, device=counts.device).expand(self.batch)
-    if (keep<0).any() or (keep>counts).any(): raise ValueError(f'length={keep.tolist()}: must lie between 0 and what was read, {counts.tolist()} positions')
-    if (keep==counts).all() and not (self.depths and self.paused): return self
-    if self.behind: self.follow()
+    if (keep < 0).any() or (keep > counts).any():
+        raise ValueError(
+            f'length={keep.tolist()}: must lie between 0 '
+            f'and what was read, {counts.tolist()} positions'
+        )
+    if (keep == counts).all() and not (self.depths and self.paused):
+        return self
+    if self.behind:
+        self.follow()
     self.paused = False
-    sure = (keep-self.depths).clamp(min=0)    # MTP needs the states of the last slots: these are read again
-    if self.real is None and (sure==sure[0]).all(): self.cache.crop(int(sure[0]))
+    sure = (keep - self.depths).clamp(
+        min=0
+    )  # MTP needs the states of the last slots: these are read again
+    if self.real is None and (sure == sure[0]).all():
+        self.cache.crop(int(sure[0]))
     else:
         self.open_holes()
-        slots = self.real[:,:self.cache.length]
-        slots &= slots.cumsum(1)<=sure[:,None]
+        slots = self.real[:, : self.cache.length]
+        slots &= slots.cumsum(1) <= sure[:, None]
         self.held = slots.sum(1)
-        end = int((slots.any(0)*torch.arange(1, slots.shape[1]+1, device=slots.device)).max()) if slots.numel() else 0
+        end = (
+            int((slots.any(0) * torch.arange(1, slots.shape[1] + 1, device=slots.device)).max())
+            if slots.numel()
+            else 0
+        )
         self.cache.crop(end)
-    self.states = None; self.starts.clear()
-    if self.depths and int(again := (keep-sure).max()):
-        place = keep[:,None]-again+torch.arange(again, device=keep.device)
-        self.read(self.tokens.gather(1, place.clamp(min=0)), place>=sure[:,None])
+    self.states = None
+    self.starts.clear()
+    if self.depths and int(again := (keep - sure).max()):
+        place = keep[:, None] - again + torch.arange(again, device=keep.device)
+        self.read(self.tokens.gather(1, place.clamp(min=0)), place >= sure[:, None])
     return self
 
-@patch
-def go_to(self:Context,
-    ids:Tensor,            # rows of tokens (batch, seq)
-    mask:Tensor|None=None, # False for padding on the left (batch, seq)
-    piece:int=1024,        # tokens at a time
-    progress=None,         # called with the share done
-)->Tensor:                 # normalised states of each row's last token (batch, hidden_size)
-    "Have read these rows and nothing else: keep what they share with the past, forget the rest, read what is new"
-    check_rows(self, ids, mask)
-    b,seq = ids.shape
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    n,place = mask.sum(1),torch.arange(seq, device=ids.device)[None]
-    left = ids.gather(1, (place+seq-n[:,None]).clamp(max=seq-1)) # each row from its first token
-    width = min(seq, self.tokens.shape[1])
-    same = (left[:,:width]==self.tokens[:,:width]) & (place[:,:width]<self.counts[:,None]) & (place[:,:width]<n[:,None]-1) # the last one is read for its state
-    common = same.long().cumprod(1).sum(1)
-    self.rewind(common)
-    if self.cache.length+int((n-common).max())>self.cache.max_len: common = common*0; self.rewind(0) # rows too far apart: from the beginning
-    fresh = n-common
-    self.computed = int(fresh.sum())
-    where = n[:,None]-fresh.max()+torch.arange(int(fresh.max()), device=ids.device)
-    return self.read(left.gather(1, where.clamp(min=0)), where>=common[:,None], piece, progress)
 
 @patch
-def fork(self:Context,
-    rows:list[int]|None=None, # which ones, in this order and as often as named; all by default
-)->Context:                   # that goes its own way
+def go_to(
+    self: Context,
+    ids: Tensor,  # rows of tokens (batch, seq)
+    mask: Tensor | None = None,  # False for padding on the left (batch, seq)
+    piece: int = 1024,  # tokens at a time
+    progress=None,  # called with the share done
+) -> Tensor:  # normalised states of each row's last token (batch, hidden_size)
+    "Have read these rows and nothing else: keep what they share with the past, forget the rest, read what is new"
+    check_rows(self, ids, mask)
+    b, seq = ids.shape
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    n = mask.sum(1)
+    place = torch.arange(seq, device=ids.device)[None]
+    left = ids.gather(
+        1, (place + seq - n[:, None]).clamp(max=seq - 1)
+    )  # each row from its first token
+    width = min(seq, self.tokens.shape[1])
+    same = (
+        (left[:, :width] == self.tokens[:, :width])
+        & (place[:, :width] < self.counts[:, None])
+        & (place[:, :width] < n[:, None] - 1)
+    )  # the last one is read for its state
+    common = same.long().cumprod(1).sum(1)
+    self.rewind(common)
+    if self.cache.length + int((n - common).max()) > self.cache.max_len:
+        common = common * 0
+        self.rewind(0)  # rows too far apart: from the beginning
+    fresh = n - common
+    self.computed = int(fresh.sum())
+    where = n[:, None] - fresh.max() + torch.arange(int(fresh.max()), device=ids.device)
+    return self.read(left.gather(1, where.clamp(min=0)), where >= common[:, None], piece, progress)
+
+
+@patch
+def fork(
+    self: Context,
+    rows: list[int]
+    | None = None,  # which ones, in this order and as often as named; all by default
+) -> Context:  # that goes its own way
     "An independent copy"
-    if rows is not None and not (len(rows) and all(-self.batch<=r<self.batch for r in rows)): raise ValueError(
-        f'rows={list(rows)}: name at least one row, each from 0 to {self.batch-1}')
+    if rows is not None and not (len(rows) and all(-self.batch <= r < self.batch for r in rows)):
+        raise ValueError(
+            f'rows={list(rows)}: name at least one row, each from 0 to {self.batch - 1}'
+        )
     new = copy.copy(self)
     pick = slice(None) if rows is None else rows
     new.cache = self.cache.fork(rows)
     for o in ('tokens', 'real', 'held', 'states'):
-        if (x := getattr(self, o)) is not None: setattr(new, o, x[pick].clone())
+        if (x := getattr(self, o)) is not None:
+            setattr(new, o, x[pick].clone())
     new.starts = self.starts.copy()
     return new

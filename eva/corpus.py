@@ -7,54 +7,79 @@ __all__ = ['FIM', 'LONGEST_HELD', 'cut_middle', 'encode_documents', 'clear_folde
            'ShardStream', 'tokenise', 'rank_windows', 'documents', 'rows']
 
 # %% ../nbs/10d_corpus.ipynb #5e70f24c
-import hashlib, json, os, queue, shutil, threading
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+
 import numpy as np
-from fastcore.basics import patch
 from tokenizers import Tokenizer
+
 from .data import Document, TokenStream, encode_texts, memory_map
 from .fileio import Manifest
-from .ingest import documents, rows
+from .ingest import documents
 
-_all_ = ['documents', 'rows'] # made by the chapter on reading, used from here
+_all_ = ['documents', 'rows']  # made by the chapter on reading, used from here
 
 # %% ../nbs/10d_corpus.ipynb #c8e5770e
 FIM = ('<｜fim▁begin｜>', '<｜fim▁hole｜>', '<｜fim▁end｜>')
 
+
 def cut_middle(
-    doc:Document, # to be rearranged or not
-    rate:float,   # share of documents that are (V3: 0.1)
-    seed:int=0,   # of the choice
-)->tuple[str,str,str]|None: # prefix, suffix, middle; None where it stays as it is
+    doc: Document,  # to be rearranged or not
+    rate: float,  # share of documents that are (V3: 0.1)
+    seed: int = 0,  # of the choice
+) -> tuple[str, str, str] | None:  # prefix, suffix, middle; None where it stays as it is
     "Draw whether and where a document is cut"
-    rng = np.random.default_rng(np.frombuffer(hashlib.sha256(f'{seed} {doc.name}'.encode(errors='surrogateescape')).digest(), np.uint32))
-    if rng.random()>=rate or len(doc.text)<3: return None
-    i,j = sorted(rng.choice(np.arange(1, len(doc.text)), 2, replace=False)) if len(doc.text)<10**4 else sorted(rng.integers(1, len(doc.text), 2))
-    return doc.text[:i],doc.text[j:],doc.text[i:j]
+    rng = np.random.default_rng(
+        np.frombuffer(
+            hashlib.sha256(f'{seed} {doc.name}'.encode(errors='surrogateescape')).digest(),
+            np.uint32,
+        )
+    )
+    if rng.random() >= rate or len(doc.text) < 3:
+        return None
+    i, j = (
+        sorted(rng.choice(np.arange(1, len(doc.text)), 2, replace=False))
+        if len(doc.text) < 10**4
+        else sorted(rng.integers(1, len(doc.text), 2))
+    )
+    return doc.text[:i], doc.text[j:], doc.text[i:j]
+
 
 def encode_documents(
-    docs:list[Document], # a few
-    tok:Tokenizer,       # how to cut them
-    bos:int=0,           # the start token
-    fim:float=0.,        # share of documents with the middle at the end
-    seed:int=0,          # of that choice
-    eos:int=1,           # the token that ends those
-)->list[np.ndarray]:     # tokens of each
+    docs: list[Document],  # a few
+    tok: Tokenizer,  # how to cut them
+    bos: int = 0,  # the start token
+    fim: float = 0.0,  # share of documents with the middle at the end
+    seed: int = 0,  # of that choice
+    eos: int = 1,  # the token that ends those
+) -> list[np.ndarray]:  # tokens of each
     "Tokens of documents, each after a start token"
     cuts = [cut_middle(d, fim, seed) if fim else None for d in docs]
-    encoded = encode_texts(tok, (text for d, cut in zip(docs, cuts, strict=True) for text in (cut or (d.text,))))
+    encoded = encode_texts(
+        tok, (text for d, cut in zip(docs, cuts, strict=True) for text in (cut or (d.text,)))
+    )
     marks = [tok.token_to_id(m) for m in FIM]
     if any(cuts) and None in marks:
-        raise ValueError(f'fim={fim}: the tokenizer has no {FIM[marks.index(None)]}; train it with marks=FIM, or leave fim out')
+        raise ValueError(
+            f'fim={fim}: the tokenizer has no {FIM[marks.index(None)]}; '
+            f'train it with marks=FIM, or leave fim out'
+        )
     begin, hole, end = marks
     rows = []
     for cut in cuts:
         if cut is None:
             rows.append(_joined(bos, next(encoded)))
         else:
-            prefix, suffix, middle = next(encoded), next(encoded), next(encoded)
+            prefix = next(encoded)
+            suffix = next(encoded)
+            middle = next(encoded)
             rows.append(_joined(bos, begin, prefix, hole, suffix, end, middle, eos))
     return rows
 
@@ -76,7 +101,10 @@ def clear_folder(
     for path in folder.rglob('*') if folder.exists() else ():
         is_file = path.is_symlink() or not path.is_dir()
         if is_file and path != manifest.path and not manifest.owns(path):
-            raise ValueError(f'{path}: was not written by Eva, or was changed since; move it away, or choose another --out')
+            raise ValueError(
+                f'{path}: was not written by Eva, or was changed '
+                f'since; move it away, or choose another --out'
+            )
     if folder.exists():
         manifest.remove(folder)
 
@@ -92,14 +120,22 @@ class ShardWriter:
         learned: bool = False,  # will it be said which tokens are learned?
         manifest: Manifest | None = None,  # of the run; None: of the folder
     ):
-        self.folder, self.size, self.vocab_size = Path(folder), size, vocab_size
+        self.folder = Path(folder)
+        self.size = size
+        self.vocab_size = vocab_size
         self.manifest = manifest or Manifest(self.folder)
         clear_folder(self.folder, self.manifest)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.dtype = np.uint16 if vocab_size <= 65536 else np.uint32
-        self.row = np.empty(size, self.dtype)  # of one shard; the system gives memory for what is written to
+        self.row = np.empty(
+            size, self.dtype
+        )  # of one shard; the system gives memory for what is written to
         self.mask = np.empty(size, np.bool_) if learned else None
-        self.shards, self.held, self.bytes, self.documents, self.learned = [], 0, 0, 0, learned
+        self.shards = []
+        self.held = 0
+        self.bytes = 0
+        self.documents = 0
+        self.learned = learned
 
     def add(
         self,
@@ -157,112 +193,195 @@ class ShardWriter:
 # %% ../nbs/10d_corpus.ipynb #1d2b449f
 class Row:
     "Arrays of one size in a row, memory-mapped when they are needed"
-    def __init__(self, files:list[Path], lengths:list[int], dtype):
-        self.files,self.dtype,self.ends,self.open = files,np.dtype(dtype),np.cumsum(lengths).tolist(),{}
-    def __len__(self): return self.ends[-1]
+
+    def __init__(self, files: list[Path], lengths: list[int], dtype):
+        self.files = files
+        self.dtype = np.dtype(dtype)
+        self.ends = np.cumsum(lengths).tolist()
+        self.open = {}
+
+    def __len__(self):
+        return self.ends[-1]
+
     def _shard(self, i):
         if i not in self.open:
-            try: a = memory_map(self.files[i])
-            except (OSError, ValueError) as e: raise ValueError(f'{self.files[i]}: not a readable shard ({e}); tokenise again') from None
-            n = self.ends[i]-(self.ends[i-1] if i else 0)
-            if a.shape!=(n,) or a.dtype!=self.dtype: raise ValueError(f'{self.files[i]}: {a.dtype} of shape {a.shape}, but the index promises {n} of {self.dtype}; tokenise again')
+            try:
+                a = memory_map(self.files[i])
+            except (OSError, ValueError) as e:
+                raise ValueError(
+                    f'{self.files[i]}: not a readable shard ({e}); tokenise again'
+                ) from None
+            n = self.ends[i] - (self.ends[i - 1] if i else 0)
+            if a.shape != (n,) or a.dtype != self.dtype:
+                raise ValueError(
+                    f'{self.files[i]}: {a.dtype} of shape {a.shape}, but '
+                    f'the index promises {n} of {self.dtype}; tokenise again'
+                )
             self.open[i] = a
         return self.open[i]
+
     def __getitem__(self, key):
-        if not isinstance(key, slice): return self[key%len(self):key%len(self)+1][0]
-        start,stop,step = key.indices(len(self)); out = []
+        if not isinstance(key, slice):
+            return self[key % len(self) : key % len(self) + 1][0]
+        start, stop, step = key.indices(len(self))
+        out = []
         for i in range(bisect_right(self.ends, start), len(self.files)):
-            before = self.ends[i-1] if i else 0
-            if before>=stop: break
-            out.append(self._shard(i)[max(0, start-before):stop-before])
-        row = np.concatenate(out) if len(out)!=1 and out else out[0] if out else np.empty(0, self.dtype)
+            before = self.ends[i - 1] if i else 0
+            if before >= stop:
+                break
+            out.append(self._shard(i)[max(0, start - before) : stop - before])
+        row = (
+            np.concatenate(out)
+            if len(out) != 1 and out
+            else out[0]
+            if out
+            else np.empty(0, self.dtype)
+        )
         return row[::step]
-    def sum(self): return sum(int(self._shard(i).sum()) for i in range(len(self.files)))
+
+    def sum(self):
+        return sum(int(self._shard(i).sum()) for i in range(len(self.files)))
+
 
 def shuffled(
-    i:int,      # a place, 0 … n-1
-    n:int,      # how many there are
-    keys:list,  # four numbers of 64 bits
-)->int:         # what stands there
+    i: int,  # a place, 0 … n-1
+    n: int,  # how many there are
+    keys: list,  # four numbers of 64 bits
+) -> int:  # what stands there
     "A permutation that needs no table"
-    half = max(1, ((n-1).bit_length()+1)//2)
-    low = (1<<half)-1
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
     while True:
-        a,b = i>>half,i&low
+        a = i >> half
+        b = i & low
         for k in keys:
-            x = ((b+k)*0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-            x = ((x^x>>32)*0xD6E8FEB86659FD93) & 0xFFFFFFFFFFFFFFFF
-            a,b = b,a^(x>>32 & low)
-        i = a<<half|b
-        if i<n: return i                                # else walk on: the cycle comes back below n
+            x = ((b + k) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+            x = ((x ^ x >> 32) * 0xD6E8FEB86659FD93) & 0xFFFFFFFFFFFFFFFF
+            a, b = b, a ^ (x >> 32 & low)
+        i = a << half | b
+        if i < n:
+            return i  # else walk on: the cycle comes back below n
 
 # %% ../nbs/10d_corpus.ipynb #f2a485b4
 class ShardStream(TokenStream):
     "A row of tokens in shards, cut into shuffled windows"
-    def __init__(self,
-        folder:str|Path, # that a `ShardWriter` closed
+
+    def __init__(
+        self,
+        folder: str | Path,  # that a `ShardWriter` closed
     ):
-        self.path = Path(folder)/'index.json'
-        try: meta = self._about()
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e: raise ValueError(f'{self.path}: not a readable index ({e}); tokenise again') from None
+        self.path = Path(folder) / 'index.json'
+        try:
+            meta = self._about()
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            raise ValueError(f'{self.path}: not a readable index ({e}); tokenise again') from None
         self._orders = {}
 
     def _about(self):
         meta = super()._about()
-        shards,size = meta['shards'],meta['size']
-        ok = lambda s: isinstance(s, list) and len(s)==3 and isinstance(s[0], str) and Path(s[0]).name==s[0] and type(s[1]) is int and 0<=s[1]<=2**32
-        if not (isinstance(shards, list) and shards and all(map(ok, shards))) or sum(s[1] for s in shards)!=meta['tokens']: raise ValueError('shards that do not add up')
-        files,lengths = [self.path.with_name(s[0]) for s in shards],[s[1] for s in shards]
-        self.tokens = Row(files, lengths, np.uint16 if self.vocab_size<=65536 else np.uint32)
-        self.learn = Row([f.with_name(f.name.replace('tokens', 'learn')) for f in files], lengths, np.bool_) if meta.get('learned') else None
+        shards = meta['shards']
+        size = meta['size']
+
+        def ok(s):
+            return (
+                isinstance(s, list)
+                and len(s) == 3
+                and isinstance(s[0], str)
+                and Path(s[0]).name == s[0]
+                and type(s[1]) is int
+                and 0 <= s[1] <= 2**32
+            )
+
+        if (
+            not (isinstance(shards, list) and shards and all(map(ok, shards)))
+            or sum(s[1] for s in shards) != meta['tokens']
+        ):
+            raise ValueError('shards that do not add up')
+        files = [self.path.with_name(s[0]) for s in shards]
+        lengths = [s[1] for s in shards]
+        self.tokens = Row(files, lengths, np.uint16 if self.vocab_size <= 65536 else np.uint32)
+        self.learn = (
+            Row([f.with_name(f.name.replace('tokens', 'learn')) for f in files], lengths, np.bool_)
+            if meta.get('learned')
+            else None
+        )
         return meta
 
     def starts(self, first, count, seq, extra, seed):
         "The order of the windows, without a table"
-        if seq%self.align: raise ValueError(f'seq={seq}: documents of {self.align} tokens are cut only between them; use a multiple, {max(1, round(seq/self.align))*self.align}')
-        n = (len(self)-extra)//seq
-        if n<1: raise ValueError(f'{self.path}: {len(self)} tokens, but one sequence needs seq + {extra} = {seq+extra}; give more text or a shorter seq')
-        n,out = max(1, n-1),[]
-        for g in range(first, first+count):
-            epoch,i = divmod(g, n)
-            *keys,shift = map(int, np.random.SeedSequence([seed, epoch]).generate_state(5, np.uint64))
-            room = -(-min(seq, len(self)-extra-n*seq+1)//self.align)
-            out.append(self.align*(shift%room) + seq*shuffled(i, n, keys))
+        if seq % self.align:
+            raise ValueError(
+                f'seq={seq}: documents of {self.align} tokens are cut only between '
+                f'them; use a multiple, {max(1, round(seq / self.align)) * self.align}'
+            )
+        n = (len(self) - extra) // seq
+        if n < 1:
+            raise ValueError(
+                f'{self.path}: {len(self)} tokens, but one sequence needs seq '
+                f'+ {extra} = {seq + extra}; give more text or a shorter seq'
+            )
+        n = max(1, n - 1)
+        out = []
+        for g in range(first, first + count):
+            epoch, i = divmod(g, n)
+            *keys, shift = map(
+                int, np.random.SeedSequence([seed, epoch]).generate_state(5, np.uint64)
+            )
+            room = -(-min(seq, len(self) - extra - n * seq + 1) // self.align)
+            out.append(self.align * (shift % room) + seq * shuffled(i, n, keys))
         return out
 
 # %% ../nbs/10d_corpus.ipynb #3af4f9e1
-def _hash(name): return int.from_bytes(hashlib.sha256(name.encode(errors='surrogateescape')).digest()[:8], 'big')
+def _hash(name):
+    return int.from_bytes(hashlib.sha256(name.encode(errors='surrogateescape')).digest()[:8], 'big')
+
 
 def _ahead(items, size=2):
     "The same items, made by a thread that is a little ahead"
-    q,stop,end = queue.Queue(size),threading.Event(),object()
+    q = queue.Queue(size)
+    stop = threading.Event()
+    end = object()
+
     def put(x):
         while not stop.is_set():
-            try: q.put(x, timeout=.1); return
-            except queue.Full: pass
+            try:
+                q.put(x, timeout=0.1)
+                return
+            except queue.Full:
+                pass
+
     def work():
         try:
-            for x in items: put((x, None))
+            for x in items:
+                put((x, None))
             put((end, None))
-        except BaseException as e: put((end, e))
+        except BaseException as e:
+            put((end, e))
+
     threading.Thread(target=work, daemon=True).start()
     try:
         while True:
-            x,e = q.get()
-            if e is not None: raise e
-            if x is end: return
+            x, e = q.get()
+            if e is not None:
+                raise e
+            if x is end:
+                return
             yield x
-    finally: stop.set()
+    finally:
+        stop.set()
+
 
 def _batches(docs, size=2**20, most=4096):
     "Documents and whether they are held out, about a megabyte at a time"
-    part, held = [], 0
+    part = []
+    held = 0
     for doc, is_held in docs:
         part.append((doc, is_held))
         held += len(doc.text.encode())
         if held >= size or len(part) >= most:
             yield part
-            part, held = [], 0
+            part = []
+            held = 0
     if part:
         yield part
 
@@ -300,32 +419,49 @@ def tokenise(
     size: int = 2**24,  # tokens of a shard
     progress=None,  # called with the bytes done
     eos: int = 1,  # the token that ends documents with the middle at the end
-    ends: bool = False,  # hold out the ends of documents, where there are too few to hold out whole ones
+    # hold out the ends of documents, where there are too few to hold out whole ones
+    ends: bool = False,
     manifest: Manifest | None = None,  # of the run; None: of each of the two folders
 ) -> tuple[TokenStream, TokenStream]:  # to train on, to test on
     "Tokenise a stream of any length in little memory"
     tok.encode_special_tokens = True  # the setting is not in tokenizer.json
     vocab_size = tok.get_vocab_size()
-    train, held = (ShardWriter(Path(folder) / name, vocab_size, size, manifest=manifest) for name in ('train', 'held_out'))
+    train, held = (
+        ShardWriter(Path(folder) / name, vocab_size, size, manifest=manifest)
+        for name in ('train', 'held_out')
+    )
     for part in _ahead(_batches(_with_split(docs, hold_out, ends)), 1):
-        for writer, which, rate in ((train, False, fim), (held, True, 0.0)):  # held-out text is judged as it stands
+        for writer, which, rate in (
+            (train, False, fim),
+            (held, True, 0.0),
+        ):  # held-out text is judged as it stands
             chosen = [doc for doc, is_held in part if is_held == which]
-            for doc, ids in zip(chosen, encode_documents(chosen, tok, bos, rate, seed, eos), strict=True):
+            for doc, ids in zip(
+                chosen, encode_documents(chosen, tok, bos, rate, seed, eos), strict=True
+            ):
                 writer.add(ids, len(doc.text.encode()))
         if progress:
             progress(train.bytes + held.bytes)
     if not held.documents or not train.documents:
-        raise ValueError(f'{train.documents + held.documents} documents: too few to hold any out; give at least some dozens, or text files')
+        raise ValueError(
+            f'{train.documents + held.documents} documents: too few to '
+            f'hold any out; give at least some dozens, or text files'
+        )
     return train.close(), held.close()
 
 
 def rank_windows(
-    first:int,  # windows already seen, over all ranks
-    count:int,  # windows of the batch, over all ranks
-    rank:int,   # this one, counted from 0
-    ranks:int,  # how many there are
-)->tuple[int,int]: # first and count of its part
+    first: int,  # windows already seen, over all ranks
+    count: int,  # windows of the batch, over all ranks
+    rank: int,  # this one, counted from 0
+    ranks: int,  # how many there are
+) -> tuple[int, int]:  # first and count of its part
     "A rank's part of a batch: the parts in a row are the batch of one rank"
-    if not 0<=rank<ranks: raise ValueError(f'rank={rank}: must lie between 0 and {ranks-1}')
-    if count%ranks: raise ValueError(f'a batch of {count} windows: must divide by the {ranks} ranks; use {-(-count//ranks)*ranks}')
-    return first+rank*count//ranks,count//ranks
+    if not 0 <= rank < ranks:
+        raise ValueError(f'rank={rank}: must lie between 0 and {ranks - 1}')
+    if count % ranks:
+        raise ValueError(
+            f'a batch of {count} windows: must divide by the '
+            f'{ranks} ranks; use {-(-count // ranks) * ranks}'
+        )
+    return first + rank * count // ranks, count // ranks

@@ -9,24 +9,38 @@ __all__ = ['PIECE_CHARS', 'LONGEST_WORD', 'SAMPLE_BYTES', 'SAMPLE_WORDS', 'find_
            'Synthetic', 'synthetic', 'Document', 'replacing', 'sync']
 
 # %% ../nbs/10_data.ipynb #725790a0
-import gzip, hashlib, json, lzma, math, os, re, zlib
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
+import hashlib
+import json
+import lzma
+import math
+import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+
 import numpy as np
 import torch
 from fastcore.basics import patch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
 from .fileio import Manifest
 from .ingest import Document, TrainingData
 from .tasks import BOS, EOS, Synthetic, synthetic
 
-_all_ = ['BOS', 'EOS', 'Synthetic', 'synthetic', 'Document'] # made by earlier chapters, used from here
+_all_ = [
+    'BOS',
+    'EOS',
+    'Synthetic',
+    'synthetic',
+    'Document',
+]  # made by earlier chapters, used from here
 
 # %% ../nbs/10_data.ipynb #03e6f753
 def find_documents(
-    source: str | Path | list = 'stdlib',  # 'stdlib', a file, a folder, or a list of files and folders
+    source: str
+    | Path
+    | list = 'stdlib',  # 'stdlib', a file, a folder, or a list of files and folders
 ) -> tuple[list[Document], int]:  # the documents, and how many files were no text
     "Read every text there is into memory, each text file as one document"
     data = TrainingData(source).scan()
@@ -35,25 +49,42 @@ def find_documents(
 
 # %% ../nbs/10_data.ipynb #341326bd
 def hold_out(
-    docs:list[Document], # all documents
-)->tuple[list[Document],list[Document],bool]: # to train on, to test on, were whole files held out?
+    docs: list[Document],  # all documents
+) -> tuple[
+    list[Document], list[Document], bool
+]:  # to train on, to test on, were whole files held out?
     "Hold out about one file in twenty, or the ends of files where there are too few"
-    is_out = [hashlib.sha256(d.name.encode(errors='surrogateescape')).digest()[0]%20==0 for d in docs]
-    train,out = ([d for d,o in zip(docs, is_out) if o==which] for which in (False, True))
-    size = lambda ds: sum(len(d.text) for d in ds)
-    if 0<size(out)<.2*size(docs): return train,out,True
-    cut = lambda d: max(1, int(.95*len(d.text)))
-    out = [Document(d.name, d.text[cut(d):]) for d in docs if d.text[cut(d):]]
-    if not out: raise ValueError(f'{size(docs)} characters of text: too few to hold any out; give more')
-    return [Document(d.name, d.text[:cut(d)]) for d in docs],out,False
+    is_out = [
+        hashlib.sha256(d.name.encode(errors='surrogateescape')).digest()[0] % 20 == 0 for d in docs
+    ]
+    train, out = ([d for d, o in zip(docs, is_out) if o == which] for which in (False, True))
+
+    def size(ds):
+        return sum(len(d.text) for d in ds)
+
+    if 0 < size(out) < 0.2 * size(docs):
+        return train, out, True
+
+    def cut(d):
+        return max(1, int(0.95 * len(d.text)))
+
+    out = [Document(d.name, d.text[cut(d) :]) for d in docs if d.text[cut(d) :]]
+    if not out:
+        raise ValueError(f'{size(docs)} characters of text: too few to hold any out; give more')
+    return [Document(d.name, d.text[: cut(d)]) for d in docs], out, False
 
 # %% ../nbs/10_data.ipynb #95121a4e
 PIECE_CHARS = 2**17  # characters that are given to the tokenizer at once, at most
-LONGEST_WORD = 256  # characters without a space that the tokenizer is trained on; Python's own source has 138
+LONGEST_WORD = (
+    256  # characters without a space that the tokenizer is trained on; Python's own source has 138
+)
 SAMPLE_BYTES = 2**25  # of text that a tokenizer is trained on, at most
-SAMPLE_WORDS = 2**22  # bytes of different words in it, at most: they take memory, some 65 bytes each
+SAMPLE_WORDS = (
+    2**22
+)  # bytes of different words in it, at most: they take memory, some 65 bytes each
 
-# Beside a single space or end of line a token ends in any case: before it, or behind an end of line.
+# Beside a single space or end of line a token ends in any case: before it, or behind an end of
+# line.
 _CLEAN_CUT = re.compile(r'[^\s](?=[ \n][^\s])|[^\s]\n(?=[^\s])')
 _LONG_RUN = re.compile(rf'(?<!\S)\S{{{LONGEST_WORD + 1},}}|(?<!\s)\s{{{LONGEST_WORD + 1},}}')
 
@@ -66,7 +97,9 @@ def cut_text(
     start = 0
     while len(text) - start > size:
         end = start + size
-        cut = _CLEAN_CUT.search(text, end - 2**12, end) or _CLEAN_CUT.search(text, start + size // 2, end)
+        cut = _CLEAN_CUT.search(text, end - 2**12, end) or _CLEAN_CUT.search(
+            text, start + size // 2, end
+        )
         end = cut.end() if cut else end
         yield text[start:end]
         start = end
@@ -95,7 +128,11 @@ def sample_texts(
     max_words: int = SAMPLE_WORDS,  # bytes of different words in it
 ) -> list[str]:  # pieces of them, in order
     "Draw pieces from all parts of a stream, as many as a tokenizer can be trained on in little memory"
-    share, kept, words, size, number = 1.0, [], set(), [0, 0], 0
+    share = 1.0
+    kept = []
+    words = set()
+    size = [0, 0]
+    number = 0
 
     def count(piece):
         new = set(piece.split()) - words
@@ -105,7 +142,8 @@ def sample_texts(
 
     for text in texts:
         for piece in cut_text(text):
-            place, number = _drawn(number), number + 1
+            place = _drawn(number)
+            number = number + 1
             if place >= share:
                 continue
             parts = list(_cut_long_words(piece))
@@ -131,7 +169,10 @@ def train_tokenizer(
     "Byte-level BPE; token 0 starts a document, token 1 is there for whoever wants to end one"
     smallest = 258 + len(marks)
     if vocab_size < smallest:
-        raise ValueError(f'vocab_size={vocab_size}: must be at least {smallest}, 256 bytes and {2 + len(marks)} special tokens')
+        raise ValueError(
+            f'vocab_size={vocab_size}: must be at least {smallest}, '
+            f'256 bytes and {2 + len(marks)} special tokens'
+        )
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -152,7 +193,10 @@ def encode_texts(
 ) -> Iterator[np.ndarray]:  # tokens of each text
     "Encode texts on all cores, at most a megabyte at a time"
     dtype = np.uint16 if tok.get_vocab_size() <= 65536 else np.uint32
-    batch, size, done, unfinished = [], 0, [], 0  # batch: pieces, and whether a text ends with each
+    batch = []
+    size = 0
+    done = []
+    unfinished = 0  # batch: pieces, and whether a text ends with each
 
     def encode():
         encodings = tok.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
@@ -169,48 +213,94 @@ def encode_texts(
             size += len(piece.encode())
             if size >= 2**20 or len(batch) >= 4096:
                 yield from encode()
-                batch, size = [], 0
+                batch = []
+                size = 0
     yield from encode()
 
 # %% ../nbs/10_data.ipynb #cb2d6c7f
-from .fileio import Manifest, atomic_write as replacing, fsync_path as sync, open_regular, read_json
+from eva.fileio import (
+    Manifest,
+    open_regular,
+    read_json,
+)
+from eva.fileio import (
+    atomic_write as replacing,
+)
+
 _all_ += ['replacing', 'sync']
 
 # %% ../nbs/10_data.ipynb #ddf4e01b
 def memory_map(
-    path:Path, # an .npy file
-)->np.ndarray: # its numbers, read from the disk when they are looked at
+    path: Path,  # an .npy file
+) -> np.ndarray:  # its numbers, read from the disk when they are looked at
     "An array that stays on the disk; never objects, never a pickle"
-    open_regular(path).close() # a pipe would keep us waiting
-    try: return np.lib.format.open_memmap(path, mode='r')
-    except OSError: raise
-    except Exception as e: raise ValueError(f'{type(e).__name__}: {e}') from None # numpy hands headers to Python's parser, which raises its own kinds
+    open_regular(path).close()  # a pipe would keep us waiting
+    try:
+        return np.lib.format.open_memmap(path, mode='r')
+    except OSError:
+        raise
+    except Exception as e:
+        raise ValueError(
+            f'{type(e).__name__}: {e}'
+        ) from None  # numpy hands headers to Python's parser, which raises its own kinds
+
 
 class TokenStream:
     "A memory-mapped row of tokens, cut into shuffled windows"
-    def __init__(self,
-        path:str|Path, # an .npy file that `write_tokens` wrote, with its .json beside it
+
+    def __init__(
+        self,
+        path: str | Path,  # an .npy file that `write_tokens` wrote, with its .json beside it
     ):
         self.path = Path(path)
         try:
             self.tokens = memory_map(self.path)
             meta = self._about()
-        except (OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, RecursionError) as e:
-            raise ValueError(f'{self.path}: not a readable token file ({e}); make it again with write_tokens') from None
-        if self.tokens.ndim!=1 or self.tokens.dtype not in (np.uint16, np.uint32) or len(self.tokens)!=meta.get('tokens'):
-            raise ValueError(f'{self.path}: {self.tokens.dtype} of shape {self.tokens.shape} is no row of {meta.get("tokens")} tokens; make it again')
-        self._orders,self.learn = {},None # which tokens are learned, where it is not all: of conversations
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            KeyError,
+            TypeError,
+            OverflowError,
+            RecursionError,
+        ) as e:
+            raise ValueError(
+                f'{self.path}: not a readable token file ({e}); make it again with write_tokens'
+            ) from None
+        if (
+            self.tokens.ndim != 1
+            or self.tokens.dtype not in (np.uint16, np.uint32)
+            or len(self.tokens) != meta.get('tokens')
+        ):
+            raise ValueError(
+                f'{self.path}: {self.tokens.dtype} of shape {self.tokens.shape} '
+                f'is no row of {meta.get("tokens")} tokens; make it again'
+            )
+        self._orders = {}
+        self.learn = None  # which tokens are learned, where it is not all: of conversations
 
-    def __len__(self): return len(self.tokens)
+    def __len__(self):
+        return len(self.tokens)
 
     def _about(self):
         "What the .json beside it says, checked"
         meta = read_json(self.path.with_suffix('.json'))
-        self.bytes,self.vocab_size = meta['bytes'],meta['vocab_size']
-        self.align,self.optimum,self.task = meta.get('align', 1),meta.get('optimum'),meta.get('task') # tokens, nats per token, name
+        self.bytes = meta['bytes']
+        self.vocab_size = meta['vocab_size']
+        self.align = meta.get('align', 1)
+        self.optimum = meta.get('optimum')
+        self.task = meta.get('task')  # tokens, nats per token, name
         for o in ('bytes', 'vocab_size', 'align'):
-            if type(v := getattr(self, o)) is not int or v<(o!='bytes'): raise ValueError(f'{o}={v!r} is no number of {dict(align="tokens that documents have", vocab_size="entries").get(o, o)}')
-        if not (self.optimum is None or isinstance(self.optimum, float)) or not (self.task is None or isinstance(self.task, str)): raise ValueError(f'task={self.task!r}, optimum={self.optimum!r} is no task')
+            if type(v := getattr(self, o)) is not int or v < (o != 'bytes'):
+                raise ValueError(
+                    f'{o}={v!r} is no number of '
+                    f'{dict(align="tokens that documents have", vocab_size="entries").get(o, o)}'
+                )
+        if not (self.optimum is None or isinstance(self.optimum, float)) or not (
+            self.task is None or isinstance(self.task, str)
+        ):
+            raise ValueError(f'task={self.task!r}, optimum={self.optimum!r} is no task')
         return meta
 
 # %% ../nbs/10_data.ipynb #a143b012
@@ -222,7 +312,8 @@ def write_tokens(
     manifest: Manifest | None = None,  # of the run; None: of the folder of the file
 ) -> TokenStream:  # opened
     "Encode documents, each after a start token"
-    path, vocab_size = Path(path), tok.get_vocab_size()
+    path = Path(path)
+    vocab_size = tok.get_vocab_size()
     tok.encode_special_tokens = True  # the setting is not in tokenizer.json
     dtype = np.uint16 if vocab_size <= 65536 else np.uint32
     start = np.array([bos], dtype)
@@ -246,64 +337,108 @@ def _write(path, tokens, manifest=None, **meta):
 
 # %% ../nbs/10_data.ipynb #6d5b4b51
 @patch
-def batch(self:TokenStream,
-    first:int,     # windows already seen, over all epochs
-    count:int,     # windows wanted
-    seq:int,       # tokens by which windows are apart
-    extra:int=1,   # tokens that a window has beyond seq
-    seed:int=0,    # of the order
-)->torch.Tensor:   # (count, seq + extra), int64
+def batch(
+    self: TokenStream,
+    first: int,  # windows already seen, over all epochs
+    count: int,  # windows wanted
+    seq: int,  # tokens by which windows are apart
+    extra: int = 1,  # tokens that a window has beyond seq
+    seed: int = 0,  # of the order
+) -> torch.Tensor:  # (count, seq + extra), int64
     "The next windows, always the same for the same arguments"
-    return self._cut(self.tokens, self.starts(first, count, seq, extra, seed), seq+extra, np.int64)
+    return self._cut(
+        self.tokens, self.starts(first, count, seq, extra, seed), seq + extra, np.int64
+    )
+
 
 @patch
-def learned(self:TokenStream,
-    first:int,     # windows already seen, over all epochs
-    count:int,     # windows wanted
-    seq:int,       # tokens by which windows are apart
-    extra:int=1,   # tokens that a window has beyond seq
-    seed:int=0,    # of the order
-)->torch.Tensor|None: # (count, seq + extra), bool; None where every token is
+def learned(
+    self: TokenStream,
+    first: int,  # windows already seen, over all epochs
+    count: int,  # windows wanted
+    seq: int,  # tokens by which windows are apart
+    extra: int = 1,  # tokens that a window has beyond seq
+    seed: int = 0,  # of the order
+) -> torch.Tensor | None:  # (count, seq + extra), bool; None where every token is
     "Which tokens of the windows of `batch` are learned"
-    return None if self.learn is None else self._cut(self.learn, self.starts(first, count, seq, extra, seed), seq+extra, np.bool_)
+    return (
+        None
+        if self.learn is None
+        else self._cut(
+            self.learn, self.starts(first, count, seq, extra, seed), seq + extra, np.bool_
+        )
+    )
+
 
 @patch
-def _cut(self:TokenStream, row, starts, length, dtype): return torch.from_numpy(np.stack([row[s:s+length] for s in starts]).astype(dtype))
+def _cut(self: TokenStream, row, starts, length, dtype):
+    return torch.from_numpy(np.stack([row[s : s + length] for s in starts]).astype(dtype))
+
 
 @patch
-def starts(self:TokenStream, first, count, seq, extra, seed)->list[int]: # where the windows of `batch` begin
+def starts(
+    self: TokenStream, first, count, seq, extra, seed
+) -> list[int]:  # where the windows of `batch` begin
     "The order of the windows: a function of the seed and their numbers"
-    if seq%self.align: raise ValueError(f'seq={seq}: documents of {self.align} tokens are cut only between them; use a multiple, {max(1, round(seq/self.align))*self.align}')
-    n = (len(self)-extra)//seq
-    if n<1: raise ValueError(f'{self.path}: {len(self)} tokens, but one sequence needs seq + {extra} = {seq+extra}; give more text or a shorter seq')
-    n = max(1, n-1)                                     # room to shift
+    if seq % self.align:
+        raise ValueError(
+            f'seq={seq}: documents of {self.align} tokens are cut only between '
+            f'them; use a multiple, {max(1, round(seq / self.align)) * self.align}'
+        )
+    n = (len(self) - extra) // seq
+    if n < 1:
+        raise ValueError(
+            f'{self.path}: {len(self)} tokens, but one sequence needs seq '
+            f'+ {extra} = {seq + extra}; give more text or a shorter seq'
+        )
+    n = max(1, n - 1)  # room to shift
+
     def start(g):
-        epoch,i = divmod(g, n)
+        epoch, i = divmod(g, n)
         if (key := (epoch, n, seq, extra, seed)) not in self._orders:
             rng = np.random.default_rng([seed, epoch])
-            shift = self.align*rng.integers(-(-min(seq, len(self)-extra-n*seq+1)//self.align))
-            self._orders = {**dict(list(self._orders.items())[-1:]), key: shift + seq*rng.permutation(n)} # keep this epoch and the last
+            shift = self.align * rng.integers(
+                -(-min(seq, len(self) - extra - n * seq + 1) // self.align)
+            )
+            self._orders = {
+                **dict(list(self._orders.items())[-1:]),
+                key: shift + seq * rng.permutation(n),
+            }  # keep this epoch and the last
         return self._orders[key][i]
-    return [start(g) for g in range(first, first+count)]
+
+    return [start(g) for g in range(first, first + count)]
 
 # %% ../nbs/10_data.ipynb #847150b5
 def write_synthetic(
-    path:str|Path,   # the .npy file to be
-    data:Synthetic,  # what to write
-    manifest:Manifest|None=None, # of the run; None: of the folder of the file
-)->TokenStream:      # opened; its windows start where documents start
+    path: str | Path,  # the .npy file to be
+    data: Synthetic,  # what to write
+    manifest: Manifest | None = None,  # of the run; None: of the folder of the file
+) -> TokenStream:  # opened; its windows start where documents start
     "Write the documents of a task as one stream"
-    n,length = data.tokens.shape
-    return _write(Path(path), np.append(data.tokens.ravel(), np.uint16(0)), manifest, bytes=n*length, documents=n, vocab_size=data.vocab_size,
-                  align=length, optimum=data.optimum, task=data.name)
+    n, length = data.tokens.shape
+    return _write(
+        Path(path),
+        np.append(data.tokens.ravel(), np.uint16(0)),
+        manifest,
+        bytes=n * length,
+        documents=n,
+        vocab_size=data.vocab_size,
+        align=length,
+        optimum=data.optimum,
+        task=data.name,
+    )
+
 
 def word_tokenizer(
-    names:list[str], # how each token is spelt, the start and end of documents first
-)->Tokenizer:        # words apart by spaces; each decodes with its space before it
+    names: list[str],  # how each token is spelt, the start and end of documents first
+) -> Tokenizer:  # words apart by spaces; each decodes with its space before it
     "Every word a token, for the tasks"
-    tok = Tokenizer(models.WordLevel({n if i<2 else f'▁{n}': i for i,n in enumerate(names)}))
-    tok.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(r'\s+'), '▁'), normalizers.Prepend('▁')])
-    tok.pre_tokenizer,tok.decoder = pre_tokenizers.Split('▁', 'merged_with_next'),decoders.Sequence([decoders.Replace('▁', ' '), decoders.Fuse()])
+    tok = Tokenizer(models.WordLevel({n if i < 2 else f'▁{n}': i for i, n in enumerate(names)}))
+    tok.normalizer = normalizers.Sequence(
+        [normalizers.Strip(), normalizers.Replace(Regex(r'\s+'), '▁'), normalizers.Prepend('▁')]
+    )
+    tok.pre_tokenizer = pre_tokenizers.Split('▁', 'merged_with_next')
+    tok.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.Fuse()])
     tok.add_special_tokens(names[:2])
     tok.encode_special_tokens = True
     return tok
@@ -322,15 +457,18 @@ def bigram_bits_per_byte(
     pair_ids += tokens[1:]
     pair_ids.sort()
     first = np.flatnonzero(np.r_[True, pair_ids[1:] != pair_ids[:-1]][: len(pair_ids)])
-    pairs, n_ab = pair_ids[first], np.diff(np.r_[first, len(pair_ids)])
+    pairs = pair_ids[first]
+    n_ab = np.diff(np.r_[first, len(pair_ids)])
     del pair_ids, first
     n_a = np.bincount(tokens[:-1], minlength=vocab_size)
     d_a = np.bincount(pairs // vocab_size, minlength=vocab_size)
     single = (np.bincount(tokens, minlength=vocab_size) + 1) / (len(tokens) + vocab_size)
-    bits, step = 0.0, 2**20
+    bits = 0.0
+    step = 2**20
     for start in range(0, len(held_out.tokens) - 1, step):
         part = np.asarray(held_out.tokens[start : start + step + 1], np.int64)
-        x, y = part[:-1], part[1:]
+        x = part[:-1]
+        y = part[1:]
         at = np.minimum(np.searchsorted(pairs, x * vocab_size + y), len(pairs) - 1)
         seen = np.where(pairs[at] == x * vocab_size + y, n_ab[at], 0)
         weight = np.maximum(d_a[x], n_a[x] == 0)  # a context never seen: the single token alone
@@ -341,12 +479,15 @@ def bigram_bits_per_byte(
 
 def compressed_bits_per_byte(
     docs: Iterable[Document],  # the held-out documents
-    most: int = 2**24,  # bytes that are compressed at most; xz takes eleven bytes of memory for each
+    most: int = 2
+    ** 24,  # bytes that are compressed at most; xz takes eleven bytes of memory for each
 ) -> dict:  # 'gzip' and 'xz' -> bits per byte
     "Return what two compressors make of the same files, joined by newlines"
     to_gzip = zlib.compressobj(9, zlib.DEFLATED, 31)
     to_xz = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
-    read, gzip_bytes, xz_bytes = 0, 0, 0
+    read = 0
+    gzip_bytes = 0
+    xz_bytes = 0
     for number, doc in enumerate(docs):
         raw = doc.text.encode()[: most - read]
         read += len(raw)

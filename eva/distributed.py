@@ -6,333 +6,552 @@
 __all__ = ['Parallel', 'recompute', 'again', 'Quiet', 'is_lost', 'ShardedMuon', 'ShardedOptimizer', 'Traffic']
 
 # %% ../nbs/14e_distributed.ipynb #0f3a133b
-import math, os, signal
+import os
+import signal
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from fastcore.basics import patch
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from fastcore.basics import patch
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
+
 from .checkpoints import RunLog, newest, owned_write, seal
-from .exchange import ParallelExperts, Traffic, disband, spread
+from .exchange import ParallelExperts, disband, spread
 from .fileio import Manifest
 from .interop import load_pretrained, model_files, published, save_about
 from .model import Block, DeepSeekV3
 from .moe import Gate, MoE
 from .pipeline import Pipeline, owners
-from .sharded import ShardedMuon, ShardedOptimizer
+from .sharded import ShardedOptimizer
 from .shards import divided_like, read_together, write_together
 from .train import COUNTERS, Alone, TrainConfig, Trainer
-_all_ = ['ShardedMuon', 'ShardedOptimizer', 'Traffic'] # made by the chapters before, used from here
+
+_all_ = [
+    'ShardedMuon',
+    'ShardedOptimizer',
+    'Traffic',
+]  # made by the chapters before, used from here
 
 # %% ../nbs/14e_distributed.ipynb #273e9f65
 class Parallel(Alone):
     "Which ranks share the experts, the weights and the layers of a run"
-    def __init__(self,
-        ep:int=1,            # ranks that share the experts
-        pp:int=1,            # ranks that share the layers
-        fsdp:bool|None=None, # divide everything else too, or keep a copy on each rank? None: divide, unless there is a pipeline
-        recompute:bool=False, # compute activations again in the backward pass?
-        device:str='cpu',    # cpu or cuda
-        schedule:str='1f1b', # of the pipeline
+
+    def __init__(
+        self,
+        ep: int = 1,  # ranks that share the experts
+        pp: int = 1,  # ranks that share the layers
+        fsdp: bool
+        # divide everything else too, or keep a copy on each rank? None: divide, unless there is a
+        # pipeline
+        | None = None,
+        recompute: bool = False,  # compute activations again in the backward pass?
+        device: str = 'cpu',  # cpu or cuda
+        schedule: str = '1f1b',  # of the pipeline
     ):
-        if fsdp and pp>1: raise ValueError(f'fsdp=True, pp={pp}: Eva divides either the layers or what is in them; leave fsdp out')
+        if fsdp and pp > 1:
+            raise ValueError(
+                f'fsdp=True, pp={pp}: Eva divides either the '
+                f'layers or what is in them; leave fsdp out'
+            )
         world = dist.get_world_size()
-        if min(ep, pp)<1 or world%(ep*pp): raise ValueError(f'ep={ep}, pp={pp}: their product must divide the {world} ranks; use ep*pp of '
-            f'{", ".join(str(o) for o in range(1, world+1) if world%o==0)}')
-        fsdp = pp==1 if fsdp is None else fsdp
+        if min(ep, pp) < 1 or world % (ep * pp):
+            raise ValueError(
+                f'ep={ep}, pp={pp}: their product must divide the {world} ranks; use ep*pp of '
+                f'{", ".join(str(o) for o in range(1, world + 1) if world % o == 0)}'
+            )
+        fsdp = pp == 1 if fsdp is None else fsdp
         owners(schedule, pp)
-        self.mesh = init_device_mesh(device, (pp, world//(ep*pp), ep), mesh_dim_names=('pp', 'dp', 'ep'))
-        self.data = self.mesh['dp', 'ep']._flatten('data') # ranks that see different sequences
-        self.rank,self.world,self.ranks,self.place = dist.get_rank(),world,self.data.size(),self.data.get_local_rank()
+        self.mesh = init_device_mesh(
+            device, (pp, world // (ep * pp), ep), mesh_dim_names=('pp', 'dp', 'ep')
+        )
+        self.data = self.mesh['dp', 'ep']._flatten('data')  # ranks that see different sequences
+        self.rank, self.world, self.ranks, self.place = (
+            dist.get_rank(),
+            world,
+            self.data.size(),
+            self.data.get_local_rank(),
+        )
         first = torch.tensor([os.getpid()], device=device)
         dist.broadcast(first, 0)
-        self.first = first.item() # by which temporary names are called
-        self.ep,self.dp,self.pp,self.fsdp,self.recompute,self.schedule = ep,world//(ep*pp),pp,fsdp,recompute,schedule
+        self.first = first.item()  # by which temporary names are called
+        self.ep = ep
+        self.dp = world // (ep * pp)
+        self.pp = pp
+        self.fsdp = fsdp
+        self.recompute = recompute
+        self.schedule = schedule
 
-    def optimizer(self, *args, **kw): return ShardedOptimizer(self, *args, **kw)
+    def optimizer(self, *args, **kw):
+        return ShardedOptimizer(self, *args, **kw)
+
     def sum(self, x):
         "The sum over ranks, in place"
         dist.all_reduce(x, group=self.data.get_group())
         return x
-    def share(self, ahead): return ahead//self.ranks
+
+    def share(self, ahead):
+        return ahead // self.ranks
+
     def batch(self, stream, first, count, *args):
         "Every so many windows, and which of their tokens are learned"
-        parts = [Alone.batch(self, stream, i, 1, *args) for i in range(first+self.place, first+count, self.ranks)]
-        return torch.cat([p for p,_ in parts]),None if parts[0][1] is None else torch.cat([l for _,l in parts])
+        parts = [
+            Alone.batch(self, stream, i, 1, *args)
+            for i in range(first + self.place, first + count, self.ranks)
+        ]
+        return torch.cat([p for p, _ in parts]), None if parts[0][1] is None else torch.cat(
+            [l for _, l in parts]
+        )
 
 # %% ../nbs/14e_distributed.ipynb #6c37876d
 @patch
-def wrap(self:Parallel,
-    model:DeepSeekV3, # whole, the same on each rank; divided in place
-    cfg:TrainConfig,  # whose batches must divide too
+def wrap(
+    self: Parallel,
+    model: DeepSeekV3,  # whole, the same on each rank; divided in place
+    cfg: TrainConfig,  # whose batches must divide too
 ):
     "Divide a model among the ranks"
     self.check(cfg, len(model.mtp))
-    self.gates = {n: len(m.weight) for n,m in model.named_modules() if isinstance(m, Gate)}
+    self.gates = {n: len(m.weight) for n, m in model.named_modules() if isinstance(m, Gate)}
     for m in model.modules():
-        if isinstance(m, Gate): m.refuse_nan = lambda *args: None # one rank that stops would leave the others waiting; NaN reaches the loss
-    self.pipe = Pipeline(model, self.mesh['pp'], self.schedule) if self.pp>1 else None
-    if self.pipe and self.pipe.shares: self.ends = dist.new_group([*self.mesh.mesh[0].flatten().tolist(), *self.mesh.mesh[-1].flatten().tolist()])
+        if isinstance(m, Gate):
+            m.refuse_nan = lambda *args: (
+                None
+            )  # one rank that stops would leave the others waiting; NaN reaches the loss
+    self.pipe = Pipeline(model, self.mesh['pp'], self.schedule) if self.pp > 1 else None
+    if self.pipe and self.pipe.shares:
+        self.ends = dist.new_group(
+            [*self.mesh.mesh[0].flatten().tolist(), *self.mesh.mesh[-1].flatten().tolist()]
+        )
     self.buffers = dict(model.named_buffers())
     blocks = [b for b in model.model['layers'] if isinstance(b, Block)]
     for b in blocks:
-        if self.ep>1 and isinstance(b.mlp, MoE): spread(b.mlp.experts, self.mesh['ep'], self.recompute)
-    if self.recompute: recompute(blocks)
-    if self.fsdp and self.ranks>1: self.divide(model, blocks)
+        if self.ep > 1 and isinstance(b.mlp, MoE):
+            spread(b.mlp.experts, self.mesh['ep'], self.recompute)
+    if self.recompute:
+        recompute(blocks)
+    if self.fsdp and self.ranks > 1:
+        self.divide(model, blocks)
 
 # %% ../nbs/14e_distributed.ipynb #0fc233ad
 def recompute(
-    blocks:list, # of a model
+    blocks: list,  # of a model
 ):
     "Keep only what enters attention and feed-forward layers; routers keep everything, or their tokens would be counted twice"
     for b in blocks:
-        parts = [b.self_attn] + ([b.mlp.experts, b.mlp.shared_experts] if isinstance(b.mlp, MoE) else [b.mlp])
+        parts = [b.self_attn] + (
+            [b.mlp.experts, b.mlp.shared_experts] if isinstance(b.mlp, MoE) else [b.mlp]
+        )
         for m in parts:
-            if m is not None and not isinstance(m, ParallelExperts): m.forward = partial(again, m.forward)
+            if m is not None and not isinstance(m, ParallelExperts):
+                m.forward = partial(again, m.forward)
 
-def again(forward, *args): return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+
+def again(forward, *args):
+    return (
+        checkpoint(forward, *args, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else forward(*args)
+    )
+
 
 @patch
-def divide(self:Parallel,
-    model:DeepSeekV3, # to be divided
-    blocks:list,      # its layers on this rank
+def divide(
+    self: Parallel,
+    model: DeepSeekV3,  # to be divided
+    blocks: list,  # its layers on this rank
 ):
     "FSDP: one unit a block, experts apart where they live on fewer ranks, and the rest"
-    units,aside = [],set()
+    units = []
+    aside = set()
     for b in blocks:
-        if self.ep>1 and isinstance(b.mlp, MoE):
-            if self.dp>1: units.append(fully_shard(b.mlp.experts, mesh=self.mesh['dp']))
-            else: aside |= set(b.mlp.experts.parameters())
-        if hasattr(b, 'eh_proj'): units += [fully_shard(m, mesh=self.data, ignored_params=aside) for m in (b.eh_proj, b.self_attn, b.mlp)] # used from outside the block's own forward
-        else: units.append(fully_shard(b, mesh=self.data, ignored_params=aside))
+        if self.ep > 1 and isinstance(b.mlp, MoE):
+            if self.dp > 1:
+                units.append(fully_shard(b.mlp.experts, mesh=self.mesh['dp']))
+            else:
+                aside |= set(b.mlp.experts.parameters())
+        if hasattr(b, 'eh_proj'):
+            units += [
+                fully_shard(m, mesh=self.data, ignored_params=aside)
+                for m in (b.eh_proj, b.self_attn, b.mlp)
+            ]  # used from outside the block's own forward
+        else:
+            units.append(fully_shard(b, mesh=self.data, ignored_params=aside))
     units.append(fully_shard(model, mesh=self.data, ignored_params=aside))
-    for u in units: # losses are shares of the whole batch's already
-        u.set_gradient_divide_factor(1.)
+    for u in units:  # losses are shares of the whole batch's already
+        u.set_gradient_divide_factor(1.0)
         u.set_force_sum_reduction_for_comms(True)
-    for name in ('hidden', 'losses'): register_fsdp_forward_method(model, name)
+    for name in ('hidden', 'losses'):
+        register_fsdp_forward_method(model, name)
 
 # %% ../nbs/14e_distributed.ipynb #9bd6d7e6
 @patch
-def check(self:Parallel,
-    cfg:TrainConfig, # of the run
-    depths:int,      # MTP modules
+def check(
+    self: Parallel,
+    cfg: TrainConfig,  # of the run
+    depths: int,  # MTP modules
 ):
     "Refuse batches that do not divide among the ranks"
     W = self.ranks
     self.check_precision(cfg.precision)
-    if self.pp>1 and cfg.apart: raise ValueError(f'apart=True, pp={self.pp}: a pipeline does not hide documents from each other; leave one of them out')
-    for size in sorted({cfg.sequences(i+1)-cfg.sequences(i) for i in range(cfg.steps)}):
-        ahead = max(1, round(cfg.mtp_share*size)) if cfg.mtp_share and depths else 0
-        if size%W: raise ValueError(f'batch_size={cfg.batch_size}: {size} sequences do not divide among {W} ranks; use a multiple of {W}' + (' in every phase of the ramp' if cfg.ramp else ''))
-        if self.pp>1 and size//W%cfg.micro_batch: raise ValueError(f'micro_batch={cfg.micro_batch}: does not divide the {size//W} sequences of a pipeline evenly; use a divisor of {size//W}')
-        if ahead%W: raise ValueError(f'mtp_share={cfg.mtp_share}: {ahead} of {size} sequences do not divide among {W} ranks; use a share that gives a multiple of {W}, such as 1')
+    if self.pp > 1 and cfg.apart:
+        raise ValueError(
+            f'apart=True, pp={self.pp}: a pipeline does not hide '
+            f'documents from each other; leave one of them out'
+        )
+    for size in sorted({cfg.sequences(i + 1) - cfg.sequences(i) for i in range(cfg.steps)}):
+        ahead = max(1, round(cfg.mtp_share * size)) if cfg.mtp_share and depths else 0
+        if size % W:
+            raise ValueError(
+                (
+                    f'batch_size={cfg.batch_size}: {size} sequences do '
+                    f'not divide among {W} ranks; use a multiple of {W}'
+                )
+                + (' in every phase of the ramp' if cfg.ramp else '')
+            )
+        if self.pp > 1 and size // W % cfg.micro_batch:
+            raise ValueError(
+                f'micro_batch={cfg.micro_batch}: does not divide the {size // W} '
+                f'sequences of a pipeline evenly; use a divisor of {size // W}'
+            )
+        if ahead % W:
+            raise ValueError(
+                f'mtp_share={cfg.mtp_share}: {ahead} of {size} sequences do not divide '
+                f'among {W} ranks; use a share that gives a multiple of {W}, such as 1'
+            )
+
 
 @patch
-def loads(self:Parallel,
-    meter, # counts the tokens of each expert
+def loads(
+    self: Parallel,
+    meter,  # counts the tokens of each expert
 ):
     "Add up what all ranks counted, before biases move"
-    for l in meter.count.values(): self.sum(l)
+    for l in meter.count.values():
+        self.sum(l)
+
 
 @patch
-def judge(self:Parallel,
-    model:DeepSeekV3, # divided
-    rows:Tensor,      # windows, the same on each rank
-    *args,            # as of `Alone`: are documents apart, which tokens count
-)->float:             # nats
+def judge(
+    self: Parallel,
+    model: DeepSeekV3,  # divided
+    rows: Tensor,  # windows, the same on each rank
+    *args,  # as of `Alone`: are documents apart, which tokens count
+) -> float:  # nats
     "Summed loss of some windows; all ranks compute the same"
-    if self.pipe: return self.pipe.judge(rows)
+    if self.pipe:
+        return self.pipe.judge(rows)
     total = Alone.judge(self, model, rows, *args)
-    if hasattr(model, 'reshard'): model.reshard() # no backward pass will do it, and the next step would find old weights
+    if hasattr(model, 'reshard'):
+        model.reshard()  # no backward pass will do it, and the next step would find old weights
     return total
 
+
 @patch
-def everyone(self:Parallel,
-    load:dict, # layer -> tokens per expert, of the layers that are here
-)->dict:       # of all layers
+def everyone(
+    self: Parallel,
+    load: dict,  # layer -> tokens per expert, of the layers that are here
+) -> dict:  # of all layers
     "The loads of all stages"
-    if not self.pipe: return load
-    table = torch.zeros(len(self.gates), max(self.gates.values(), default=0), device=self.pipe.device)
-    for i,n in enumerate(self.gates):
-        if n in load: table[i] = load[n]
+    if not self.pipe:
+        return load
+    table = torch.zeros(
+        len(self.gates), max(self.gates.values(), default=0), device=self.pipe.device
+    )
+    for i, n in enumerate(self.gates):
+        if n in load:
+            table[i] = load[n]
     dist.all_reduce(table, group=self.pipe.group)
-    return {n: l.long() for n,l in zip(self.gates, table) if l.any()}
+    return {n: l.long() for n, l in zip(self.gates, table) if l.any()}
+
 
 @patch
-def gradients(self:Parallel, trainer, *args): return self.pipe.gradients(trainer, *args[:3]) if self.pipe else trainer.gradients(*args)
+def gradients(self: Parallel, trainer, *args):
+    return self.pipe.gradients(trainer, *args[:3]) if self.pipe else trainer.gradients(*args)
+
 
 @patch
-def asked(self:Parallel,
-    trainer:Trainer, # that may have been asked to stop
-)->str|None:         # why
+def asked(
+    self: Parallel,
+    trainer: Trainer,  # that may have been asked to stop
+) -> str | None:  # why
     "Stop together"
     told = torch.tensor([int(getattr(signal, trainer.stop or '', 0))], device=trainer.device)
     dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    if told: trainer.stop = signal.Signals(told.item()).name
+    if told:
+        trainer.stop = signal.Signals(told.item()).name
     return trainer.stop
 
-@patch
-def settle(self:Parallel, trainer:Trainer): trainer.model.eval()
 
 @patch
-def check_precision(self:Parallel,
-    precision:str, # fp32, bf16, fp16 or fp8
+def settle(self: Parallel, trainer: Trainer):
+    trainer.model.eval()
+
+
+@patch
+def check_precision(
+    self: Parallel,
+    precision: str,  # fp32, bf16, fp16 or fp8
 ):
     "Refuse precisions that remember what one rank saw of its own sequences: a loss scale, magnitudes of tensors"
-    if precision not in ('fp32', 'bf16'): raise ValueError(f'precision={precision!r} on {self.world} ranks: must be fp32 or bf16')
+    if precision not in ('fp32', 'bf16'):
+        raise ValueError(f'precision={precision!r} on {self.world} ranks: must be fp32 or bf16')
 
 # %% ../nbs/14e_distributed.ipynb #655085c0
 @patch
-def held_by(self:Parallel,
-    name:str, # of a parameter
-    p:Tensor, # the parameter, in a divided model
-)->tuple:     # groups over which copies of this rank's part must be summed; how many copies there are
+def held_by(
+    self: Parallel,
+    name: str,  # of a parameter
+    p: Tensor,  # the parameter, in a divided model
+) -> (
+    tuple
+):  # groups over which copies of this rank's part must be summed; how many copies there are
     "Which ranks hold the same part of a weight"
-    if self.pipe and self.pipe.shares and name=='model.embed_tokens.weight': return self.ends,2*self.ranks # MTP's copy is the same weight
-    if self.ranks==1: return None,1
-    if not hasattr(p, 'placements'): return self.data.get_group(),self.ranks
+    if self.pipe and self.pipe.shares and name == 'model.embed_tokens.weight':
+        return self.ends, 2 * self.ranks  # MTP's copy is the same weight
+    if self.ranks == 1:
+        return None, 1
+    if not hasattr(p, 'placements'):
+        return self.data.get_group(), self.ranks
     names = p.device_mesh.mesh_dim_names
-    if names==('ep',) and self.dp>1: return self.mesh['dp'].get_group(),self.dp
-    return None,1
+    if names == ('ep',) and self.dp > 1:
+        return self.mesh['dp'].get_group(), self.dp
+    return None, 1
 
 # %% ../nbs/14e_distributed.ipynb #5dfe231b
 @patch
-def _like(self:Parallel, name):
+def _like(self: Parallel, name):
     "The parameter or buffer of this rank that something in a checkpoint belongs to"
-    kind,_,n = name.partition('.')
-    if kind=='random': return torch.empty(0)                   # the first rank's, and whole for all
-    return self.buffers.get(n) if kind=='buffer' else self.params.get(n)
+    kind, _, n = name.partition('.')
+    if kind == 'random':
+        return torch.empty(0)  # the first rank's, and whole for all
+    return self.buffers.get(n) if kind == 'buffer' else self.params.get(n)
+
 
 @patch
 @contextmanager
-def replacing(self:Parallel,
-    path, # the file or folder to be
-): # yields the temporary name to write to
+def replacing(
+    self: Parallel,
+    path,  # the file or folder to be
+):  # yields the temporary name to write to
     "Write somewhere else together; when all have written, the first rank gives the name"
-    with owned_write(path) if self.rank==0 else nullcontext(path.with_name(f'.{path.name}.tmp{self.first}')) as t:
+    with (
+        owned_write(path)
+        if self.rank == 0
+        else nullcontext(path.with_name(f'.{path.name}.tmp{self.first}')) as t
+    ):
         yield t
         dist.barrier()
     dist.barrier()
 
+
 @patch
-def save(self:Parallel,
-    path,         # the folder to be
-    tensors:dict, # this rank's, by name
-    state:dict,   # what JSON can hold
+def save(
+    self: Parallel,
+    path,  # the folder to be
+    tensors: dict,  # this rank's, by name
+    state: dict,  # what JSON can hold
 ):
     "Write a checkpoint together, whole or absent, in the form of one process"
     with self.replacing(path) as t:
-        if self.rank==0: t.mkdir(parents=True)
-        write_together(t/'tensors.safetensors', {n: o if n.startswith('random.') else divided_like(o, self._like(n)) for n,o in tensors.items()})
-        if self.rank==0: seal(t, state)
+        if self.rank == 0:
+            t.mkdir(parents=True)
+        write_together(
+            t / 'tensors.safetensors',
+            {
+                n: o if n.startswith('random.') else divided_like(o, self._like(n))
+                for n, o in tensors.items()
+            },
+        )
+        if self.rank == 0:
+            seal(t, state)
+
 
 @patch
-def newest(self:Parallel,
-    folder, # of checkpoints, from any number of ranks
-)->tuple:   # as of `eva.checkpoints.newest`, with this rank's tensors
+def newest(
+    self: Parallel,
+    folder,  # of checkpoints, from any number of ranks
+) -> tuple:  # as of `eva.checkpoints.newest`, with this rank's tensors
     "The first rank checks what is there, all read their parts"
-    path,_,state,said = self.tell(lambda: newest(folder, lambda file: None))
-    return path,{} if path is None else read_together(path/'tensors.safetensors', self._like),state,said
+    path, _, state, said = self.tell(lambda: newest(folder, lambda file: None))
+    return (
+        path,
+        {} if path is None else read_together(path / 'tensors.safetensors', self._like),
+        state,
+        said,
+    )
+
 
 @patch
-def log(self:Parallel, *args): return RunLog(*args) if self.rank==0 else Quiet()
+def log(self: Parallel, *args):
+    return RunLog(*args) if self.rank == 0 else Quiet()
+
 
 class Quiet:
     "The log of a rank that does not write"
-    def __enter__(self): return self
-    def __exit__(self, *args): "Nothing was opened"
-    def __getattr__(self, name): return lambda *args: None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        "Nothing was opened"
+
+    def __getattr__(self, name):
+        return lambda *args: None
 
 # %% ../nbs/14e_distributed.ipynb #3a43f9f4
 @patch
-def stretch(self:Parallel,
-    p:Tensor, # stacked experts, divided
-)->int:       # the first that is here
+def stretch(
+    self: Parallel,
+    p: Tensor,  # stacked experts, divided
+) -> int:  # the first that is here
     "Which experts a rank holds"
-    names,first,E = getattr(getattr(p, 'device_mesh', None), 'mesh_dim_names', ()),0,p.shape[0]
-    if 'ep' in names: E //= self.ep; first += E*self.mesh.get_local_rank('ep')
-    if 'dp' in names: first += -(-E//self.dp)*self.mesh.get_local_rank('dp')
-    if 'data' in names: first += -(-E//self.ranks)*self.place
+    names = getattr(getattr(p, 'device_mesh', None), 'mesh_dim_names', ())
+    first = 0
+    E = p.shape[0]
+    if 'ep' in names:
+        E //= self.ep
+        first += E * self.mesh.get_local_rank('ep')
+    if 'dp' in names:
+        first += -(-E // self.dp) * self.mesh.get_local_rank('dp')
+    if 'data' in names:
+        first += -(-E // self.ranks) * self.place
     return first
 
+
 @patch
-def export(self:Parallel,
-    trainer:Trainer, # whose masters are written
-    path:Path,       # folder, made if it is not there
+def export(
+    self: Parallel,
+    trainer: Trainer,  # whose masters are written
+    path: Path,  # folder, made if it is not there
     tokenizer=None,  # a `tokenizers.Tokenizer` to put beside it
 ):
     "What `save_pretrained` writes, by all ranks: nobody ever holds the model"
-    cfg,parts = trainer.model.cfg,{n: b for n,b in self.buffers.items()}
-    for n,w in trainer.opt.masters.items():
-        if not n.endswith(('experts.gate_up_proj', 'experts.down_proj')): parts[n] = divided_like(w.data, self.params[n]); continue
+    cfg = trainer.model.cfg
+    parts = dict(self.buffers.items())
+    for n, w in trainer.opt.masters.items():
+        if not n.endswith(('experts.gate_up_proj', 'experts.down_proj')):
+            parts[n] = divided_like(w.data, self.params[n])
+            continue
         first = self.stretch(self.params[n])
-        parts |= {name: w.data[e-first][rows] for name,(e,*rest) in published(n, cfg) for rows in [rest[0] if rest else slice(None)] if first<=e<first+len(w)}
-    if (path/'model.safetensors.index.json').exists(): raise ValueError(f'{path}: holds a sharded checkpoint, whose index would go on to be read; save to another folder')
-    self.tell(lambda: Manifest(path).check(*model_files(tokenizer))) # before anything is written
-    with self.replacing(path/'model.safetensors') as t: write_together(t, parts)
-    if self.rank==0: save_about(path, cfg, w.dtype, tokenizer)
+        parts |= {
+            name: w.data[e - first][rows]
+            for name, (e, *rest) in published(n, cfg)
+            for rows in [rest[0] if rest else slice(None)]
+            if first <= e < first + len(w)
+        }
+    if (path / 'model.safetensors.index.json').exists():
+        raise ValueError(
+            f'{path}: holds a sharded checkpoint, whose index '
+            f'would go on to be read; save to another folder'
+        )
+    self.tell(lambda: Manifest(path).check(*model_files(tokenizer)))  # before anything is written
+    with self.replacing(path / 'model.safetensors') as t:
+        write_together(t, parts)
+    if self.rank == 0:
+        save_about(path, cfg, w.dtype, tokenizer)
+
+
 @patch
-def leave(self:Parallel,
-    trainer:Trainer, # whose model was exported to its folder
-)->Trainer|None:     # a trainer of the first process alone, at the same step; None for the others
+def leave(
+    self: Parallel,
+    trainer: Trainer,  # whose model was exported to its folder
+) -> Trainer | None:  # a trainer of the first process alone, at the same step; None for the others
     "Judge a run in one process"
     disband()
-    if self.rank: return None
-    t = Trainer(load_pretrained(trainer.out).to(trainer.device), trainer.train, trainer.held_out, trainer.cfg, trainer.out)
-    for o in (*COUNTERS, 'stop'): setattr(t, o, getattr(trainer, o))
+    if self.rank:
+        return None
+    t = Trainer(
+        load_pretrained(trainer.out).to(trainer.device),
+        trainer.train,
+        trainer.held_out,
+        trainer.cfg,
+        trainer.out,
+    )
+    for o in (*COUNTERS, 'stop'):
+        setattr(t, o, getattr(trainer, o))
     return t
 
 # %% ../nbs/14e_distributed.ipynb #32691ccf
 @patch(cls_method=True)
-def from_env(cls:Parallel,
-    device:str='cpu',  # cpu or cuda
-    minutes:float=10., # without a word from a rank, and it counts as lost
-    **kw,              # of Parallel
-):                     # None for a process that torchrun did not start
+def from_env(
+    cls: Parallel,
+    device: str = 'cpu',  # cpu or cuda
+    minutes: float = 10.0,  # without a word from a rank, and it counts as lost
+    **kw,  # of Parallel
+):  # None for a process that torchrun did not start
     "The ranks that torchrun started"
     if 'TORCHELASTIC_RUN_ID' not in os.environ:
-        if kw.get('ep', 1)>1 or kw.get('pp', 1)>1: raise ValueError(f'ep={kw.get("ep", 1)}, pp={kw.get("pp", 1)}: there is one process; start it as torchrun --standalone --nproc-per-node N --no-python eva_train …')
+        if kw.get('ep', 1) > 1 or kw.get('pp', 1) > 1:
+            raise ValueError(
+                f'ep={kw.get("ep", 1)}, pp={kw.get("pp", 1)}: there is one process; start '
+                f'it as torchrun --standalone --nproc-per-node N --no-python eva_train …'
+            )
         return None
-    if device=='cuda': torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    store,rank,world = next(dist.rendezvous('env://'))
-    store = dist.PrefixStore(f'attempt{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store) # torchrun may offer the same store again, with the addresses of the dead
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device=='cuda' else 'gloo', store=store, rank=rank, world_size=world, timeout=timedelta(minutes=minutes))
+    if device == 'cuda':
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    store, rank, world = next(dist.rendezvous('env://'))
+    store = dist.PrefixStore(
+        f'attempt{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store
+    )  # torchrun may offer the same store again, with the addresses of the dead
+    dist.init_process_group(
+        'cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo',
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=minutes),
+    )
     return cls(device=device, **kw)
 
+
 @patch(as_prop=True)
-def restarted(self:Parallel)->bool: # by torchrun, after a rank was lost
+def restarted(self: Parallel) -> bool:  # by torchrun, after a rank was lost
     "Is this a further attempt?"
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))>0
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+
 
 @patch
-def speaks(self:Parallel)->bool: # True for one rank only
+def speaks(self: Parallel) -> bool:  # True for one rank only
     "Whoever asks first says it for all"
-    try: return dist.distributed_c10d._get_default_store().add('spoken', 1)==1
-    except (RuntimeError, ValueError): return self.rank<2 # the store went with rank 0
+    try:
+        return dist.distributed_c10d._get_default_store().add('spoken', 1) == 1
+    except (RuntimeError, ValueError):
+        return self.rank < 2  # the store went with rank 0
+
 
 def is_lost(
-    e:Exception, # from a collective
-)->bool:         # does it say that another rank is gone?
+    e: Exception,  # from a collective
+) -> bool:  # does it say that another rank is gone?
     "Errors that are another rank's"
-    return isinstance(e, (dist.DistError, CheckpointException)) or isinstance(e, RuntimeError) and any(o in str(e).lower() for o in ('gloo', 'nccl', 'connection', 'timed out'))
+    return (
+        isinstance(e, (dist.DistError, CheckpointException))
+        or isinstance(e, RuntimeError)
+        and any(o in str(e).lower() for o in ('gloo', 'nccl', 'connection', 'timed out'))
+    )
+
 
 @patch
-def tell(self:Parallel,
-    work, # called by the first rank
-):        # what it returned, on all ranks; others leave quietly where it failed
+def tell(
+    self: Parallel,
+    work,  # called by the first rank
+):  # what it returned, on all ranks; others leave quietly where it failed
     "Let one rank do what all need"
-    box,error = [None, False],None
-    if self.rank==0:
-        try: box[0] = work()
-        except Exception as e: error,box[1] = e,True
+    box = [None, False]
+    error = None
+    if self.rank == 0:
+        try:
+            box[0] = work()
+        except Exception as e:
+            error, box[1] = e, True
     dist.broadcast_object_list(box)
-    if error is not None: raise error
-    if box[1]: raise SystemExit(1)
+    if error is not None:
+        raise error
+    if box[1]:
+        raise SystemExit(1)
     return box[0]

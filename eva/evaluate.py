@@ -7,46 +7,72 @@ __all__ = ['apart_by', 'bits_per_byte']
 
 # %% ../nbs/10f_evaluate.ipynb #cf9b4194
 import math
+
 import numpy as np
 import torch
 from torch import Tensor
+
 from .data import TokenStream
 from .model import DeepSeekV3, head_loss
 
 # %% ../nbs/10f_evaluate.ipynb #2ea3d470
 def apart_by(
-    model:DeepSeekV3, # whose start token begins a document
-    rows:Tensor,      # tokens (batch, seq)
-    apart:bool,       # may tokens not look into other documents?
-)->Tensor|None:       # the document of each token (batch, seq), None where it makes no difference
+    model: DeepSeekV3,  # whose start token begins a document
+    rows: Tensor,  # tokens (batch, seq)
+    apart: bool,  # may tokens not look into other documents?
+) -> Tensor | None:  # the document of each token (batch, seq), None where it makes no difference
     "The mask between documents, if there is to be one"
-    return (rows==model.cfg.bos_token_id).cumsum(1) if apart else None
+    return (rows == model.cfg.bos_token_id).cumsum(1) if apart else None
+
 
 @torch.no_grad()
 def bits_per_byte(
-    model:DeepSeekV3,   # to be judged
-    stream:TokenStream, # held-out tokens
-    window:int=512,     # tokens of context at most
-    stride:int|None=None, # tokens that each window scores, a quarter of the window by default
-    progress=None,      # called with the share done
-    apart:bool=False,   # may tokens not look into other documents?
-)->float:               # bits per byte
+    model: DeepSeekV3,  # to be judged
+    stream: TokenStream,  # held-out tokens
+    window: int = 512,  # tokens of context at most
+    stride: int | None = None,  # tokens that each window scores, a quarter of the window by default
+    progress=None,  # called with the share done
+    apart: bool = False,  # may tokens not look into other documents?
+) -> float:  # bits per byte
     "Summed loss of all tokens but the first, or of those that are learned, over the bytes they stand for"
-    n,stride = len(stream)-1,stride or max(1, window//4)
-    if n<1: raise ValueError(f'{stream.path}: {len(stream)} tokens held out; give more text')
-    if not 0<stride<=window: raise ValueError(f'stride={stride}: must lie between 1 and window={window}')
+    n = len(stream) - 1
+    stride = stride or max(1, window // 4)
+    if n < 1:
+        raise ValueError(f'{stream.path}: {len(stream)} tokens held out; give more text')
+    if not 0 < stride <= window:
+        raise ValueError(f'stride={stride}: must lie between 1 and window={window}')
     device = model.lm_head.weight.device
-    spans = [(max(0, min(s+stride, n)-window), s, min(s+stride, n)) for s in range(0, n, stride)]
-    groups,total = {},0.
-    for o in spans: groups.setdefault((o[2]-o[0], o[2]-o[1]), []).append(o)
-    size,done = max(1, 4096//window),0
-    for (length,scored),members in groups.items():
+    spans = [
+        (max(0, min(s + stride, n) - window), s, min(s + stride, n)) for s in range(0, n, stride)
+    ]
+    groups = {}
+    total = 0.0
+    for o in spans:
+        groups.setdefault((o[2] - o[0], o[2] - o[1]), []).append(o)
+    size = max(1, 4096 // window)
+    done = 0
+    for (length, scored), members in groups.items():
         for i in range(0, len(members), size):
-            part = members[i:i+size]
-            rows = torch.from_numpy(np.stack([stream.tokens[a:e+1] for a,_,e in part]).astype(np.int64)).to(device)
-            h,y = model.hidden(rows[:,:-1], documents=apart_by(model, rows[:,:-1], apart))[:,-scored:],rows[:,-scored:]
-            if stream.learn is not None: on = torch.from_numpy(np.stack([stream.learn[e-scored+1:e+1] for _,_,e in part])).bool().to(device); h,y = h[on],y[on]
+            part = members[i : i + size]
+            rows = torch.from_numpy(
+                np.stack([stream.tokens[a : e + 1] for a, _, e in part]).astype(np.int64)
+            ).to(device)
+            h = model.hidden(rows[:, :-1], documents=apart_by(model, rows[:, :-1], apart))[
+                :, -scored:
+            ]
+            y = rows[:, -scored:]
+            if stream.learn is not None:
+                on = (
+                    torch.from_numpy(
+                        np.stack([stream.learn[e - scored + 1 : e + 1] for _, _, e in part])
+                    )
+                    .bool()
+                    .to(device)
+                )
+                h = h[on]
+                y = y[on]
             total += head_loss(h, model.lm_head, y).item()
             done += len(part)
-            if progress: progress(done/len(spans))
-    return total/math.log(2)/stream.bytes
+            if progress:
+                progress(done / len(spans))
+    return total / math.log(2) / stream.bytes

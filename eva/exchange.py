@@ -7,200 +7,305 @@ __all__ = ['LAST', 'addresses', 'slots', 'fetch', 'gather', 'swap', 'Exchange', 
            'torchrun']
 
 # %% ../nbs/14a_exchange.ipynb #8354e084
-import json, os, re, subprocess, sys, tempfile
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
 from datetime import timedelta
 from pathlib import Path
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
 from .moe import Collect, Dispatch, Experts, grouped_linear
 from .optim import local
 
 # %% ../nbs/14a_exchange.ipynb #e333ac91
 def addresses(
-    indices:Tensor, # chosen experts (tokens, num_experts_per_tok)
-    held:int,       # experts on each rank
-    ranks:int,      # how many
-)->tuple[Tensor,Tensor,list[int]]: # token of each row, its experts as that rank counts them, rows for each rank
+    indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
+    held: int,  # experts on each rank
+    ranks: int,  # how many
+) -> tuple[
+    Tensor, Tensor, list[int]
+]:  # token of each row, its experts as that rank counts them, rows for each rank
     "A token goes once to each rank that has an expert for it, however many it has"
-    home = indices//held
-    wanted = torch.zeros(len(indices), ranks, dtype=torch.bool, device=indices.device).scatter_(1, home, True)
-    rank,token = wanted.T.nonzero(as_tuple=True)                # those for rank 0 first
-    theirs = torch.where(home[token]==rank[:,None], indices[token]-held*rank[:,None], held) # `held` stands for an expert that is elsewhere
-    return token,theirs,wanted.sum(0).tolist()
+    home = indices // held
+    wanted = torch.zeros(len(indices), ranks, dtype=torch.bool, device=indices.device).scatter_(
+        1, home, True
+    )
+    rank, token = wanted.T.nonzero(as_tuple=True)  # those for rank 0 first
+    theirs = torch.where(
+        home[token] == rank[:, None], indices[token] - held * rank[:, None], held
+    )  # `held` stands for an expert that is elsewhere
+    return token, theirs, wanted.sum(0).tolist()
 
 # %% ../nbs/14a_exchange.ipynb #e2c69e12
 def slots(
-    owner:Tensor, # which of n things each row belongs to (rows,)
-    n:int,        # how many things
-)->Tensor:        # the rows of each thing, in order, and `rows` where it has no more (n, most)
+    owner: Tensor,  # which of n things each row belongs to (rows,)
+    n: int,  # how many things
+) -> Tensor:  # the rows of each thing, in order, and `rows` where it has no more (n, most)
     "Ragged lists as a table"
-    rows,count = len(owner),torch.bincount(owner, minlength=n)
+    rows = len(owner)
+    count = torch.bincount(owner, minlength=n)
     order = owner.argsort(stable=True)
     table = owner.new_full((n, int(count.max()) if rows else 0), rows)
-    table[owner[order], torch.arange(rows, device=owner.device)-(count.cumsum(0)-count)[owner[order]]] = order
+    table[
+        owner[order],
+        torch.arange(rows, device=owner.device) - (count.cumsum(0) - count)[owner[order]],
+    ] = order
     return table
 
+
 def fetch(
-    x:Tensor,     # things (n, features)
-    owner:Tensor, # which of them each row is a copy of (rows,)
-    table:Tensor, # of `slots`
-)->Tensor:        # (rows, features)
+    x: Tensor,  # things (n, features)
+    owner: Tensor,  # which of them each row is a copy of (rows,)
+    table: Tensor,  # of `slots`
+) -> Tensor:  # (rows, features)
     "Copy things into rows; the gradients of copies are added in a fixed order"
-    return Dispatch.apply(x, F.pad(owner, (0, 1)), table)[:-1] if len(x) else x[owner] # the last row is where empty slots point
+    return (
+        Dispatch.apply(x, F.pad(owner, (0, 1)), table)[:-1] if len(x) else x[owner]
+    )  # the last row is where empty slots point
+
 
 def gather(
-    y:Tensor,     # (rows, features)
-    table:Tensor, # of `slots`
-)->Tensor:        # sum of each thing's rows (n, features)
+    y: Tensor,  # (rows, features)
+    table: Tensor,  # of `slots`
+) -> Tensor:  # sum of each thing's rows (n, features)
     "Add rows up in a fixed order"
     return Collect.apply(F.pad(y, (0, 0, 0, 1)), table).sum(1)
 
 # %% ../nbs/14a_exchange.ipynb #1093e1cd
 def swap(
-    x:Tensor,           # rows, those for rank 0 first (rows, ...)
-    sent:list[int],     # rows for each rank
-    received:list[int], # rows from each rank
-    group,              # of ranks
-)->Tensor:              # rows from rank 0 first
+    x: Tensor,  # rows, those for rank 0 first (rows, ...)
+    sent: list[int],  # rows for each rank
+    received: list[int],  # rows from each rank
+    group,  # of ranks
+) -> Tensor:  # rows from rank 0 first
     "All-to-all: every rank hands every other its rows"
     out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
     return out
 
+
 class Exchange(torch.autograd.Function):
     "Rows to the ranks they belong to; their gradients back"
+
     @staticmethod
     def forward(ctx, x, sent, received, group):
-        ctx.back = received,sent,group
+        ctx.back = received, sent, group
         return swap(x, sent, received, group)
+
     @staticmethod
-    def backward(ctx, g): return swap(g, *ctx.back),None,None,None
+    def backward(ctx, g):
+        return swap(g, *ctx.back), None, None, None
 
 # %% ../nbs/14a_exchange.ipynb #3c1806d9
 class ParallelExperts(Experts):
     "Stacked experts of which each rank holds a stretch; tokens travel to them and back"
-    def forward(self,
-        x:Tensor,       # tokens of this rank (tokens, hidden_size)
-        weights:Tensor, # factor on each choice (tokens, num_experts_per_tok)
-        indices:Tensor, # chosen among the experts of all ranks (tokens, num_experts_per_tok)
-    )->Tensor:          # weighted sum over each token's experts (tokens, hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,  # tokens of this rank (tokens, hidden_size)
+        weights: Tensor,  # factor on each choice (tokens, num_experts_per_tok)
+        indices: Tensor,  # chosen among the experts of all ranks (tokens, num_experts_per_tok)
+    ) -> Tensor:  # weighted sum over each token's experts (tokens, hidden_size)
         "Dispatch, compute, combine"
         self._check(x, weights, indices)
-        E,W,one = self.count,self.ranks,[1]*self.ranks
-        if x.device.type=='cpu' and len(indices) and not 0<=indices.min()<=indices.max()<E: raise ValueError(
-            f'indices from {indices.min()} to {indices.max()}: must lie in 0..{E-1}, the experts of all ranks')
-        token,theirs,sent = addresses(indices, E//W, W)
+        E = self.count
+        W = self.ranks
+        one = [1] * self.ranks
+        if x.device.type == 'cpu' and len(indices) and not 0 <= indices.min() <= indices.max() < E:
+            raise ValueError(
+                f'indices from {indices.min()} to {indices.max()}: '
+                f'must lie in 0..{E - 1}, the experts of all ranks'
+            )
+        token, theirs, sent = addresses(indices, E // W, W)
         received = swap(torch.tensor(sent, device=x.device), one, one, self.group).tolist()
         table = slots(token, len(x))
-        rows,w = (Exchange.apply(o, sent, received, self.group) for o in (fetch(x, token, table), weights[token]))
+        rows, w = (
+            Exchange.apply(o, sent, received, self.group)
+            for o in (fetch(x, token, table), weights[token])
+        )
         mine = swap(theirs.to(torch.int32), sent, received, self.group).long()
-        again = self.recompute and torch.is_grad_enabled() # only what is computed here: nothing travels twice
-        y = checkpoint(self.compute, rows, w, mine, use_reentrant=False) if again else self.compute(rows, w, mine)
+        again = (
+            self.recompute and torch.is_grad_enabled()
+        )  # only what is computed here: nothing travels twice
+        y = (
+            checkpoint(self.compute, rows, w, mine, use_reentrant=False)
+            if again
+            else self.compute(rows, w, mine)
+        )
         return gather(Exchange.apply(y, received, sent, self.group), table)
 
-    def compute(self,
-        rows:Tensor, # tokens from all ranks (rows, hidden_size)
-        w:Tensor,    # factor on each choice (rows, num_experts_per_tok)
-        mine:Tensor, # experts as this rank counts them; as many as it has, for one that is elsewhere (rows, num_experts_per_tok)
-    )->Tensor:       # weighted sum over the experts that are here (rows, hidden_size)
+    def compute(
+        self,
+        rows: Tensor,  # tokens from all ranks (rows, hidden_size)
+        w: Tensor,  # factor on each choice (rows, num_experts_per_tok)
+        # experts as this rank counts them; as many as it has, for one that is elsewhere (rows,
+        # num_experts_per_tok)
+        mine: Tensor,
+    ) -> Tensor:  # weighted sum over the experts that are here (rows, hidden_size)
         "What the experts of this rank say"
-        up_proj,down_proj = local(self.gate_up_proj),local(self.down_proj)
-        row,slot = (mine<len(down_proj)).nonzero(as_tuple=True)
-        order = mine[row,slot].argsort(stable=True)
-        row,slot = row[order],slot[order]
-        ends,table = torch.bincount(mine[row,slot], minlength=len(down_proj)).cumsum(0).int(),slots(row, len(rows))
-        gate,up = grouped_linear(fetch(rows, row, table), up_proj, ends).chunk(2, -1)
-        y = grouped_linear(self.act(gate)*up, down_proj, ends)
-        return gather(y*w[row,slot].to(y.dtype)[:,None], table)
+        up_proj = local(self.gate_up_proj)
+        down_proj = local(self.down_proj)
+        row, slot = (mine < len(down_proj)).nonzero(as_tuple=True)
+        order = mine[row, slot].argsort(stable=True)
+        row = row[order]
+        slot = slot[order]
+        ends = torch.bincount(mine[row, slot], minlength=len(down_proj)).cumsum(0).int()
+        table = slots(row, len(rows))
+        gate, up = grouped_linear(fetch(rows, row, table), up_proj, ends).chunk(2, -1)
+        y = grouped_linear(self.act(gate) * up, down_proj, ends)
+        return gather(y * w[row, slot].to(y.dtype)[:, None], table)
 
 # %% ../nbs/14a_exchange.ipynb #97116a7a
 def spread(
-    experts:Experts, # all of them, the same on each rank
-    mesh:DeviceMesh, # ranks to divide them among, one dimension
-    recompute:bool=False, # keep no activations of the experts?
+    experts: Experts,  # all of them, the same on each rank
+    mesh: DeviceMesh,  # ranks to divide them among, one dimension
+    recompute: bool = False,  # keep no activations of the experts?
 ):
     "Keep this rank's stretch of a layer's experts, and send tokens to the others"
-    E,W,i = len(experts.down_proj),mesh.size(),mesh.get_local_rank()
-    if E%W: raise ValueError(f'ep={W}: cannot divide n_routed_experts={E} evenly; use one of {", ".join(str(o) for o in range(1, E+1) if E%o==0)}')
-    for name,p in list(experts.named_parameters(recurse=False)):
-        here = p.data[i*E//W:(i+1)*E//W].clone() # a view would keep all of them alive
-        experts.register_parameter(name, nn.Parameter(DTensor.from_local(here, mesh, [Shard(0)], run_check=False)))
+    E = len(experts.down_proj)
+    W = mesh.size()
+    i = mesh.get_local_rank()
+    if E % W:
+        raise ValueError(
+            f'ep={W}: cannot divide n_routed_experts={E} evenly; use one '
+            f'of {", ".join(str(o) for o in range(1, E + 1) if E % o == 0)}'
+        )
+    for name, p in list(experts.named_parameters(recurse=False)):
+        here = p.data[i * E // W : (i + 1) * E // W].clone()  # a view would keep all of them alive
+        experts.register_parameter(
+            name, nn.Parameter(DTensor.from_local(here, mesh, [Shard(0)], run_check=False))
+        )
     experts.__class__ = ParallelExperts
-    experts.group,experts.ranks,experts.count,experts.recompute = mesh.get_group(),W,E,recompute
+    experts.group = mesh.get_group()
+    experts.ranks = W
+    experts.count = E
+    experts.recompute = recompute
 
 # %% ../nbs/14a_exchange.ipynb #8401a99b
 def _sent(func, args, size, here):
     "Bytes that a collective sends to each of a group's ranks from this one, by the ring where all take part"
-    name,W = func._schema.name.removeprefix('c10d::'),size
-    nbytes = lambda o: sum(t.nbytes for t in (o if isinstance(o, list) else [o]))
-    if name=='alltoall_base_':
-        x,splits = args[1],args[4] or [len(args[1])//W]*W
-        row = x.nbytes//max(1, len(x))
-        return 'all-to-all',[n*row if i!=here else 0 for i,n in enumerate(splits)]
-    if name=='send': return 'send',[nbytes(args[0]) if i==args[2] else 0 for i in range(W)]
-    ring = lambda b: [b if i==(here+1)%W else 0 for i in range(W)] if W>1 else [0]
-    if name=='_allgather_base_': return 'all-gather',ring(nbytes(args[1])*(W-1))
-    if name=='_reduce_scatter_base_': return 'reduce-scatter',ring(nbytes(args[1])*(W-1)//W)
-    if name=='allreduce_': return 'all-reduce',ring(2*nbytes(args[0])*(W-1)//W)
-    if name=='broadcast_': return 'broadcast',ring(nbytes(args[0]) if here!=W-1 else 0)
-    return None,None
+    name = func._schema.name.removeprefix('c10d::')
+    W = size
+
+    def nbytes(o):
+        return sum(t.nbytes for t in (o if isinstance(o, list) else [o]))
+
+    if name == 'alltoall_base_':
+        x = args[1]
+        splits = args[4] or [len(args[1]) // W] * W
+        row = x.nbytes // max(1, len(x))
+        return 'all-to-all', [n * row if i != here else 0 for i, n in enumerate(splits)]
+    if name == 'send':
+        return 'send', [nbytes(args[0]) if i == args[2] else 0 for i in range(W)]
+
+    def ring(b):
+        return [b if i == (here + 1) % W else 0 for i in range(W)] if W > 1 else [0]
+
+    if name == '_allgather_base_':
+        return 'all-gather', ring(nbytes(args[1]) * (W - 1))
+    if name == '_reduce_scatter_base_':
+        return 'reduce-scatter', ring(nbytes(args[1]) * (W - 1) // W)
+    if name == 'allreduce_':
+        return 'all-reduce', ring(2 * nbytes(args[0]) * (W - 1) // W)
+    if name == 'broadcast_':
+        return 'broadcast', ring(nbytes(args[0]) if here != W - 1 else 0)
+    return None, None
+
 
 class Traffic(TorchDispatchMode):
     "Counts what this rank sends while it is on, by kind of collective and receiving rank"
+
     def __init__(self):
         super().__init__()
-        self.bytes,self.calls = {},{}
+        self.bytes = {}
+        self.calls = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace=='c10d':
+        if func.namespace == 'c10d':
             for a in args:
-                if not isinstance(a, torch.ScriptObject): continue
-                try: group = dist.ProcessGroup.unbox(a)
-                except RuntimeError: continue # a ReduceOp
-                kind,sent = _sent(func, args, group.size(), group.rank())
+                if not isinstance(a, torch.ScriptObject):
+                    continue
+                try:
+                    group = dist.ProcessGroup.unbox(a)
+                except RuntimeError:
+                    continue  # a ReduceOp
+                kind, sent = _sent(func, args, group.size(), group.rank())
                 if kind:
-                    self.calls[kind] = self.calls.get(kind, 0)+1
-                    for to,b in zip(dist.get_process_group_ranks(group), sent):
-                        if b: self.bytes[kind,to] = self.bytes.get((kind, to), 0)+b
+                    self.calls[kind] = self.calls.get(kind, 0) + 1
+                    for to, b in zip(dist.get_process_group_ranks(group), sent):
+                        if b:
+                            self.bytes[kind, to] = self.bytes.get((kind, to), 0) + b
                 break
         return func(*args, **(kwargs or {}))
 
-    def total(self, kind=None)->int: return sum(b for (k,_),b in self.bytes.items() if kind in (None, k)) # bytes
+    def total(self, kind=None) -> int:
+        return sum(b for (k, _), b in self.bytes.items() if kind in (None, k))  # bytes
 
 # %% ../nbs/14a_exchange.ipynb #05ddd309
 def disband(
-    minutes:float=10., # to wait for the others
+    minutes: float = 10.0,  # to wait for the others
 ):
     "End together: no rank closes its connections before all have arrived"
     store = dist.distributed_c10d._get_default_store()
-    if store.add('arrived', 1)==dist.get_world_size(): store.set('all arrived', '')
+    if store.add('arrived', 1) == dist.get_world_size():
+        store.set('all arrived', '')
     store.wait(['all arrived'], timedelta(minutes=minutes))
     dist.destroy_process_group()
 
-LAST = '\nimport os, sys; sys.stdout.flush(); os._exit(0)\n' # a rank has been seen to die after its work was done, while process and interpreter were taken down
+
+# a rank has been seen to die after its work was done, while process and interpreter were taken down
+LAST = '\nimport os, sys; sys.stdout.flush(); os._exit(0)\n'
+
 
 def torchrun(
-    script,               # the text of a Python script, or the `Path` of one
-    *args,                # of the script; one rank should print
-    ranks:int=4,          # processes
-    timeout:float=900.,   # seconds
-    env:dict|None=None,   # further variables
-):                        # what was printed last, from JSON; None where nothing was printed
+    script,  # the text of a Python script, or the `Path` of one
+    *args,  # of the script; one rank should print
+    ranks: int = 4,  # processes
+    timeout: float = 900.0,  # seconds
+    env: dict | None = None,  # further variables
+):  # what was printed last, from JSON; None where nothing was printed
     "Run a script as many processes; when one fails, say what it said"
     with tempfile.TemporaryDirectory() as tmp:
-        if isinstance(script, str): (Path(tmp)/'script.py').write_text(script+LAST, encoding='utf-8')
-        file = Path(tmp)/'script.py' if isinstance(script, str) else script
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(ranks), str(file), *map(str, args)]
-        r = subprocess.run(command, env=os.environ|dict(OMP_NUM_THREADS='1')|(env or {}), capture_output=True, text=True, timeout=timeout)
+        if isinstance(script, str):
+            (Path(tmp) / 'script.py').write_text(script + LAST, encoding='utf-8')
+        file = Path(tmp) / 'script.py' if isinstance(script, str) else script
+        command = [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc-per-node',
+            str(ranks),
+            str(file),
+            *map(str, args),
+        ]
+        r = subprocess.run(
+            command,
+            env=os.environ | dict(OMP_NUM_THREADS='1') | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     if r.returncode:
-        said = [o for o in r.stderr.splitlines() if re.match(r'(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt)\b', o) and 'ChildFailedError' not in o]
-        died = [o.strip() for o in r.stderr.splitlines() if o.strip().startswith('traceback : Signal')]
+        said = [
+            o
+            for o in r.stderr.splitlines()
+            if re.match(r'(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt)\b', o)
+            and 'ChildFailedError' not in o
+        ]
+        died = [
+            o.strip() for o in r.stderr.splitlines() if o.strip().startswith('traceback : Signal')
+        ]
         raise RuntimeError('; '.join(dict.fromkeys(said or died)) or r.stderr[-2000:])
     return json.loads(r.stdout.strip().splitlines()[-1]) if r.stdout.strip() else None

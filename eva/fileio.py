@@ -40,7 +40,9 @@ def link_stays_inside(
 def open_regular(
     path: str | Path,  # the file
     max_bytes: int | None = None,  # largest size that is accepted, bytes
-    root: str | Path | None = None,  # links must stay inside of this folder; None: links may lead anywhere
+    root: str
+    | Path
+    | None = None,  # links must stay inside of this folder; None: links may lead anywhere
 ) -> BinaryIO:  # opened for reading
     "Open a regular file for reading, or raise a `ValueError` that says why it was refused"
     path = Path(path)
@@ -53,14 +55,19 @@ def open_regular(
             raise ValueError(f'{path}: is {_kind(os.stat(path))}; give a regular file')
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as e:
-        raise ValueError(f'{path}: cannot be opened ({e.strerror}); check the path and its permissions') from None
+        raise ValueError(
+            f'{path}: cannot be opened ({e.strerror}); check the path and its permissions'
+        ) from None
     about = os.fstat(descriptor)
     if not stat.S_ISREG(about.st_mode):
         os.close(descriptor)
         raise ValueError(f'{path}: is no regular file any more; give a regular file')
     if max_bytes is not None and about.st_size > max_bytes:
         os.close(descriptor)
-        raise ValueError(f'{path}: {about.st_size:,} bytes; at most {max_bytes:,} are read here, so this is another kind of file')
+        raise ValueError(
+            f'{path}: {about.st_size:,} bytes; at most {max_bytes:,} '
+            f'are read here, so this is another kind of file'
+        )
     return os.fdopen(descriptor, 'rb')
 
 
@@ -77,7 +84,9 @@ def _kind(about):
     return next((name for name, test in kinds.items() if test(about.st_mode)), 'no regular file')
 
 # %% ../nbs/00b_fileio.ipynb #7f75b058
-MAX_JSON_BYTES = 2**26  # of a file that is parsed as JSON; the largest tokenizer.json have 2**24 to 2**25
+MAX_JSON_BYTES = (
+    2**26
+)  # of a file that is parsed as JSON; the largest tokenizer.json have 2**24 to 2**25
 MAX_JSON_DEPTH = 64  # nested objects and arrays; published files have fewer than 16
 MAX_INT_DIGITS = 30  # of an integer; a count of bytes or parameters has fewer than 20
 
@@ -128,14 +137,19 @@ def parse_json(
     "Parse JSON that is not trusted, or raise a `ValueError` that names the file"
     depth = json_depth(raw, max_depth)
     if depth > max_depth:
-        raise ValueError(f'{name}: objects nested more than {max_depth} deep; no file of this kind is, fetch it again')
+        raise ValueError(
+            f'{name}: objects nested more than {max_depth} '
+            f'deep; no file of this kind is, fetch it again'
+        )
     try:
         value = json.loads(
             raw.decode('utf-8'), object_pairs_hook=_refuse_duplicates, parse_int=_short_int
         )
     except (ValueError, RecursionError) as e:
         reason = str(e).replace('\n', ' ')[:200]
-        raise ValueError(f'{name}: not valid JSON ({reason}); fetch or write the file again') from None
+        raise ValueError(
+            f'{name}: not valid JSON ({reason}); fetch or write the file again'
+        ) from None
     if not isinstance(value, kind):
         expected = {dict: 'object', list: 'array'}
         kinds = kind if isinstance(kind, tuple) else (kind,)
@@ -168,7 +182,8 @@ def read_text(
         return raw.decode('utf-8')
     except UnicodeDecodeError as e:
         raise ValueError(
-            f'{path}: not UTF-8 text (byte {e.start:,} is 0x{raw[e.start]:02x}); convert it to UTF-8'
+            f'{path}: not UTF-8 text (byte {e.start:,} is '
+            f'0x{raw[e.start]:02x}); convert it to UTF-8'
         ) from None
 
 # %% ../nbs/00b_fileio.ipynb #074b2b74
@@ -217,7 +232,8 @@ def atomic_write(
 ) -> Iterator[Path]:  # the temporary name to write to
     "Write under a temporary name, then take the real name in one step"
     path = Path(path)
-    tmp, aside = temporary_name(path), old_name(path)
+    tmp = temporary_name(path)
+    aside = old_name(path)
     try:
         yield tmp
         _give_default_modes(tmp)
@@ -246,7 +262,9 @@ _LOCK_ENTRIES = {'pid', 'host', 'since', 'command'}
 
 def _holder(about):
     command = about.get('command', '')
-    return f"process {about.get('pid')} on {about.get('host')} since {about.get('since')} ({command})"
+    return (
+        f'process {about.get("pid")} on {about.get("host")} since {about.get("since")} ({command})'
+    )
 
 
 def _missing_folders(folder):
@@ -298,9 +316,13 @@ class FolderLock:
                 about = self._about(descriptor)
                 os.close(descriptor)
                 if e.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise OSError(f'{self.path}: cannot be locked ({e.strerror}); use a folder on a local disk') from None
+                    raise OSError(
+                        f'{self.path}: cannot be locked '
+                        f'({e.strerror}); use a folder on a local disk'
+                    ) from None
                 raise ValueError(
-                    f'{self.purpose}: in use by {_holder(about)}; wait for it, or choose another folder'
+                    f'{self.purpose}: in use by {_holder(about)}; '
+                    f'wait for it, or choose another folder'
                 ) from None
             if self._is_current(descriptor):
                 break
@@ -311,7 +333,9 @@ class FolderLock:
     def _open(self):
         "Open the file of the lock, unless something else has its name"
         if os.path.lexists(self.path) and not stat.S_ISREG(os.lstat(self.path).st_mode):
-            raise ValueError(f'{self.path}: is {_kind(os.lstat(self.path))} and no lock of Eva; {MOVE_AWAY}')
+            raise ValueError(
+                f'{self.path}: is {_kind(os.lstat(self.path))} and no lock of Eva; {MOVE_AWAY}'
+            )
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(self.path, flags, 0o644)
 
@@ -427,7 +451,11 @@ def _matches(path, known):
         if about.st_size < known['prefix']:
             return False
         same_file = about.st_ino == known.get('inode')
-        return same_file or known['prefix'] > 0 and _sha256(path, known['prefix']) == known.get('sha256')
+        return (
+            same_file
+            or known['prefix'] > 0
+            and _sha256(path, known['prefix']) == known.get('sha256')
+        )
     if about.st_size != known.get('size'):
         return False
     # A copy of a folder has the same contents and other times.
@@ -442,7 +470,9 @@ class Manifest:
     """
 
     NAME = '.eva-manifest.json'
-    checksums: dict[Path, str] = {}  # SHA-256 of files under temporary names, by whoever computed them already
+    checksums: dict[
+        Path, str
+    ] = {}  # SHA-256 of files under temporary names, by whoever computed them already
 
     def __init__(
         self,
@@ -460,7 +490,8 @@ class Manifest:
         "Read the list, unless it is the one that was read or written last"
         if not os.path.lexists(self.path):
             self._version = None
-            self.files, self.folders = {}, set()
+            self.files = {}
+            self.folders = set()
             return
         about = os.lstat(self.path)
         version = about.st_ino, about.st_mtime_ns, about.st_size
@@ -469,11 +500,18 @@ class Manifest:
         if not stat.S_ISREG(about.st_mode):
             raise ValueError(f'{self.path}: is {_kind(about)} and no list of Eva; {MOVE_AWAY}')
         listed = read_json(self.path)
-        files, folders = listed.get('files'), listed.get('folders', [])
+        files = listed.get('files')
+        folders = listed.get('folders', [])
         sound = isinstance(files, dict) and isinstance(folders, list)
-        if not sound or not all(map(_is_entry, files.values())) or not all(isinstance(f, str) for f in folders):
+        if (
+            not sound
+            or not all(map(_is_entry, files.values()))
+            or not all(isinstance(f, str) for f in folders)
+        ):
             raise ValueError(f'{self.path}: is no list of files that Eva wrote; {MOVE_AWAY}')
-        self.files, self.folders, self._version = files, set(folders), version
+        self.files = files
+        self.folders = set(folders)
+        self._version = version
 
     def _save(self, durable=True):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -531,7 +569,11 @@ class Manifest:
     def temporary(self) -> list[str]:
         "Return listed names that are given to files before they are complete"
         pattern = re.compile(r'\..*\.(tmp|old)\d+')
-        return [n for n, known in self.files.items() if known is None and pattern.fullmatch(Path(n).name)]
+        return [
+            n
+            for n, known in self.files.items()
+            if known is None and pattern.fullmatch(Path(n).name)
+        ]
 
     def owns(
         self,
@@ -564,10 +606,14 @@ class Manifest:
                 continue
             if not os.path.lexists(place) or place.is_dir() and not _holds_files(place):
                 continue
-            lists = [*place.glob(self.NAME), *place.glob(f'*/{self.NAME}')] if place.is_dir() else []
+            lists = (
+                [*place.glob(self.NAME), *place.glob(f'*/{self.NAME}')] if place.is_dir() else []
+            )
             listed_here = place.is_dir() and any(file.startswith(f'{name}/') for file in self.files)
             if not lists and not listed_here:
-                raise ValueError(f'{place}: is {_kind(os.lstat(place))} and was not written by Eva; {MOVE_AWAY}')
+                raise ValueError(
+                    f'{place}: is {_kind(os.lstat(place))} and was not written by Eva; {MOVE_AWAY}'
+                )
 
     def make_folder(
         self,
@@ -624,7 +670,8 @@ class Manifest:
         "Replace a file or a folder of ours by one step, and list it before it takes its name"
         name = self._name(path)
         place = self.folder / name
-        tmp, aside = temporary_name(place), old_name(place)
+        tmp = temporary_name(place)
+        aside = old_name(place)
         self.check(*self._below(name), tmp, aside)
         _remove(tmp)
         _remove(aside)
@@ -647,7 +694,9 @@ class Manifest:
         place = self.folder / name
         if place.is_symlink() or not place.is_dir():
             return [name]
-        return [self._name(p) for p in sorted(place.rglob('*')) if p.is_symlink() or not p.is_dir()] or [name]
+        return [
+            self._name(p) for p in sorted(place.rglob('*')) if p.is_symlink() or not p.is_dir()
+        ] or [name]
 
     def _list(self, name, tmp):
         "Add what is about to take a name to what the name may stand for"
@@ -687,7 +736,9 @@ class Manifest:
             place = self.folder / name
             real, marked, _ = place.name[1:].rpartition('.old')
             if marked and place.exists() and not os.path.lexists(place.with_name(real)):
-                os.replace(place, place.with_name(real))  # killed between the two renames of a folder
+                os.replace(
+                    place, place.with_name(real)
+                )  # killed between the two renames of a folder
             elif self._reason(name) is None:
                 _remove(place)
         gone = [n for n in self.files if not os.path.lexists(self.folder / n)]
@@ -702,7 +753,8 @@ class Manifest:
     ) -> list[Path]:  # files that were left because they are not ours
         "Delete listed files, and folders in which nothing else is left"
         self._refresh()
-        before, kept = len(self.files), []
+        before = len(self.files)
+        kept = []
         for name in map(self._name, paths):
             place = self.folder / name
             for file in map(self._name, self._below(name)):

@@ -8,222 +8,378 @@ __all__ = ['SHORT', 'SPLIT', 'KINDS', 'TYPES', 'MAX_NAME', 'MAX_HEADER_BYTES', '
            'check_header', 'check_scale', 'Checkpoint', 'write_safetensors', 'load_tokenizer']
 
 # %% ../nbs/12b_files.ipynb #328b7e36
-import json, math, os, re, struct, subprocess, sys
+import json
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
+
 from .data import replacing
 from .fileio import open_regular, parse_json, read_json
 from .fp8 import quantize, scale_shape
 
 # %% ../nbs/12b_files.ipynb #b0a9ae01
-SHORT = dict(embed='embed_tokens', attn='self_attn', ffn='mlp', attn_norm='input_layernorm', ffn_norm='post_attention_layernorm', wq='q_proj', wq_a='q_a_proj',
-             q_norm='q_a_layernorm', wq_b='q_b_proj', wkv_a='kv_a_proj_with_mqa', kv_norm='kv_a_layernorm', wkv_b='kv_b_proj', wo='o_proj', w1='gate_proj',
-             w2='down_proj', w3='up_proj', head='lm_head', scale='weight_scale_inv', bias='e_score_correction_bias')
-SPLIT = dict(embed=0, wq=0, wq_b=0, wkv_b=0, wo=1, w1=0, w2=1, w3=0, head=0) # which dimension is divided among files
+SHORT = dict(
+    embed='embed_tokens',
+    attn='self_attn',
+    ffn='mlp',
+    attn_norm='input_layernorm',
+    ffn_norm='post_attention_layernorm',
+    wq='q_proj',
+    wq_a='q_a_proj',
+    q_norm='q_a_layernorm',
+    wq_b='q_b_proj',
+    wkv_a='kv_a_proj_with_mqa',
+    kv_norm='kv_a_layernorm',
+    wkv_b='kv_b_proj',
+    wo='o_proj',
+    w1='gate_proj',
+    w2='down_proj',
+    w3='up_proj',
+    head='lm_head',
+    scale='weight_scale_inv',
+    bias='e_score_correction_bias',
+)
+SPLIT = dict(
+    embed=0, wq=0, wq_b=0, wkv_b=0, wo=1, w1=0, w2=1, w3=0, head=0
+)  # which dimension is divided among files
+
 
 def published_name(
-    name:str, # in a file, in either vocabulary
-)->str:       # as published
+    name: str,  # in a file, in either vocabulary
+) -> str:  # as published
     "The published name of a tensor"
-    if name.startswith('model.') or name.startswith('lm_head.'): return name
+    if name.startswith('model.') or name.startswith('lm_head.'):
+        return name
     long = '.'.join(SHORT.get(o, o) for o in name.split('.'))
     return long if long.startswith('lm_head.') else f'model.{long}'
 
 # %% ../nbs/12b_files.ipynb #963a8290
 def widen(
-    q:Tensor, # E4M3
-)->Tensor:    # the same values, float32
+    q: Tensor,  # E4M3
+) -> Tensor:  # the same values, float32
     "Eight bits as 32 by moving them into place"
-    bits = q.view(torch.int8).to(torch.int32) # the sign is carried to the front
-    wide = bits.bitwise_left_shift_(20).bitwise_and_(-0x78100000).view(torch.float32).mul_(2.**120)
-    return wide.masked_fill_((q.view(torch.uint8) & 0x7f)==0x7f, math.nan)
+    bits = q.view(torch.int8).to(torch.int32)  # the sign is carried to the front
+    wide = bits.bitwise_left_shift_(20).bitwise_and_(-0x78100000).view(torch.float32).mul_(2.0**120)
+    return wide.masked_fill_((q.view(torch.uint8) & 0x7F) == 0x7F, math.nan)
+
 
 def undo_blocks(
-    q:Tensor,     # E4M3 (rows, columns)
-    scale:Tensor, # of its blocks (row blocks, column blocks)
-    block:tuple=(128,128), # rows and columns of a block
-    dtype:torch.dtype=torch.bfloat16, # of the result
-)->Tensor:        # (rows, columns)
+    q: Tensor,  # E4M3 (rows, columns)
+    scale: Tensor,  # of its blocks (row blocks, column blocks)
+    block: tuple = (128, 128),  # rows and columns of a block
+    dtype: torch.dtype = torch.bfloat16,  # of the result
+) -> Tensor:  # (rows, columns)
     "A weight from its eight bits and its scales, a strip of blocks at a time"
-    out,scale = torch.empty(q.shape, dtype=dtype),scale.float().repeat_interleave(block[1], 1)[:,:q.shape[1]]
-    for i in range(0, len(q), block[0]): out[i:i+block[0]] = widen(q[i:i+block[0]]).mul_(scale[i//block[0]])
+    out = torch.empty(q.shape, dtype=dtype)
+    scale = scale.float().repeat_interleave(block[1], 1)[:, : q.shape[1]]
+    for i in range(0, len(q), block[0]):
+        out[i : i + block[0]] = widen(q[i : i + block[0]]).mul_(scale[i // block[0]])
     return out
 
 # %% ../nbs/12b_files.ipynb #7eaf152e
 def to_blocks(
-    W:Tensor, # (rows, columns), float32, bfloat16 or float16
-    block:tuple=(128,128), # rows and columns of a block
-    pow2:bool=False, # scales that are powers of two?
-)->tuple[Tensor,Tensor]: # E4M3 (rows, columns), scales of its blocks
+    W: Tensor,  # (rows, columns), float32, bfloat16 or float16
+    block: tuple = (128, 128),  # rows and columns of a block
+    pow2: bool = False,  # scales that are powers of two?
+) -> tuple[Tensor, Tensor]:  # E4M3 (rows, columns), scales of its blocks
     "`quantize`, a few strips of blocks at a time, in little memory"
-    q,scale,step = torch.empty(W.shape, dtype=torch.float8_e4m3fn),torch.empty(scale_shape(W.shape, block)),max(1, 2**18//max(1, W.shape[1])//block[0])*block[0]
-    for i in range(0, len(W), step): q[i:i+step],scale[i//block[0]:(i+step)//block[0]] = quantize(W[i:i+step], block, pow2=pow2)
-    return q,scale
+    q = torch.empty(W.shape, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(scale_shape(W.shape, block))
+    step = max(1, 2**18 // max(1, W.shape[1]) // block[0]) * block[0]
+    for i in range(0, len(W), step):
+        q[i : i + step], scale[i // block[0] : (i + step) // block[0]] = quantize(
+            W[i : i + step], block, pow2=pow2
+        )
+    return q, scale
 
 # %% ../nbs/12b_files.ipynb #90d1704e
-KINDS = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16', torch.float64: 'F64', torch.float8_e4m3fn: 'F8_E4M3', torch.float8_e5m2: 'F8_E5M2', torch.float8_e8m0fnu: 'F8_E8M0',
-         torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL'} # what safetensors calls them
-TYPES = {v: k for k,v in KINDS.items()}
+KINDS = {
+    torch.float32: 'F32',
+    torch.bfloat16: 'BF16',
+    torch.float16: 'F16',
+    torch.float64: 'F64',
+    torch.float8_e4m3fn: 'F8_E4M3',
+    torch.float8_e5m2: 'F8_E5M2',
+    torch.float8_e8m0fnu: 'F8_E8M0',
+    torch.int64: 'I64',
+    torch.int32: 'I32',
+    torch.int16: 'I16',
+    torch.int8: 'I8',
+    torch.uint8: 'U8',
+    torch.bool: 'BOOL',
+}  # what safetensors calls them
+TYPES = {v: k for k, v in KINDS.items()}
 
-MAX_NAME = 300 # characters of a tensor's name; published ones have up to 60
-MAX_HEADER_BYTES = 2**26 # of one file; the 91,991 tensors of V3 in one would need 2**24
+MAX_NAME = 300  # characters of a tensor's name; published ones have up to 60
+MAX_HEADER_BYTES = 2**26  # of one file; the 91,991 tensors of V3 in one would need 2**24
+
 
 def check_header(
-    file:Path, # safetensors
-    root:Path, # the folder it belongs to
+    file: Path,  # safetensors
+    root: Path,  # the folder it belongs to
 ):
     "Refuse what is no regular file of this folder, and a header that is longer than any, before it is read"
     with open_regular(file, root=root) as f:
-        length,size = int.from_bytes(f.read(8), 'little'),os.fstat(f.fileno()).st_size
-        if length>min(MAX_HEADER_BYTES, size-8): raise ValueError(
-            f'{file}: not a readable safetensors file (a header of {length:,} bytes in a file of {size:,}, at most {MAX_HEADER_BYTES:,} are read); fetch it again')
+        length = int.from_bytes(f.read(8), 'little')
+        size = os.fstat(f.fileno()).st_size
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(
+                f'{file}: not a readable safetensors file (a header of {length:,} bytes in '
+                f'a file of {size:,}, at most {MAX_HEADER_BYTES:,} are read); fetch it again'
+            )
+
 
 def check_scale(
-    q:Tensor,     # E4M3 (rows, columns)
-    scale:Tensor, # of its blocks (row blocks, column blocks)
-    block:tuple,  # rows and columns of a block
-    name:str,     # of the scale
-    file:str|Path, # where it is
+    q: Tensor,  # E4M3 (rows, columns)
+    scale: Tensor,  # of its blocks (row blocks, column blocks)
+    block: tuple,  # rows and columns of a block
+    name: str,  # of the scale
+    file: str | Path,  # where it is
 ):
     "Refuse a scale that no quantiser writes; zero is one only where the whole block is zero"
-    if not scale.is_floating_point(): raise ValueError(f'{name}: {scale.dtype} in {file}; scales are floating-point numbers, fetch the files again')
+    if not scale.is_floating_point():
+        raise ValueError(
+            f'{name}: {scale.dtype} in {file}; scales are '
+            f'floating-point numbers, fetch the files again'
+        )
     s = scale.float()
-    bad = ~(s.isfinite() & (s>=0))
-    if (s==0).any():
-        nonzero = (q.view(torch.uint8) & 0x7f).bool().to(torch.uint8)
-        whole = F.pad(nonzero, (0, s.shape[1]*block[1]-q.shape[1], 0, s.shape[0]*block[0]-q.shape[0]))
-        bad |= (s==0) & whole.view(s.shape[0], block[0], s.shape[1], block[1]).amax((1, 3)).bool()
-    if bad.any(): raise ValueError(
-        f'{name}: {s[bad][0].item()} in {file} ({int(bad.sum())} of {bad.numel()} blocks); a scale is finite and positive, fetch the files again or quantise anew')
+    bad = ~(s.isfinite() & (s >= 0))
+    if (s == 0).any():
+        nonzero = (q.view(torch.uint8) & 0x7F).bool().to(torch.uint8)
+        whole = F.pad(
+            nonzero, (0, s.shape[1] * block[1] - q.shape[1], 0, s.shape[0] * block[0] - q.shape[0])
+        )
+        bad |= (s == 0) & whole.view(s.shape[0], block[0], s.shape[1], block[1]).amax((1, 3)).bool()
+    if bad.any():
+        raise ValueError(
+            f'{name}: {s[bad][0].item()} in {file} ({int(bad.sum())} of {bad.numel()} '
+            f'blocks); a scale is finite and positive, fetch the files again or quantise anew'
+        )
+
 
 class Checkpoint:
     "A folder of safetensors, seen through the published names"
-    def __init__(self,
-        path:str|Path, # the folder
+
+    def __init__(
+        self,
+        path: str | Path,  # the folder
     ):
-        self.path,self.files = Path(path),{}
-        self.where = self._index() or self._scan() # published name -> [(file, name in it)]
-        for n,places in self.where.items():
-            if len(n)>MAX_NAME: raise ValueError(f'{places[0][0]}: {n:.80}… has {len(n):,} characters; a tensor name has at most {MAX_NAME}')
+        self.path = Path(path)
+        self.files = {}
+        self.where = self._index() or self._scan()  # published name -> [(file, name in it)]
+        for n, places in self.where.items():
+            if len(n) > MAX_NAME:
+                raise ValueError(
+                    f'{places[0][0]}: {n:.80}… has {len(n):,} '
+                    f'characters; a tensor name has at most {MAX_NAME}'
+                )
 
     def _index(self):
-        index = self.path/'model.safetensors.index.json'
-        if not os.path.lexists(index): return {}
+        index = self.path / 'model.safetensors.index.json'
+        if not os.path.lexists(index):
+            return {}
         weight_map = read_json(index, root=self.path).get('weight_map')
-        if not isinstance(weight_map, dict): raise ValueError(f'{index}: not a readable index (weight_map is {weight_map!r:.80}); fetch it again')
+        if not isinstance(weight_map, dict):
+            raise ValueError(
+                f'{index}: not a readable index (weight_map is {weight_map!r:.80}); fetch it again'
+            )
         weight_map = weight_map.items()
-        for name,f in weight_map:
-            if not isinstance(f, str) or Path(f).name!=f or not f.endswith('.safetensors') or len(f)>255: raise ValueError(f'{index}: {name:.80} is said to be in {f!r:.80}; an index names files of its own folder')
-        return {published_name(n): [(self.path/f, n)] for n,f in weight_map}
+        for name, f in weight_map:
+            if (
+                not isinstance(f, str)
+                or Path(f).name != f
+                or not f.endswith('.safetensors')
+                or len(f) > 255
+            ):
+                raise ValueError(
+                    f'{index}: {name:.80} is said to be in {f!r:.80}; '
+                    f'an index names files of its own folder'
+                )
+        return {published_name(n): [(self.path / f, n)] for n, f in weight_map}
 
     def _scan(self):
-        files,where = sorted(self.path.glob('*.safetensors')),{}
-        if not files: raise ValueError(f'{self.path}: no .safetensors file; give the folder of a checkpoint')
+        files = sorted(self.path.glob('*.safetensors'))
+        where = {}
+        if not files:
+            raise ValueError(f'{self.path}: no .safetensors file; give the folder of a checkpoint')
         for f in files:
-            for n in self.open(f).keys(): where.setdefault(published_name(n), []).append((f, n))
-        for n,places in where.items():
-            if len(places)>1 and not all(re.fullmatch(r'model\d+-mp\d+\.safetensors', f.name) for f,_ in places): raise ValueError(
-                f'{n}: in {", ".join(f.name for f,_ in places)}; a tensor has one place, remove the files that do not belong here')
+            for n in self.open(f):
+                where.setdefault(published_name(n), []).append((f, n))
+        for n, places in where.items():
+            if len(places) > 1 and not all(
+                re.fullmatch(r'model\d+-mp\d+\.safetensors', f.name) for f, _ in places
+            ):
+                raise ValueError(
+                    f'{n}: in {", ".join(f.name for f, _ in places)}; a tensor '
+                    f'has one place, remove the files that do not belong here'
+                )
         return where
 
     def open(self, file):
         "A file, opened once"
         if file not in self.files:
             check_header(file, self.path)
-            try: self.files[file] = safe_open(file, 'pt')
-            except (OSError, SafetensorError) as e: raise ValueError(f'{file}: not a readable safetensors file ({e}); fetch it again') from None
+            try:
+                self.files[file] = safe_open(file, 'pt')
+            except (OSError, SafetensorError) as e:
+                raise ValueError(
+                    f'{file}: not a readable safetensors file ({e}); fetch it again'
+                ) from None
         return self.files[file]
 
-    def __contains__(self, name): return name in self.where
-    def __iter__(self): return iter(self.where)
+    def __contains__(self, name):
+        return name in self.where
+
+    def __iter__(self):
+        return iter(self.where)
+
 
 @patch
-def read(self:Checkpoint,
-    name:str, # published
-)->Tensor:    # as stored
+def read(
+    self: Checkpoint,
+    name: str,  # published
+) -> Tensor:  # as stored
     "One tensor, put together where it is divided among files"
-    if name not in self.where: raise ValueError(f'{name}: missing; the folder {self.path} does not hold it, fetch the files again')
+    if name not in self.where:
+        raise ValueError(
+            f'{name}: missing; the folder {self.path} does not hold it, fetch the files again'
+        )
     parts = []
-    for f,n in self.where[name]:
-        try: parts.append(self.open(f).get_tensor(n))
-        except SafetensorError as e: raise ValueError(f'{name}: not in {f} where the index promises it ({e}); fetch the files again') from None
-    if len(parts)==1: return parts[0]
+    for f, n in self.where[name]:
+        try:
+            parts.append(self.open(f).get_tensor(n))
+        except SafetensorError as e:
+            raise ValueError(
+                f'{name}: not in {f} where the index promises it ({e}); fetch the files again'
+            ) from None
+    if len(parts) == 1:
+        return parts[0]
     dim = SPLIT.get(n.rpartition('.')[0].rpartition('.')[2])
-    if dim is None: return parts[0]
-    try: return torch.cat([p.view(torch.uint8) if p.element_size()==1 else p for p in parts], dim).view(parts[0].dtype)
-    except (RuntimeError, IndexError): raise ValueError(
-        f'{name}: its parts do not fit together, {", ".join(f"{tuple(p.shape)} in {f.name}" for p,(f,_) in zip(parts, self.where[name]))}; fetch the files again') from None
+    if dim is None:
+        return parts[0]
+    try:
+        return torch.cat(
+            [p.view(torch.uint8) if p.element_size() == 1 else p for p in parts], dim
+        ).view(parts[0].dtype)
+    except (RuntimeError, IndexError):
+        raise ValueError(
+            f'{name}: its parts do not fit together, '
+            f'{", ".join(f"{tuple(p.shape)} in {f.name}" for p, (f, _) in zip(parts, self.where[name]))}; '
+            f'fetch the files again'
+        ) from None
+
 
 @patch
-def shape(self:Checkpoint,
-    name:str, # published
-)->tuple[torch.dtype,tuple]: # its type and shape
+def shape(
+    self: Checkpoint,
+    name: str,  # published
+) -> tuple[torch.dtype, tuple]:  # its type and shape
     "What a tensor is, from the headers alone"
     parts = self.where[name]
-    try: views = [self.open(f).get_slice(n) for f,n in parts]
-    except SafetensorError as e: raise ValueError(f'{name}: not in {parts[0][0]} where the index promises it ({e}); fetch the files again') from None
-    dtype,shapes = views[0].get_dtype(),[v.get_shape() for v in views]
-    if dtype not in TYPES: raise ValueError(f'{name}: {dtype} in {parts[0][0].name}; known are {", ".join(TYPES)}')
+    try:
+        views = [self.open(f).get_slice(n) for f, n in parts]
+    except SafetensorError as e:
+        raise ValueError(
+            f'{name}: not in {parts[0][0]} where the index promises it ({e}); fetch the files again'
+        ) from None
+    dtype = views[0].get_dtype()
+    shapes = [v.get_shape() for v in views]
+    if dtype not in TYPES:
+        raise ValueError(f'{name}: {dtype} in {parts[0][0].name}; known are {", ".join(TYPES)}')
     short = parts[0][1].rpartition('.')[0].rpartition('.')[2]
-    if len(parts)==1 or short not in SPLIT: return TYPES[dtype],tuple(shapes[0])
-    return TYPES[dtype],tuple(sum(s[i] for s in shapes if len(s)>i) if i==SPLIT[short] else n for i,n in enumerate(shapes[0]))
+    if len(parts) == 1 or short not in SPLIT:
+        return TYPES[dtype], tuple(shapes[0])
+    return TYPES[dtype], tuple(
+        sum(s[i] for s in shapes if len(s) > i) if i == SPLIT[short] else n
+        for i, n in enumerate(shapes[0])
+    )
+
 
 @patch
-def weight(self:Checkpoint,
-    name:str, # published
-    block:tuple|None=None, # of FP8 weights, None where the config promises none
-    dtype:torch.dtype|None=None, # of FP8 weights once undone, bfloat16 by default; others stay as they are
-)->Tensor:
+def weight(
+    self: Checkpoint,
+    name: str,  # published
+    block: tuple | None = None,  # of FP8 weights, None where the config promises none
+    dtype: torch.dtype
+    | None = None,  # of FP8 weights once undone, bfloat16 by default; others stay as they are
+) -> Tensor:
     "One weight, its blocks undone"
     t = self.read(name)
-    return t if t.dtype!=torch.float8_e4m3fn else undo_blocks(t, self.scale(name, t, block), block, dtype or torch.bfloat16)
+    return (
+        t
+        if t.dtype != torch.float8_e4m3fn
+        else undo_blocks(t, self.scale(name, t, block), block, dtype or torch.bfloat16)
+    )
+
 
 @patch
-def scale(self:Checkpoint,
-    name:str, # published, of the weight
-    t:Tensor, # the weight, E4M3
-    block:tuple|None, # rows and columns that share a scale, None where the config promises none
-)->Tensor:    # one for each block
+def scale(
+    self: Checkpoint,
+    name: str,  # published, of the weight
+    t: Tensor,  # the weight, E4M3
+    block: tuple | None,  # rows and columns that share a scale, None where the config promises none
+) -> Tensor:  # one for each block
     "The scales of a weight, checked"
     scale = f'{name}_scale_inv'
     file = self.where[name][0][0].name
-    if block is None: raise ValueError(f'{name}: FP8 in {file}, but config.json has no quantization_config; take the one of the published folder')
-    if scale not in self: raise ValueError(f'{scale}: missing, and {name} in {file} is FP8; fetch the files again')
+    if block is None:
+        raise ValueError(
+            f'{name}: FP8 in {file}, but config.json has no '
+            f'quantization_config; take the one of the published folder'
+        )
+    if scale not in self:
+        raise ValueError(f'{scale}: missing, and {name} in {file} is FP8; fetch the files again')
     s = self.read(scale)
-    if t.dim()!=2 or tuple(s.shape)!=(want := scale_shape(t.shape, block)): raise ValueError(
-        f'{scale}: {tuple(s.shape)} for {tuple(t.shape)} in {file}, blocks of {tuple(block)} need {want if t.dim()==2 else "a matrix"}')
+    if t.dim() != 2 or tuple(s.shape) != (want := scale_shape(t.shape, block)):
+        raise ValueError(
+            f'{scale}: {tuple(s.shape)} for {tuple(t.shape)} in {file}, blocks '
+            f'of {tuple(block)} need {want if t.dim() == 2 else "a matrix"}'
+        )
     check_scale(t, s, block, scale, file)
     return s
 
 # %% ../nbs/12b_files.ipynb #12ec2de7
 def write_safetensors(
-    file:str|Path, # to appear when it is complete
-    shapes:dict,   # name -> (dtype, shape), in the order of the file
-    tensors:Iterable[Tensor], # in the same order
-    atomic:bool=True, # under a temporary name first? False where the name is a temporary one already
+    file: str | Path,  # to appear when it is complete
+    shapes: dict,  # name -> (dtype, shape), in the order of the file
+    tensors: Iterable[Tensor],  # in the same order
+    # under a temporary name first? False where the name is a temporary one already
+    atomic: bool = True,
 ):
     "Write a file tensor by tensor"
-    header,end = dict(__metadata__=dict(format='pt')),0
-    for n,(dtype,shape) in shapes.items():
-        start,end = end,end+math.prod(shape)*dtype.itemsize
+    header = dict(__metadata__=dict(format='pt'))
+    end = 0
+    for n, (dtype, shape) in shapes.items():
+        start = end
+        end = end + math.prod(shape) * dtype.itemsize
         header[n] = dict(dtype=KINDS[dtype], shape=list(shape), data_offsets=[start, end])
     raw = json.dumps(header).encode()
-    raw += b' '*(-len(raw)%8)
+    raw += b' ' * (-len(raw) % 8)
     with replacing(Path(file)) if atomic else nullcontext(file) as tmp, open(tmp, 'wb') as f:
-        f.write(struct.pack('<Q', len(raw))+raw)
+        f.write(struct.pack('<Q', len(raw)) + raw)
         left = iter(shapes.items())
         for t in tensors:
-            n,(dtype,shape) = next(left)
-            if t.dtype!=dtype or tuple(t.shape)!=tuple(shape): raise ValueError(f'{n}: {t.dtype} {tuple(t.shape)} came, {dtype} {tuple(shape)} was announced')
+            n, (dtype, shape) = next(left)
+            if t.dtype != dtype or tuple(t.shape) != tuple(shape):
+                raise ValueError(
+                    f'{n}: {t.dtype} {tuple(t.shape)} came, {dtype} {tuple(shape)} was announced'
+                )
             f.write(t.contiguous().view(-1).view(torch.uint8).numpy() if t.numel() else b'')
-        if (rest := [n for n,_ in left]): raise ValueError(f'{rest[0]}: announced, but it did not come')
+        if rest := [n for n, _ in left]:
+            raise ValueError(f'{rest[0]}: announced, but it did not come')
 
 # %% ../nbs/12b_files.ipynb #b2b00002
 MAX_TOKENIZER_BYTES = 2**26  # published files have 2**20 to 2**25
@@ -302,7 +458,8 @@ def _check_steps(found, path):
     if not isinstance(added, list) or len(added) > MAX_ADDED_TOKENS:
         count = f'{len(added):,}' if isinstance(added, list) else type(added).__name__
         raise ValueError(
-            f'{path}: added_tokens are {count}; must be a list of at most {MAX_ADDED_TOKENS:,}, put the others into the vocabulary'
+            f'{path}: added_tokens are {count}; must be a list of at most '
+            f'{MAX_ADDED_TOKENS:,}, put the others into the vocabulary'
         )
     steps = [
         s for key in ('normalizer', 'pre_tokenizer', 'decoder') for s in _steps_of(found.get(key))
@@ -310,7 +467,8 @@ def _check_steps(found, path):
     growth = math.prod(min(_growth(s), 10**9) for s in steps[:1000])
     if growth > MAX_GROWTH or len(steps) > 1000:
         raise ValueError(
-            f'{path}: {len(steps)} steps that make up to {growth:.3g} characters of one; at most {MAX_GROWTH} are accepted, so this is no tokenizer of a published model'
+            f'{path}: {len(steps)} steps that make up to {growth:.3g} characters of one; at '
+            f'most {MAX_GROWTH} are accepted, so this is no tokenizer of a published model'
         )
     return any('Regex' in s or 'precompiled_charsmap' in s for s in steps) or len(added) > 1000
 
@@ -328,13 +486,15 @@ def _probe(raw, path):
         said = child.stderr.decode(errors='replace').strip().splitlines()
         fine = child.returncode == 0 and child.stdout.strip() == b'fine'
     except subprocess.TimeoutExpired:
-        said, fine = [], False
+        said = []
+        fine = False
     if not fine:
         reason = next(
             (line for line in reversed(said) if 'rror' in line or 'xception' in line),
             'out of time or memory',
         )
         raise ValueError(
-            f'{path}: not a tokenizer that can be used ({reason[:200]}; it was tried in a process of its own, '
+            f'{path}: not a tokenizer that can be used '
+            f'({reason[:200]}; it was tried in a process of its own, '
             f'with {PROBE_SECONDS} s and {PROBE_BYTES >> 30} GB); fetch it again'
         )

@@ -10,6 +10,7 @@ __all__ = ['FORMATS', 'RECIPES', 'EXPONENT', 'Format', 'format_values', 'cast', 
 # %% ../nbs/07_fp8.ipynb #4d33530f
 import math
 from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,166 +18,235 @@ from torch import Tensor
 # %% ../nbs/07_fp8.ipynb #a99adff9
 class Format(NamedTuple):
     "One way to spend eight bits"
-    dtype:torch.dtype # what PyTorch calls it
-    max:float         # largest finite value
-    normal:float      # smallest normal value
-    step:float        # distance of subnormal values, and the smallest value above 0
-    digits:int        # bits of the mantissa
 
-FORMATS = dict(e4m3=Format(torch.float8_e4m3fn, 448., 2.**-6, 2.**-9, 3), e5m2=Format(torch.float8_e5m2, 57344., 2.**-14, 2.**-16, 2))
+    dtype: torch.dtype  # what PyTorch calls it
+    max: float  # largest finite value
+    normal: float  # smallest normal value
+    step: float  # distance of subnormal values, and the smallest value above 0
+    digits: int  # bits of the mantissa
+
+
+FORMATS = dict(
+    e4m3=Format(torch.float8_e4m3fn, 448.0, 2.0**-6, 2.0**-9, 3),
+    e5m2=Format(torch.float8_e5m2, 57344.0, 2.0**-14, 2.0**-16, 2),
+)
+
 
 def format_values(
-    fmt:str='e4m3', # e4m3 or e5m2
-)->Tensor:          # ascending, float32
+    fmt: str = 'e4m3',  # e4m3 or e5m2
+) -> Tensor:  # ascending, float32
     "All finite values"
     v = torch.arange(256, dtype=torch.uint8).view(_format(fmt).dtype).float()
     return v[v.isfinite()].unique()
 
+
 def _format(fmt):
     "Look a format up, or say which there are"
-    if fmt not in FORMATS: raise ValueError(f'fmt={fmt!r}: must be one of {", ".join(FORMATS)}')
+    if fmt not in FORMATS:
+        raise ValueError(f'fmt={fmt!r}: must be one of {", ".join(FORMATS)}')
     return FORMATS[fmt]
 
 # %% ../nbs/07_fp8.ipynb #38a0109a
 def cast(
-    x:Tensor,       # any values
-    fmt:str='e4m3', # e4m3 or e5m2
-)->Tensor:          # the same shape in eight bits
+    x: Tensor,  # any values
+    fmt: str = 'e4m3',  # e4m3 or e5m2
+) -> Tensor:  # the same shape in eight bits
     "Round to the nearest value of the format; beyond the last one stands the last one"
     f = _format(fmt)
     return x.clamp(-f.max, f.max).to(f.dtype)
 
 # %% ../nbs/07_fp8.ipynb #53cb38a4
 def block_scale(
-    amax:Tensor,     # largest magnitude of each block
-    limit:float,     # largest value of the format
-    pow2:bool=False, # round up to a power of two?
-)->Tensor:           # same shape, float32
+    amax: Tensor,  # largest magnitude of each block
+    limit: float,  # largest value of the format
+    pow2: bool = False,  # round up to a power of two?
+) -> Tensor:  # same shape, float32
     "The factor that brings each block to the end of the format; 1 for zeros"
-    s = amax.float()/limit
-    if pow2: s = torch.where(s.isnan(), s, (s.view(torch.int32)+0x7fffff & 0x7f800000).view(torch.float32)) # carries into the exponent, drops the mantissa
-    return torch.where(s==0, 1., s)
+    s = amax.float() / limit
+    if pow2:
+        s = torch.where(
+            s.isnan(), s, (s.view(torch.int32) + 0x7FFFFF & 0x7F800000).view(torch.float32)
+        )  # carries into the exponent, drops the mantissa
+    return torch.where(s == 0, 1.0, s)
 
 # %% ../nbs/07_fp8.ipynb #c47ed31e
 def scale_shape(
-    shape:tuple,      # of the tensor
-    block:tuple|None, # rows and columns of a block; None for one scale in all
-)->tuple:             # of its scales
+    shape: tuple,  # of the tensor
+    block: tuple | None,  # rows and columns of a block; None for one scale in all
+) -> tuple:  # of its scales
     "One scale per block, in the order of the blocks"
-    if block is None: return ()
-    if len(shape)==1: return scale_shape((1, *shape), block)[1:]
-    return *shape[:-2],*(-(-n//b) if b!=-1 else min(n, 1) for n,b in zip(shape[-2:], block))
+    if block is None:
+        return ()
+    if len(shape) == 1:
+        return scale_shape((1, *shape), block)[1:]
+    return *shape[:-2], *(-(-n // b) if b != -1 else min(n, 1) for n, b in zip(shape[-2:], block))
+
 
 def tiles(
-    x:Tensor,    # (..., rows, columns)
-    block:tuple, # rows and columns of a block
-)->Tensor:       # (..., row blocks, rows in one, column blocks, columns in one), zeros beyond the edges
+    x: Tensor,  # (..., rows, columns)
+    block: tuple,  # rows and columns of a block
+) -> (
+    Tensor
+):  # (..., row blocks, rows in one, column blocks, columns in one), zeros beyond the edges
     "Cut into blocks"
-    rows,columns = x.shape[-2:]
-    br,bc = (n if b==-1 else min(b, n) for n,b in zip((rows, columns), block)) # a block beyond the edges ends there
-    if rows%br or columns%bc: x = F.pad(x, (0, -columns%bc, 0, -rows%br))
+    rows, columns = x.shape[-2:]
+    br, bc = (
+        n if b == -1 else min(b, n) for n, b in zip((rows, columns), block)
+    )  # a block beyond the edges ends there
+    if rows % br or columns % bc:
+        x = F.pad(x, (0, -columns % bc, 0, -rows % br))
     return x.unflatten(-1, (-1, bc)).unflatten(-3, (-1, br))
 
+
 def untiled(
-    t:Tensor,    # from `tiles`
-    shape:tuple, # of what was cut
-)->Tensor:       # (..., rows, columns)
+    t: Tensor,  # from `tiles`
+    shape: tuple,  # of what was cut
+) -> Tensor:  # (..., rows, columns)
     "Put the blocks together again, without what lies beyond the edges"
-    return t.flatten(-2).flatten(-3, -2)[...,:shape[-2],:shape[-1]].contiguous() # the padding is not kept alive
+    return (
+        t.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]].contiguous()
+    )  # the padding is not kept alive
 
 # %% ../nbs/07_fp8.ipynb #32f99c2a
 def quantize(
-    x:Tensor,             # any shape and floating dtype
-    block:tuple|None=(1,128), # rows and columns that share a scale, -1 for all; None: one scale in all
-    fmt:str='e4m3',       # e4m3 or e5m2
-    pow2:bool=False,      # scales that are powers of two?
-)->tuple[Tensor,Tensor]:  # values in eight bits, of x's shape; scales in float32, one per block
+    x: Tensor,  # any shape and floating dtype
+    block: tuple | None = (
+        1,
+        128,
+    ),  # rows and columns that share a scale, -1 for all; None: one scale in all
+    fmt: str = 'e4m3',  # e4m3 or e5m2
+    pow2: bool = False,  # scales that are powers of two?
+) -> tuple[Tensor, Tensor]:  # values in eight bits, of x's shape; scales in float32, one per block
     "Eight bits per value, and what to multiply each block with"
     f = _format(fmt)
     _check(x, block)
-    if x.numel()==0: return x.detach().to(f.dtype),torch.ones(scale_shape(x.shape, block), device=x.device)
-    m,b = _matrix(x.detach().float(), block)
+    if x.numel() == 0:
+        return x.detach().to(f.dtype), torch.ones(scale_shape(x.shape, block), device=x.device)
+    m, b = _matrix(x.detach().float(), block)
     t = tiles(m, b)
-    amax = t.abs().amax((-3, -1)) if b[0]==1 else t.abs().amax(-1).amax(-2) # as compiles best
+    amax = t.abs().amax((-3, -1)) if b[0] == 1 else t.abs().amax(-1).amax(-2)  # as compiles best
     scale = block_scale(amax, f.max, pow2)
-    q = cast(t/scale[...,:,None,:,None], fmt)
-    return untiled(q, m.shape).reshape(x.shape),scale.view(scale_shape(x.shape, block))
+    q = cast(t / scale[..., :, None, :, None], fmt)
+    return untiled(q, m.shape).reshape(x.shape), scale.view(scale_shape(x.shape, block))
+
 
 def dequantize(
-    q:Tensor,       # from `quantize`
-    scale:Tensor,   # its scales
-    block:tuple|None=(1,128), # as it was quantised
-)->Tensor:          # of q's shape, float32
+    q: Tensor,  # from `quantize`
+    scale: Tensor,  # its scales
+    block: tuple | None = (1, 128),  # as it was quantised
+) -> Tensor:  # of q's shape, float32
     "What the eight bits stand for: q times the scale of its block"
     _check_scale(q, scale, block)
-    if q.numel()==0: return q.float()
-    m,b = _matrix(q.float(), block)
+    if q.numel() == 0:
+        return q.float()
+    m, b = _matrix(q.float(), block)
     t = tiles(m, b)
     s = scale.view(*t.shape[:-4], t.shape[-4], 1, t.shape[-2], 1)
-    return untiled(t*s, m.shape).reshape(q.shape)
+    return untiled(t * s, m.shape).reshape(q.shape)
+
 
 def _matrix(x, block):
     "A vector as one row; everything as one row where one scale serves all"
-    if block is None: return x.reshape(1, -1),(-1, -1)
-    return x[None] if x.dim()==1 else x,block
+    if block is None:
+        return x.reshape(1, -1), (-1, -1)
+    return x[None] if x.dim() == 1 else x, block
 
 # %% ../nbs/07_fp8.ipynb #9235f7bf
 def _check(x, block):
     "Refuse what cannot be quantised"
-    if not isinstance(x, Tensor) or not x.is_floating_point(): raise TypeError(
-        f'x of {getattr(x, "dtype", type(x).__name__)}: only floating-point tensors can be quantised; call x.float()')
-    if x.element_size()==1: raise TypeError(f'x of {x.dtype}: is in eight bits already; dequantize it first')
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(
+            f'x of {getattr(x, "dtype", type(x).__name__)}: only '
+            f'floating-point tensors can be quantised; call x.float()'
+        )
+    if x.element_size() == 1:
+        raise TypeError(f'x of {x.dtype}: is in eight bits already; dequantize it first')
     _check_block(block, x.dim())
+
 
 def _check_block(block, dims):
     "Refuse what is no block"
-    if block is None: return
-    if not (isinstance(block, (tuple, list)) and len(block)==2 and all(isinstance(b, int) and (b>0 or b==-1) for b in block)): raise ValueError(
-        f'block={block!r}: must be two positive integers, rows and columns, with -1 for all; such as (1, 128) or (128, 128)')
-    if dims==0: raise ValueError('x is a single number: blocks need at least one dimension; use block=None')
+    if block is None:
+        return
+    if not (
+        isinstance(block, (tuple, list))
+        and len(block) == 2
+        and all(isinstance(b, int) and (b > 0 or b == -1) for b in block)
+    ):
+        raise ValueError(
+            f'block={block!r}: must be two positive integers, rows and '
+            f'columns, with -1 for all; such as (1, 128) or (128, 128)'
+        )
+    if dims == 0:
+        raise ValueError('x is a single number: blocks need at least one dimension; use block=None')
+
 
 def _check_scale(q, scale, block):
     "Refuse scales that belong to something else"
-    if q.dtype not in [f.dtype for f in FORMATS.values()]: raise TypeError(f'q of {q.dtype}: must be {" or ".join(str(f.dtype) for f in FORMATS.values())}; quantize it first')
+    if q.dtype not in [f.dtype for f in FORMATS.values()]:
+        raise TypeError(
+            f'q of {q.dtype}: must be '
+            f'{" or ".join(str(f.dtype) for f in FORMATS.values())}; quantize it first'
+        )
     _check_block(block, q.dim())
-    if scale.dtype!=torch.float32: raise TypeError(f'scale of {scale.dtype}: block scales are float32; call scale.float()')
-    if tuple(scale.shape)!=(want := scale_shape(q.shape, block)): raise ValueError(
-        f'scale of shape {tuple(scale.shape)}: blocks of {block} in a tensor of shape {tuple(q.shape)} need {want}; was another block used, or the scale transposed?')
+    if scale.dtype != torch.float32:
+        raise TypeError(f'scale of {scale.dtype}: block scales are float32; call scale.float()')
+    if tuple(scale.shape) != (want := scale_shape(q.shape, block)):
+        raise ValueError(
+            f'scale of shape {tuple(scale.shape)}: blocks of {block} in a tensor of shape '
+            f'{tuple(q.shape)} need {want}; was another block used, or the scale transposed?'
+        )
 
 # %% ../nbs/07_fp8.ipynb #7d3f632d
 def snr_db(
-    x:Tensor,     # the signal
-    x_hat:Tensor, # what became of it
-)->float:         # decibels, infinite where nothing changed
+    x: Tensor,  # the signal
+    x_hat: Tensor,  # what became of it
+) -> float:  # decibels, infinite where nothing changed
     "Signal over noise"
-    if x.shape!=x_hat.shape: raise ValueError(f'shapes {tuple(x.shape)} and {tuple(x_hat.shape)}: must be the same')
+    if x.shape != x_hat.shape:
+        raise ValueError(f'shapes {tuple(x.shape)} and {tuple(x_hat.shape)}: must be the same')
     x = x.double()
-    noise,signal = (x-x_hat.double()).norm(),x.norm()
-    return math.inf if noise==0 else 20*torch.log10(signal/noise).item()
+    noise = (x - x_hat.double()).norm()
+    signal = x.norm()
+    return math.inf if noise == 0 else 20 * torch.log10(signal / noise).item()
+
 
 def quality(
-    x:Tensor,      # the signal
-    x_hat:Tensor,  # what became of it
-    limit:Tensor|float=math.inf, # what saturated: magnitudes beyond this (broadcast to x)
-)->dict:           # snr_db, correlation, overflow and underflow as shares of all values
+    x: Tensor,  # the signal
+    x_hat: Tensor,  # what became of it
+    limit: Tensor | float = math.inf,  # what saturated: magnitudes beyond this (broadcast to x)
+) -> dict:  # snr_db, correlation, overflow and underflow as shares of all values
     "Four figures of what eight bits did to a tensor"
-    a,b = x.flatten().double(),x_hat.flatten().double()
-    return dict(snr_db=snr_db(x, x_hat), correlation=torch.corrcoef(torch.stack((a, b)))[0,1].item(),
-                overflow=(x.abs()>limit*(1+1e-6)).double().mean().item(), underflow=((x_hat==0) & (x!=0)).double().mean().item())
+    a = x.flatten().double()
+    b = x_hat.flatten().double()
+    return dict(
+        snr_db=snr_db(x, x_hat),
+        correlation=torch.corrcoef(torch.stack((a, b)))[0, 1].item(),
+        overflow=(x.abs() > limit * (1 + 1e-6)).double().mean().item(),
+        underflow=((x_hat == 0) & (x != 0)).double().mean().item(),
+    )
 
 # %% ../nbs/07_fp8.ipynb #b6f0b0fe
 class Recipe(NamedTuple):
     "How the tensors of a product are cut, scaled and rounded"
-    x:tuple|None=(1,128)   # block of activations, along the sum
-    w:tuple|None=(128,128) # block of weights, along the sum
-    g:tuple|None=(1,128)   # block of gradients, along the sum
-    fmt:str='e4m3'         # of activations and weights
-    grad_fmt:str='e4m3'    # of gradients
-    pow2:bool=False        # scales that are powers of two?
-    history:int=0          # calls whose largest magnitude scales the next one; 0 for this call's own
 
-RECIPES = dict(block=Recipe(), block_pow2=Recipe(pow2=True), tensor=Recipe(None, None, None, grad_fmt='e5m2'),
-               delayed=Recipe(None, None, None, grad_fmt='e5m2', history=16), mx=Recipe((1,32), (1,32), (1,32), pow2=True))
+    x: tuple | None = (1, 128)  # block of activations, along the sum
+    w: tuple | None = (128, 128)  # block of weights, along the sum
+    g: tuple | None = (1, 128)  # block of gradients, along the sum
+    fmt: str = 'e4m3'  # of activations and weights
+    grad_fmt: str = 'e4m3'  # of gradients
+    pow2: bool = False  # scales that are powers of two?
+    history: int = 0  # calls whose largest magnitude scales the next one; 0 for this call's own
+
+
+RECIPES = dict(
+    block=Recipe(),
+    block_pow2=Recipe(pow2=True),
+    tensor=Recipe(None, None, None, grad_fmt='e5m2'),
+    delayed=Recipe(None, None, None, grad_fmt='e5m2', history=16),
+    mx=Recipe((1, 32), (1, 32), (1, 32), pow2=True),
+)
+
 
 class DelayedScale:
     "One scale for a tensor, from the calls before"
@@ -184,10 +254,10 @@ class DelayedScale:
     def __init__(
         self,
         history: int = 16,  # calls that are remembered
-        fmt: str = "e4m3",  # e4m3 or e5m2
+        fmt: str = 'e4m3',  # e4m3 or e5m2
     ):
         if history < 1:
-            raise ValueError(f"history={history}: must be a positive number of calls")
+            raise ValueError(f'history={history}: must be a positive number of calls')
         self.fmt = fmt
         self.history = history
         self.seen = torch.empty(0)  # largest magnitudes of the last calls (calls,), float32
@@ -245,78 +315,106 @@ class DelayedScale:
         state: dict[str, Tensor],  # from `state`
     ):
         "Go on where another run stood"
-        seen, overflow = state["seen"], state["overflow"]
+        seen = state['seen']
+        overflow = state['overflow']
         if seen.dim() != 1 or len(seen) > self.history or seen.dtype != torch.float32:
             raise ValueError(
-                f"seen of {seen.dtype} and shape {tuple(seen.shape)}: must be float32 with at most "
-                f"history={self.history} magnitudes; was another recipe used?"
+                f'seen of {seen.dtype} and shape {tuple(seen.shape)}: must be float32 with at most '
+                f'history={self.history} magnitudes; was another recipe used?'
             )
         self.seen = seen.clone()
         self.overflow = overflow.clone()
 
 # %% ../nbs/07_fp8.ipynb #b7e13297
 def scaled_matmul(
-    a:Tensor,       # quantised, sum along its columns (rows of a, k)
-    a_scale:Tensor, # its scales
-    b:Tensor,       # quantised, sum along its columns (rows of b, k)
-    b_scale:Tensor, # its scales
-    a_block:tuple|None=(1,128),   # as a was quantised
-    b_block:tuple|None=(128,128), # as b was quantised
-    dtype:torch.dtype=torch.float32, # of the result
-)->Tensor:          # (rows of a, rows of b)
+    a: Tensor,  # quantised, sum along its columns (rows of a, k)
+    a_scale: Tensor,  # its scales
+    b: Tensor,  # quantised, sum along its columns (rows of b, k)
+    b_scale: Tensor,  # its scales
+    a_block: tuple | None = (1, 128),  # as a was quantised
+    b_block: tuple | None = (128, 128),  # as b was quantised
+    dtype: torch.dtype = torch.float32,  # of the result
+) -> Tensor:  # (rows of a, rows of b)
     "a times b transposed, from eight bits"
-    if a.dim()!=2 or b.dim()!=2 or a.shape[1]!=b.shape[1]: raise ValueError(
-        f'a {tuple(a.shape)} and b {tuple(b.shape)}: must be matrices with the same number of columns, along which is summed')
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f'a {tuple(a.shape)} and b {tuple(b.shape)}: must be matrices '
+            f'with the same number of columns, along which is summed'
+        )
     return (dequantize(a, a_scale, a_block) @ dequantize(b, b_scale, b_block).T).to(dtype)
 
 # %% ../nbs/07_fp8.ipynb #d22476de
 def narrow_matmul(
-    a:Tensor,      # sum along its columns (rows of a, k)
-    b:Tensor,      # sum along its columns (rows of b, k)
-    bits:int=14,   # that the accumulator keeps
-    promote:int|None=None, # terms after which the sum moves to a float32 register; None for never
-    group:int=4,   # products added before the sum is cut
-)->Tensor:         # (rows of a, rows of b), float32
+    a: Tensor,  # sum along its columns (rows of a, k)
+    b: Tensor,  # sum along its columns (rows of b, k)
+    bits: int = 14,  # that the accumulator keeps
+    promote: int
+    | None = None,  # terms after which the sum moves to a float32 register; None for never
+    group: int = 4,  # products added before the sum is cut
+) -> Tensor:  # (rows of a, rows of b), float32
     "a times b transposed, added up in a narrow accumulator"
-    if promote and promote%group: raise ValueError(f'promote={promote}: must be a multiple of group={group}')
-    def cut(x, largest): # what lies more than `bits` below the first bit of the largest is dropped
-        unit = torch.exp2(largest.abs().clamp(min=1e-30).log2().floor()-bits+1)
-        return (x/unit).trunc()*unit
+    if promote and promote % group:
+        raise ValueError(f'promote={promote}: must be a multiple of group={group}')
+
+    def cut(x, largest):  # what lies more than `bits` below the first bit of the largest is dropped
+        unit = torch.exp2(largest.abs().clamp(min=1e-30).log2().floor() - bits + 1)
+        return (x / unit).trunc() * unit
+
     total = narrow = torch.zeros(len(a), len(b), device=a.device)
     for k in range(0, a.shape[1], group):
-        terms = a[:,None,k:k+group].float()*b[None,:,k:k+group].float()
+        terms = a[:, None, k : k + group].float() * b[None, :, k : k + group].float()
         narrow = narrow + cut(terms, terms.abs().amax(-1, keepdim=True)).sum(-1)
         narrow = cut(narrow, narrow)
-        if promote and (k+group)%promote==0: total,narrow = total+narrow,torch.zeros_like(narrow)
-    return total+narrow
+        if promote and (k + group) % promote == 0:
+            total = total + narrow
+            narrow = torch.zeros_like(narrow)
+    return total + narrow
 
 # %% ../nbs/07_fp8.ipynb #6625d5a3
-EXPONENT = {torch.float32: (torch.int32, 0x7f800000, 23), torch.bfloat16: (torch.int16, 0x7f80, 7)} # integer of that size, exponent bits, mantissa bits
+EXPONENT = {
+    torch.float32: (torch.int32, 0x7F800000, 23),
+    torch.bfloat16: (torch.int16, 0x7F80, 7),
+}  # integer of that size, exponent bits, mantissa bits
+
 
 def round_to_(
-    y:Tensor,       # float32 or bfloat16, within the format's range
-    fmt:str='e4m3', # e4m3 or e5m2
-)->Tensor:          # itself
+    y: Tensor,  # float32 or bfloat16, within the format's range
+    fmt: str = 'e4m3',  # e4m3 or e5m2
+) -> Tensor:  # itself
     "Round to the values of a format, in place, by adding and subtracting"
-    if y.dtype not in EXPONENT: raise TypeError(f'y of {y.dtype}: must be torch.float32 or torch.bfloat16; call y.float()')
-    f,(integer,exponent,mantissa) = _format(fmt),EXPONENT[y.dtype]
-    large = (y.view(integer) & exponent).view(y.dtype).clamp_(min=f.normal).mul_(1.5*2**(mantissa-f.digits))
+    if y.dtype not in EXPONENT:
+        raise TypeError(f'y of {y.dtype}: must be torch.float32 or torch.bfloat16; call y.float()')
+    f, (integer, exponent, mantissa) = _format(fmt), EXPONENT[y.dtype]
+    large = (
+        (y.view(integer) & exponent)
+        .view(y.dtype)
+        .clamp_(min=f.normal)
+        .mul_(1.5 * 2 ** (mantissa - f.digits))
+    )
     return y.add_(large).sub_(large)
 
+
 def fake_quantize(
-    x:Tensor,             # any shape and floating dtype
-    block:tuple|None=(1,128), # rows and columns that share a scale, -1 for all; None: one scale in all
-    fmt:str='e4m3',       # e4m3 or e5m2
-    pow2:bool=False,      # scales that are powers of two?
-)->Tensor:                # float32; bfloat16 where x is and pow2 keeps that exact
+    x: Tensor,  # any shape and floating dtype
+    block: tuple | None = (
+        1,
+        128,
+    ),  # rows and columns that share a scale, -1 for all; None: one scale in all
+    fmt: str = 'e4m3',  # e4m3 or e5m2
+    pow2: bool = False,  # scales that are powers of two?
+) -> Tensor:  # float32; bfloat16 where x is and pow2 keeps that exact
     "What `dequantize` gives after `quantize`, several times faster"
     f = _format(fmt)
     _check(x, block)
     x = x.detach()
-    if not (pow2 and x.dtype==torch.bfloat16): x = x.float()
-    if x.numel()==0: return x
-    m,b = _matrix(x, block)
+    if not (pow2 and x.dtype == torch.bfloat16):
+        x = x.float()
+    if x.numel() == 0:
+        return x
+    m, b = _matrix(x, block)
     t = tiles(m, b)
-    scale = block_scale(t.abs().amax((-3, -1)), f.max, pow2)[...,:,None,:,None].to(x.dtype)
-    y = t*scale.reciprocal() if pow2 else (t/scale).clamp_(-f.max, f.max) # a scale that is subnormal is too coarse to keep within the format
+    scale = block_scale(t.abs().amax((-3, -1)), f.max, pow2)[..., :, None, :, None].to(x.dtype)
+    y = (
+        t * scale.reciprocal() if pow2 else (t / scale).clamp_(-f.max, f.max)
+    )  # a scale that is subnormal is too coarse to keep within the format
     return untiled(round_to_(y, fmt).mul_(scale), m.shape).reshape(x.shape)

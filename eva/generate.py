@@ -9,9 +9,11 @@ __all__ = ['Detokenizer', 'text_stream', 'end_tokens', 'Ends', 'Tally', 'stream'
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from .cache import LatentCache
 from .context import Context
 from .model import DeepSeekV3
@@ -21,39 +23,64 @@ from .speculate import accept, agree
 # %% ../nbs/12_generate.ipynb #1629905d
 class Detokenizer:
     "Text of tokens as soon as it is certain"
-    def __init__(self,
-        tok, # a tokenizer with `decode`
-    ): self.tok,self.ids,self.told = tok,[],0   # tokens of the last piece and after it; how many of them were told
 
-    def push(self,
-        ids:list[int], # what came
-        last:bool=False, # will nothing come after it?
-    )->str:            # what can be told now
+    def __init__(
+        self,
+        tok,  # a tokenizer with `decode`
+    ):
+        self.tok = tok
+        self.ids = []
+        self.told = 0  # tokens of the last piece and after it; how many of them were told
+
+    def push(
+        self,
+        ids: list[int],  # what came
+        last: bool = False,  # will nothing come after it?
+    ) -> str:  # what can be told now
         "Take tokens, give text"
         self.ids += ids
-        said = lambda n: self.tok.decode(self.ids[:n], skip_special_tokens=True)
-        n,before = len(self.ids),said(self.told)
-        if said(n).endswith('\ufffd') and not last: n = n-3 if n-self.told>8 else self.told # a character has four bytes; what waits longer is none
-        if n<=self.told: return ''
-        text = said(n)[len(before):]
-        self.ids,self.told = self.ids[self.told:],n-self.told # the piece before is kept, because some decoders look at what stands before
+
+        def said(n):
+            return self.tok.decode(self.ids[:n], skip_special_tokens=True)
+
+        n = len(self.ids)
+        before = said(self.told)
+        if said(n).endswith('\ufffd') and not last:
+            n = (
+                n - 3 if n - self.told > 8 else self.told
+            )  # a character has four bytes; what waits longer is none
+        if n <= self.told:
+            return ''
+        text = said(n)[len(before) :]
+        self.ids = self.ids[self.told :]
+        # the piece before is kept, because some decoders look at what stands before
+        self.told = n - self.told
         return text
 
+
 def text_stream(
-    tok,                     # a tokenizer with `decode`
-    tokens:Iterator[int],    # of one row
-    stop_strings:tuple=(),   # where to stop: none of them is shown
-)->Iterator[str]:            # pieces of text; together they are the whole
+    tok,  # a tokenizer with `decode`
+    tokens: Iterator[int],  # of one row
+    stop_strings: tuple = (),  # where to stop: none of them is shown
+) -> Iterator[str]:  # pieces of text; together they are the whole
     "Turn tokens into text, without what ends it"
-    decoder,held = Detokenizer(tok),''
+    decoder = Detokenizer(tok)
+    held = ''
     for t in tokens:
         held += decoder.push([t])
-        if (found := [held.find(s) for s in stop_strings if s in held]): yield held[:min(found)]; return
-        safe = len(held)-max((n for s in stop_strings for n in range(1, len(s)) if held.endswith(s[:n])), default=0) # the beginning of a stop string waits
-        if safe: yield held[:safe]; held = held[safe:]
+        if found := [held.find(s) for s in stop_strings if s in held]:
+            yield held[: min(found)]
+            return
+        safe = len(held) - max(
+            (n for s in stop_strings for n in range(1, len(s)) if held.endswith(s[:n])), default=0
+        )  # the beginning of a stop string waits
+        if safe:
+            yield held[:safe]
+            held = held[safe:]
     held += decoder.push([], last=True)
     found = [held.find(s) for s in stop_strings if s in held]
-    if held[:min(found, default=None)]: yield held[:min(found, default=None)]
+    if held[: min(found, default=None)]:
+        yield held[: min(found, default=None)]
 
 # %% ../nbs/12_generate.ipynb #d0a80001
 def end_tokens(
@@ -82,192 +109,378 @@ def end_tokens(
 # %% ../nbs/12_generate.ipynb #3d0c6eae
 class Ends:
     "When each row of a batch is finished"
-    def __init__(self,
-        rows:int,           # how many
-        limit:int,          # tokens for each
-        tokens:set,         # those that end a row
-        strings:tuple=(),   # texts that end a row
-        tok=None,           # a tokenizer, needed for texts
-    ):
-        self.left,self.tokens,self.strings = [limit]*rows,tokens,strings
-        self.texts,self.tails = [Detokenizer(tok) for _ in range(rows)] if strings else None,['']*rows
 
-    def take(self,
-        new:list[list[int]], # tokens for each row
-    )->list[list[int]]:      # those that are still part of it
+    def __init__(
+        self,
+        rows: int,  # how many
+        limit: int,  # tokens for each
+        tokens: set,  # those that end a row
+        strings: tuple = (),  # texts that end a row
+        tok=None,  # a tokenizer, needed for texts
+    ):
+        self.left = [limit] * rows
+        self.tokens = tokens
+        self.strings = strings
+        self.texts = [Detokenizer(tok) for _ in range(rows)] if strings else None
+        self.tails = [''] * rows
+
+    def take(
+        self,
+        new: list[list[int]],  # tokens for each row
+    ) -> list[list[int]]:  # those that are still part of it
         "Let the rows go on, up to their ends"
-        return [[t for t in row if self.left[i] and self.one(i, t)] for i,row in enumerate(new)]
+        return [[t for t in row if self.left[i] and self.one(i, t)] for i, row in enumerate(new)]
 
     def one(self, i, token):
         self.left[i] -= 1
-        if token in self.tokens: self.left[i] = 0
+        if token in self.tokens:
+            self.left[i] = 0
         if self.strings:
             new = self.texts[i].push([token])
-            text = self.tails[i]+new
-            if any(s in text for s in self.strings): self.left[i] = 0
-            self.tails[i] = text[-max(map(len, self.strings)):]
+            text = self.tails[i] + new
+            if any(s in text for s in self.strings):
+                self.left[i] = 0
+            self.tails[i] = text[-max(map(len, self.strings)) :]
         return True
 
 # %% ../nbs/12_generate.ipynb #ffa32841
 @dataclass
 class Tally:
     "What a generation did"
-    read:int = 0              # tokens of prompts that were computed, without what a context knew
-    reading:float = 0.        # seconds for them
-    rows:int = 0              # prompts
-    tokens:int = 0            # new ones, of all rows
-    steps:int = 0             # passes of the main model after the prompt
-    seconds:float = 0.        # for them
-    offered:list = field(default_factory=list)  # drafts of each place that could have been accepted
-    accepted:list = field(default_factory=list) # drafts of each place that were
+
+    read: int = 0  # tokens of prompts that were computed, without what a context knew
+    reading: float = 0.0  # seconds for them
+    rows: int = 0  # prompts
+    tokens: int = 0  # new ones, of all rows
+    steps: int = 0  # passes of the main model after the prompt
+    seconds: float = 0.0  # for them
+    offered: list = field(
+        default_factory=list
+    )  # drafts of each place that could have been accepted
+    accepted: list = field(default_factory=list)  # drafts of each place that were
 
     @property
-    def acceptance(self): return sum(self.accepted)/max(1, sum(self.offered))
+    def acceptance(self):
+        return sum(self.accepted) / max(1, sum(self.offered))
+
     @property
-    def per_second(self): return (self.tokens-self.rows)/self.seconds if self.seconds else 0. # the first one of a row belongs to its prompt
+    def per_second(self):
+        return (
+            (self.tokens - self.rows) / self.seconds if self.seconds else 0.0
+        )  # the first one of a row belongs to its prompt
+
     def __str__(self):
-        text = f'{self.tokens} tokens, {self.per_second:.0f} per second after {self.reading:.2f} s for a prompt of {self.read}'
-        return text + (f'; {self.acceptance:.0%} of {sum(self.offered)} drafts accepted' if self.offered else '')
+        text = (
+            f'{self.tokens} tokens, {self.per_second:.0f} per second '
+            f'after {self.reading:.2f} s for a prompt of {self.read}'
+        )
+        return text + (
+            f'; {self.acceptance:.0%} of {sum(self.offered)} drafts accepted'
+            if self.offered
+            else ''
+        )
 
 # %% ../nbs/12_generate.ipynb #48317a12
 def stream(
-    model:DeepSeekV3,          # to speak
-    input_ids:Tensor,          # prompts (batch, seq), int64, padded on the left
-    max_new_tokens:int|None=None, # at most so many more; None: as many as the model has positions
-    how:Sampling=Sampling(),   # temperature and the like
-    speculate:bool|int=False,  # drafts a step: True for one from each MTP module, or a number
-    seed:int|list[int]|None=None, # for the same text again; a list has one for each row
-    attention_mask:Tensor|None=None, # 0 for padding (batch, seq)
-    eos_token_id:int|Collection[int]|Tensor|None=None, # what ends a row: a token, or any of several; None or an empty collection: none does
-    stop_strings:str|tuple=(), # texts that end a row
-    tokenizer=None,            # needed for stop_strings
-    context:Context|None=None, # what was read before: only the difference is computed
-    cache=LatentCache,         # kind of cache of a new context, such as eva.precision.FP8LatentCache
-    tally:Tally|None=None,     # filled with what happened
-    progress=None,             # called with the share of the prompt that has been read
-)->Iterator[list[list[int]]]:  # new tokens of each row, none for rows that have ended
+    model: DeepSeekV3,  # to speak
+    input_ids: Tensor,  # prompts (batch, seq), int64, padded on the left
+    max_new_tokens: int
+    | None = None,  # at most so many more; None: as many as the model has positions
+    how: Sampling = Sampling(),  # temperature and the like
+    speculate: bool | int = False,  # drafts a step: True for one from each MTP module, or a number
+    seed: int | list[int] | None = None,  # for the same text again; a list has one for each row
+    attention_mask: Tensor | None = None,  # 0 for padding (batch, seq)
+    eos_token_id: int
+    | Collection[int]
+    | Tensor
+    # what ends a row: a token, or any of several; None or an empty collection: none does
+    | None = None,
+    stop_strings: str | tuple = (),  # texts that end a row
+    tokenizer=None,  # needed for stop_strings
+    context: Context | None = None,  # what was read before: only the difference is computed
+    cache=LatentCache,  # kind of cache of a new context, such as eva.precision.FP8LatentCache
+    tally: Tally | None = None,  # filled with what happened
+    progress=None,  # called with the share of the prompt that has been read
+) -> Iterator[list[list[int]]]:  # new tokens of each row, none for rows that have ended
     "New tokens as they come; what cannot be meant is refused at once, and the model computes when the first ones are asked for"
-    limit,k,stops,total = _check(model, input_ids, max_new_tokens, how, speculate, attention_mask, stop_strings, tokenizer, context)
+    limit, k, stops, total = _check(
+        model,
+        input_ids,
+        max_new_tokens,
+        how,
+        speculate,
+        attention_mask,
+        stop_strings,
+        tokenizer,
+        context,
+    )
     dice = Dice(seed, len(input_ids))
-    ends = Ends(len(input_ids), limit, set(end_tokens(eos_token_id, model.cfg.vocab_size)), stops, tokenizer)
-    def make(): return context or Context(model, total, len(input_ids), min(k, len(model.mtp)), cache)
-    return _stream(model, input_ids.long(), attention_mask, k, how, dice, ends, make, tally if tally is not None else Tally(), progress)
+    ends = Ends(
+        len(input_ids), limit, set(end_tokens(eos_token_id, model.cfg.vocab_size)), stops, tokenizer
+    )
+
+    def make():
+        return context or Context(model, total, len(input_ids), min(k, len(model.mtp)), cache)
+
+    return _stream(
+        model,
+        input_ids.long(),
+        attention_mask,
+        k,
+        how,
+        dice,
+        ends,
+        make,
+        tally if tally is not None else Tally(),
+        progress,
+    )
+
 
 @torch.inference_mode()
 def _stream(model, input_ids, attention_mask, k, how, dice, ends, make, tally, progress):
     "The loop of `stream`"
-    b,start,c = len(input_ids),time.perf_counter(),make()
-    h,seen = c.go_to(input_ids, attention_mask, progress=progress),None
-    if how.repetition_penalty!=1:
-        seen = torch.zeros(b, model.cfg.vocab_size+1, dtype=torch.bool, device=input_ids.device)
-        seen = seen.scatter_(1, input_ids if attention_mask is None else input_ids.masked_fill(attention_mask==0, model.cfg.vocab_size), True)[:,:-1]
+    b = len(input_ids)
+    start = time.perf_counter()
+    c = make()
+    h = c.go_to(input_ids, attention_mask, progress=progress)
+    seen = None
+    if how.repetition_penalty != 1:
+        seen = torch.zeros(b, model.cfg.vocab_size + 1, dtype=torch.bool, device=input_ids.device)
+        seen = seen.scatter_(
+            1,
+            input_ids
+            if attention_mask is None
+            else input_ids.masked_fill(attention_mask == 0, model.cfg.vocab_size),
+            True,
+        )[:, :-1]
     token = sample(model.lm_head(h), how, dice, seen)
-    tally.read,tally.rows = tally.read+c.computed,tally.rows+b; tally.reading += time.perf_counter()-start
-    new = token[:,None].tolist()
+    tally.read = tally.read + c.computed
+    tally.rows = tally.rows + b
+    tally.reading += time.perf_counter() - start
+    new = token[:, None].tolist()
     while True:
         said = ends.take(new)
         tally.tokens += sum(map(len, said))
         yield said
-        if not any(ends.left): return
+        if not any(ends.left):
+            return
         start = time.perf_counter()
-        token,seen,new = _step(c, token, k, how, dice, seen, ends.left, tally)
-        tally.steps,tally.seconds = tally.steps+1,tally.seconds+time.perf_counter()-start
+        token, seen, new = _step(c, token, k, how, dice, seen, ends.left, tally)
+        tally.steps = tally.steps + 1
+        tally.seconds = tally.seconds + time.perf_counter() - start
 
 # %% ../nbs/12_generate.ipynb #7021d3c7
 def _step(c, token, k, how, dice, seen, left, tally):
     "Draft, read, accept; returns the next token of each row, what has been seen, and the new tokens"
-    model,b = c.model,c.batch
-    def marked(seen, tokens): # what has been seen before each of these tokens and behind the last (batch, n + 1, vocab_size)
-        if seen is None: return None
-        marks = torch.zeros(b, tokens.shape[1], seen.shape[1], dtype=torch.int32, device=seen.device).scatter_(2, tokens[...,None], 1)
-        return torch.cat((seen[:,None].int(), marks), 1).cumsum(1)>0
+    model = c.model
+    b = c.batch
+
+    def marked(
+        seen,
+        tokens,
+        # what has been seen before each of these tokens and behind the last (batch, n + 1,
+        # vocab_size)
+    ):
+        if seen is None:
+            return None
+        marks = torch.zeros(
+            b, tokens.shape[1], seen.shape[1], dtype=torch.int32, device=seen.device
+        ).scatter_(2, tokens[..., None], 1)
+        return torch.cat((seen[:, None].int(), marks), 1).cumsum(1) > 0
+
     if not k:
-        h = c.step(token[:,None])
-        if c.depths: c.keep(torch.ones_like(token))
-        seen = marked(seen, token[:,None])
-        token = sample(model.lm_head(h[:,0]), how, dice, None if seen is None else seen[:,-1])
-        return token,None if seen is None else seen[:,-1],token[:,None].tolist()
-    greedy,u,said = how.temperature==0,dice.roll(2*k+1).to(token.device),[token]
+        h = c.step(token[:, None])
+        if c.depths:
+            c.keep(torch.ones_like(token))
+        seen = marked(seen, token[:, None])
+        token = sample(model.lm_head(h[:, 0]), how, dice, None if seen is None else seen[:, -1])
+        return token, None if seen is None else seen[:, -1], token[:, None].tolist()
+    greedy = how.temperature == 0
+    u = dice.roll(2 * k + 1).to(token.device)
+    said = [token]
+
     def choose(logits, j):
-        before = None if seen is None else marked(seen, torch.stack(said, 1))[:,-1]
+        before = None if seen is None else marked(seen, torch.stack(said, 1))[:, -1]
         q = None if greedy else probabilities(logits, how, before)
-        said.append(scores(logits, how, before).argmax(-1) if greedy else draw(q, u[:,j]))
-        return said[-1],q
-    judge,k = u[:,k:],min(k, max(left)) # no row may say more
-    drafts,q = c.draft(token, k, choose)
+        said.append(scores(logits, how, before).argmax(-1) if greedy else draw(q, u[:, j]))
+        return said[-1], q
+
+    judge = u[:, k:]
+    k = min(k, max(left))  # no row may say more
+    drafts, q = c.draft(token, k, choose)
     room = torch.tensor(left, device=token.device)
-    feed = torch.stack(said, 1)[:,:min(1+k, max(left))]
-    mask = torch.arange(feed.shape[1], device=token.device)<room[:,None]
+    feed = torch.stack(said, 1)[:, : min(1 + k, max(left))]
+    mask = torch.arange(feed.shape[1], device=token.device) < room[:, None]
     h = c.step(feed, None if mask.all() else mask)
-    before,logits,unread = marked(seen, feed),model.lm_head(h),1+k-feed.shape[1] # drafts that no row may say were not read
-    behind = None if seen is None else before[:,1:]
-    if greedy: n,token = agree(F.pad(scores(logits, how, behind).argmax(-1), (0, unread), value=-1), drafts); token = token.clamp(min=0) # rows that are through
-    else: n,token = accept(F.pad(probabilities(logits, how, behind), (0, 0, 0, unread)), q, drafts, torch.cat((judge[:,:k], judge[:,-1:]), 1))
-    kept = torch.minimum(n+1, room)
+    before = marked(seen, feed)
+    logits = model.lm_head(h)
+    unread = 1 + k - feed.shape[1]  # drafts that no row may say were not read
+    behind = None if seen is None else before[:, 1:]
+    if greedy:
+        n, token = agree(
+            F.pad(scores(logits, how, behind).argmax(-1), (0, unread), value=-1), drafts
+        )
+        token = token.clamp(min=0)  # rows that are through
+    else:
+        n, token = accept(
+            F.pad(probabilities(logits, how, behind), (0, 0, 0, unread)),
+            q,
+            drafts,
+            torch.cat((judge[:, :k], judge[:, -1:]), 1),
+        )
+    kept = torch.minimum(n + 1, room)
     c.keep(kept)
     for j in range(k):
-        if len(tally.offered)==j: tally.offered.append(0); tally.accepted.append(0)
-        tally.offered[j] += int(((n>=j) & (room>j)).sum()); tally.accepted[j] += int(((n>j) & (room>j)).sum())
-    new = [[*d[:m], t] for d,m,t in zip(drafts.tolist(), n.tolist(), token.tolist())]
-    if seen is not None: seen = before[torch.arange(b, device=kept.device), kept]
-    return token,seen,new
+        if len(tally.offered) == j:
+            tally.offered.append(0)
+            tally.accepted.append(0)
+        tally.offered[j] += int(((n >= j) & (room > j)).sum())
+        tally.accepted[j] += int(((n > j) & (room > j)).sum())
+    new = [[*d[:m], t] for d, m, t in zip(drafts.tolist(), n.tolist(), token.tolist())]
+    if seen is not None:
+        seen = before[torch.arange(b, device=kept.device), kept]
+    return token, seen, new
 
 # %% ../nbs/12_generate.ipynb #18eb7198
 def generate(
-    model:DeepSeekV3,          # to speak
-    input_ids:Tensor,          # prompts (batch, seq), int64, padded on the left
-    max_new_tokens:int|None=None, # at most so many more; None: as many as the model has positions
-    temperature:float=1.0,     # 0 is greedy
-    top_k:int|None=None,       # keep so many of the likeliest
-    top_p:float|None=None,     # keep the likeliest up to this much probability
-    speculate:bool|int=False,  # drafts a step: True for one from each MTP module, or a number
-    seed:int|list[int]|None=None, # for the same text again; a list has one for each row
-    min_p:float|None=None,     # keep what has this share of the likeliest one's probability
-    repetition_penalty:float=1.0, # above 1 makes seen tokens less likely
-    eos_token_id:int|Collection[int]|Tensor|None=None, # what ends a row: a token, or any of several; None or an empty collection: none does
-    **kwargs,                  # attention_mask, stop_strings, tokenizer, context, cache, tally, progress: as for `stream`
-)->Tensor:                     # prompts and what follows (batch, seq + new); rows that ended go on with the first end token, or the model's
+    model: DeepSeekV3,  # to speak
+    input_ids: Tensor,  # prompts (batch, seq), int64, padded on the left
+    max_new_tokens: int
+    | None = None,  # at most so many more; None: as many as the model has positions
+    temperature: float = 1.0,  # 0 is greedy
+    top_k: int | None = None,  # keep so many of the likeliest
+    top_p: float | None = None,  # keep the likeliest up to this much probability
+    speculate: bool | int = False,  # drafts a step: True for one from each MTP module, or a number
+    seed: int | list[int] | None = None,  # for the same text again; a list has one for each row
+    min_p: float | None = None,  # keep what has this share of the likeliest one's probability
+    repetition_penalty: float = 1.0,  # above 1 makes seen tokens less likely
+    eos_token_id: int
+    | Collection[int]
+    | Tensor
+    # what ends a row: a token, or any of several; None or an empty collection: none does
+    | None = None,
+    # attention_mask, stop_strings, tokenizer, context, cache, tally, progress: as for `stream`
+    **kwargs,
+    # prompts and what follows (batch, seq + new); rows that ended go on with the first end token,
+    # or
+    # the model's
+) -> Tensor:
     "Continue each prompt"
-    how,ends = Sampling(temperature, top_k, top_p, min_p, repetition_penalty),end_tokens(eos_token_id, model.cfg.vocab_size)
-    new_tokens = stream(model, input_ids, max_new_tokens, how, speculate, seed, eos_token_id=ends, **kwargs)
+    how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    ends = end_tokens(eos_token_id, model.cfg.vocab_size)
+    new_tokens = stream(
+        model, input_ids, max_new_tokens, how, speculate, seed, eos_token_id=ends, **kwargs
+    )
     rows = [[] for _ in input_ids]
     for said in new_tokens:
-        for row,new in zip(rows, said): row += new
+        for row, new in zip(rows, said):
+            row += new
     fill = (*ends, *end_tokens(model.cfg.eos_token_id, model.cfg.vocab_size), 0)[0]
     width = max(map(len, rows))
-    return torch.cat((input_ids, torch.tensor([r+[fill]*(width-len(r)) for r in rows], device=input_ids.device)), 1)
+    return torch.cat(
+        (
+            input_ids,
+            torch.tensor([r + [fill] * (width - len(r)) for r in rows], device=input_ids.device),
+        ),
+        1,
+    )
 
-def _check(model, input_ids, max_new_tokens, how, speculate, attention_mask, stop_strings, tokenizer, context):
+
+def _check(
+    model,
+    input_ids,
+    max_new_tokens,
+    how,
+    speculate,
+    attention_mask,
+    stop_strings,
+    tokenizer,
+    context,
+):
     "Refuse what cannot be meant; return the limit, the number of drafts, and the stop strings"
-    if not isinstance(input_ids, Tensor): raise ValueError(f'input_ids of type {type(input_ids).__name__}: must be a tensor (batch, seq); call torch.tensor on it')
-    if input_ids.dim()!=2 or 0 in input_ids.shape: raise ValueError(
-        f'input_ids of shape {tuple(input_ids.shape)}: must be (batch, seq) with at least one prompt and one token; start with the bos token')
-    if not isinstance(how, Sampling): raise ValueError(f'how={how!r}: must be a Sampling, such as Sampling(temperature=0.7)')
-    if input_ids.dtype not in (torch.int32, torch.int64): raise ValueError(f'input_ids of {input_ids.dtype}: tokens are integers; call input_ids.long()')
-    if not 0<=input_ids.min()<=input_ids.max()<model.cfg.vocab_size: raise ValueError(
-        f'input_ids from {input_ids.min()} to {input_ids.max()}: must lie in 0..{model.cfg.vocab_size-1}, the vocabulary; was another tokenizer used?')
-    if (device := model.lm_head.weight.device)!=input_ids.device: raise ValueError(f'input_ids on {input_ids.device}: the model is on {device}; move them there')
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f'input_ids of type {type(input_ids).__name__}: must '
+            f'be a tensor (batch, seq); call torch.tensor on it'
+        )
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f'input_ids of shape {tuple(input_ids.shape)}: must be (batch, seq) '
+            f'with at least one prompt and one token; start with the bos token'
+        )
+    if not isinstance(how, Sampling):
+        raise ValueError(f'how={how!r}: must be a Sampling, such as Sampling(temperature=0.7)')
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f'input_ids of {input_ids.dtype}: tokens are integers; call input_ids.long()'
+        )
+    if not 0 <= input_ids.min() <= input_ids.max() < model.cfg.vocab_size:
+        raise ValueError(
+            f'input_ids from {input_ids.min()} to {input_ids.max()}: must lie in '
+            f'0..{model.cfg.vocab_size - 1}, the vocabulary; was another tokenizer used?'
+        )
+    if (device := model.lm_head.weight.device) != input_ids.device:
+        raise ValueError(
+            f'input_ids on {input_ids.device}: the model is on {device}; move them there'
+        )
     if attention_mask is not None:
-        if attention_mask.shape!=input_ids.shape: raise ValueError(
-            f'attention_mask of shape {tuple(attention_mask.shape)}: must be that of input_ids, {tuple(input_ids.shape)}')
-        if not attention_mask[:,-1].all() or (attention_mask[:,1:]<attention_mask[:,:-1]).any(): raise ValueError(
-            'attention_mask: padding in the middle or on the right; pad prompts on the left')
-    most,seq = model.cfg.max_position_embeddings,int(input_ids.shape[1] if attention_mask is None else attention_mask.sum(1).max())
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f'attention_mask of shape {tuple(attention_mask.shape)}: '
+                f'must be that of input_ids, {tuple(input_ids.shape)}'
+            )
+        if (
+            not attention_mask[:, -1].all()
+            or (attention_mask[:, 1:] < attention_mask[:, :-1]).any()
+        ):
+            raise ValueError(
+                'attention_mask: padding in the middle or on the right; pad prompts on the left'
+            )
+    most = model.cfg.max_position_embeddings
+    seq = int(input_ids.shape[1] if attention_mask is None else attention_mask.sum(1).max())
     if context is not None:
-        if context.model is not model: raise ValueError('context: made for another model; what one model has read says nothing to another')
-        if context.batch!=len(input_ids): raise ValueError(f'context: made for batch={context.batch}, the prompts are {len(input_ids)}; fork it with rows=[…]')
+        if context.model is not model:
+            raise ValueError(
+                'context: made for another model; what one model has read says nothing to another'
+            )
+        if context.batch != len(input_ids):
+            raise ValueError(
+                f'context: made for batch={context.batch}, the '
+                f'prompts are {len(input_ids)}; fork it with rows=[…]'
+            )
         most = min(most, context.max_len)
-    if seq>=most: raise ValueError(f'a prompt of {seq} tokens: there are {most} positions and at least one is for the answer; shorten the prompt')
-    if max_new_tokens is None: max_new_tokens = most-seq
-    if not isinstance(max_new_tokens, int) or max_new_tokens<1: raise ValueError(f'max_new_tokens={max_new_tokens!r}: must be a positive integer')
-    if seq+max_new_tokens>most: raise ValueError(f'{seq} prompt + {max_new_tokens} new tokens: there are {most} positions'
-        f'{" in this context" if context else ", the max_position_embeddings of the model"}; ask for at most {most-seq}')
-    if not (isinstance(speculate, int) and 0<=speculate<=32): raise ValueError(f'speculate={speculate!r}: must be True, False or a number of drafts up to 32')
-    if speculate and not len(model.mtp): raise ValueError('speculate: this model has no MTP module (num_nextn_predict_layers=0); leave it out')
+    if seq >= most:
+        raise ValueError(
+            f'a prompt of {seq} tokens: there are {most} positions '
+            f'and at least one is for the answer; shorten the prompt'
+        )
+    if max_new_tokens is None:
+        max_new_tokens = most - seq
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f'max_new_tokens={max_new_tokens!r}: must be a positive integer')
+    if seq + max_new_tokens > most:
+        raise ValueError(
+            f'{seq} prompt + {max_new_tokens} new tokens: there are {most} positions'
+            f'{" in this context" if context else ", the max_position_embeddings of the model"}; '
+            f'ask for at most {most - seq}'
+        )
+    if not (isinstance(speculate, int) and 0 <= speculate <= 32):
+        raise ValueError(
+            f'speculate={speculate!r}: must be True, False or a number of drafts up to 32'
+        )
+    if speculate and not len(model.mtp):
+        raise ValueError(
+            'speculate: this model has no MTP module (num_nextn_predict_layers=0); leave it out'
+        )
     k = len(model.mtp) if speculate is True else int(speculate)
-    if context is not None and context.depths<min(k, len(model.mtp)): raise ValueError(
-        f'speculate={speculate}: this context looks {context.depths} tokens ahead; make it with depths={min(k, len(model.mtp))}')
+    if context is not None and context.depths < min(k, len(model.mtp)):
+        raise ValueError(
+            f'speculate={speculate}: this context looks {context.depths} '
+            f'tokens ahead; make it with depths={min(k, len(model.mtp))}'
+        )
     stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-    if not all(isinstance(s, str) and s for s in stops): raise ValueError(f'stop_strings={stop_strings!r}: must be texts of at least one character')
-    if stops and tokenizer is None: raise ValueError('stop_strings: need the tokenizer too; pass tokenizer=')
-    return max_new_tokens,k,stops,seq+max_new_tokens
+    if not all(isinstance(s, str) and s for s in stops):
+        raise ValueError(f'stop_strings={stop_strings!r}: must be texts of at least one character')
+    if stops and tokenizer is None:
+        raise ValueError('stop_strings: need the tokenizer too; pass tokenizer=')
+    return max_new_tokens, k, stops, seq + max_new_tokens

@@ -7,305 +7,568 @@ __all__ = ['one_f_one_b', 'dualpipe', 'simulate', 'bubble', 'orders', 'Assumptio
            'table', 'plan_parser', 'assumptions', 'eva_plan']
 
 # %% ../nbs/15c_eva_plan.ipynb #7188f11d
-import argparse, json, sys
+import argparse
+import json
+import sys
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
-from .config import Config
+
 from .checkpoints import owned_write
+from .config import Config
 from .fileio import Manifest
-from .plan import GPUS, RECOMPUTE, SCHEDULES, Layout, block_activations, blocks_of, memory, pieces, stages, traffic
+from eva.plan import (
+    GPUS,
+    RECOMPUTE,
+    SCHEDULES,
+    Layout,
+    block_activations,
+    blocks_of,
+    memory,
+    pieces,
+    stages,
+    traffic,
+)
 
 # %% ../nbs/15c_eva_plan.ipynb #c2f4e238
 def one_f_one_b(
-    pp:int, # stages, one to a rank
-    m:int,  # micro-batches
-    zb:bool=False, # with the halves of the backward pass apart?
-)->list:    # for each rank its operations (kind, direction, stage, micro-batch)
+    pp: int,  # stages, one to a rank
+    m: int,  # micro-batches
+    zb: bool = False,  # with the halves of the backward pass apart?
+) -> list:  # for each rank its operations (kind, direction, stage, micro-batch)
     "1F1B, or ZB1P"
     out = []
     for r in range(pp):
-        warm = min(pp-1-r, m)
+        warm = min(pp - 1 - r, m)
         ops = [('F', 0, r, i) for i in range(warm)]
         for i in range(m):
-            if i+warm<m: ops.append(('F', 0, r, i+warm))
+            if i + warm < m:
+                ops.append(('F', 0, r, i + warm))
             ops.append(('I' if zb else 'B', 0, r, i))
-            if zb and i>=r: ops.append(('W', 0, r, i-r))
-        if zb: ops += [('W', 0, r, i) for i in range(max(0, m-r), m)]
+            if zb and i >= r:
+                ops.append(('W', 0, r, i - r))
+        if zb:
+            ops += [('W', 0, r, i) for i in range(max(0, m - r), m)]
         out.append(ops)
     return out
 
 # %% ../nbs/15c_eva_plan.ipynb #891abe4b
 def dualpipe(
-    pp:int, # stages, an even number; each rank holds two
-    m:int,  # micro-batches, an even number, at least 2·pp
-)->list:    # for each rank its operations; a pair that runs together is a tuple of two
+    pp: int,  # stages, an even number; each rank holds two
+    m: int,  # micro-batches, an even number, at least 2·pp
+) -> list:  # for each rank its operations; a pair that runs together is a tuple of two
     "The order of DualPipe"
     out = []
     for r in range(pp):
-        h,ops,waiting,count = min(r, pp-1-r),[],[],{}
-        rest = pp//2-1-h
+        h = min(r, pp - 1 - r)
+        ops = []
+        waiting = []
+        count = {}
+        rest = pp // 2 - 1 - h
+
         def op(kind, far):
-            direction = (r>=pp//2)^far
-            i = count[kind in 'BI',far] = count.get((kind in 'BI', far), -1)+1
-            o = kind,int(direction),pp-1-h if far else h,i
-            if kind=='I': waiting.append(('W',)+o[1:])
+            direction = (r >= pp // 2) ^ far
+            i = count[kind in 'BI', far] = count.get((kind in 'BI', far), -1) + 1
+            o = kind, int(direction), pp - 1 - h if far else h, i
+            if kind == 'I':
+                waiting.append(('W',) + o[1:])
             return o
-        def weights(): ops.append(waiting.pop(0))
-        for _ in range(2*rest): ops.append(op('F', False))
-        for _ in range(h+1): ops.extend((op('F', False), op('F', True)))
-        for _ in range(rest): ops.append(op('I', True)); weights(); ops.append(op('F', True))
-        for i in range(m//2-pp+h+1):
-            pair = op('F', False),op('B', True)
-            ops.extend(pair if i==0 and rest==0 else [pair])
+
+        def weights():
+            ops.append(waiting.pop(0))
+
+        for _ in range(2 * rest):
+            ops.append(op('F', False))
+        for _ in range(h + 1):
+            ops.extend((op('F', False), op('F', True)))
+        for _ in range(rest):
+            ops.append(op('I', True))
+            weights()
+            ops.append(op('F', True))
+        for i in range(m // 2 - pp + h + 1):
+            pair = op('F', False), op('B', True)
+            ops.extend(pair if i == 0 and rest == 0 else [pair])
             ops.append((op('F', True), op('B', False)))
-        for _ in range(rest): ops.append(op('B', True)); ops.append((op('F', True), op('B', False)))
-        for i in range(h+1):
-            ops.append(op('I' if 2*i>h+h%2 or 2*i==h+h%2 and h%2 else 'B', True))
-            ops.append(op('I' if 2*i>=h else 'B', False))
-        for _ in range(rest): weights(); ops.append(op('I', False))
-        while waiting: weights()
+        for _ in range(rest):
+            ops.append(op('B', True))
+            ops.append((op('F', True), op('B', False)))
+        for i in range(h + 1):
+            ops.append(op('I' if 2 * i > h + h % 2 or 2 * i == h + h % 2 and h % 2 else 'B', True))
+            ops.append(op('I' if 2 * i >= h else 'B', False))
+        for _ in range(rest):
+            weights()
+            ops.append(op('I', False))
+        while waiting:
+            weights()
         out.append(ops)
     return out
 
 # %% ../nbs/15c_eva_plan.ipynb #b3457779
 def simulate(
-    orders:list,  # for each rank its operations
-    times,        # seconds: of (kind, stage), and of a pair that runs together
-    lag:float=0., # seconds from a stage to the next
-)->dict:          # seconds altogether, busy seconds of each rank, most open micro-batches of each rank, and (start, end, operations) of each rank
+    orders: list,  # for each rank its operations
+    times,  # seconds: of (kind, stage), and of a pair that runs together
+    lag: float = 0.0,  # seconds from a stage to the next
+    # seconds altogether, busy seconds of each rank, most open micro-batches of each rank, and
+    # (start,
+    # end, operations) of each rank
+) -> dict:
     "Run a schedule"
-    last = max(a[2] for ops in orders for o in ops for a in (o if isinstance(o[0], tuple) else (o,)))
-    done,place,free,log = {},[0]*len(orders),[0.]*len(orders),[[] for _ in orders]
+    last = max(
+        a[2] for ops in orders for o in ops for a in (o if isinstance(o[0], tuple) else (o,))
+    )
+    done = {}
+    place = [0] * len(orders)
+    free = [0.0] * len(orders)
+    log = [[] for _ in orders]
+
     def needs(kind, d, s, i):
-        if kind=='F': return ('F', d, s-1, i) if s else None
-        if kind=='W': return 'I', d, s, i
-        return ('I', d, s+1, i) if s<last else ('F', d, s, i)
-    while any(p<len(o) for p,o in zip(place, orders)):
+        if kind == 'F':
+            return ('F', d, s - 1, i) if s else None
+        if kind == 'W':
+            return 'I', d, s, i
+        return ('I', d, s + 1, i) if s < last else ('F', d, s, i)
+
+    while any(p < len(o) for p, o in zip(place, orders)):
         moved = False
-        for r,ops in enumerate(orders):
-            while place[r]<len(ops):
+        for r, ops in enumerate(orders):
+            while place[r] < len(ops):
                 group = ops[place[r]] if isinstance(ops[place[r]][0], tuple) else (ops[place[r]],)
                 need = [(n, a) for a in group if (n := needs(*a))]
-                if any(n not in done for n,_ in need): break
-                start = max([free[r]]+[done[n]+lag*(n[2]!=a[2]) for n,a in need])
-                free[r] = start+times(*((a[0], a[2]) for a in group))
-                for kind,*a in group: done['I' if kind=='B' else kind,*a] = free[r]
-                log[r].append((start, free[r], group)); place[r] += 1; moved = True
+                if any(n not in done for n, _ in need):
+                    break
+                start = max([free[r]] + [done[n] + lag * (n[2] != a[2]) for n, a in need])
+                free[r] = start + times(*((a[0], a[2]) for a in group))
+                for kind, *a in group:
+                    done['I' if kind == 'B' else kind, *a] = free[r]
+                log[r].append((start, free[r], group))
+                place[r] += 1
+                moved = True
         if not moved:
-            r = min(r for r,o in enumerate(orders) if place[r]<len(o))
-            raise ValueError(f'the schedule waits for itself: rank {r} needs what comes later for {orders[r][place[r]]}; check its order')
+            r = min(r for r, o in enumerate(orders) if place[r] < len(o))
+            raise ValueError(
+                f'the schedule waits for itself: rank {r} needs what '
+                f'comes later for {orders[r][place[r]]}; check its order'
+            )
+
     def most(entries):
-        open_,peak = 0,0
-        for _,_,group in entries:
-            open_ += sum(a[0]=='F' for a in group); peak = max(peak, open_); open_ -= sum(a[0] in 'BW' for a in group)
+        open_ = 0
+        peak = 0
+        for _, _, group in entries:
+            open_ += sum(a[0] == 'F' for a in group)
+            peak = max(peak, open_)
+            open_ -= sum(a[0] in 'BW' for a in group)
         return peak
-    return dict(seconds=max(free), busy=[sum(b-a for a,b,_ in o) for o in log], open=[most(o) for o in log], log=log)
+
+    return dict(
+        seconds=max(free),
+        busy=[sum(b - a for a, b, _ in o) for o in log],
+        open=[most(o) for o in log],
+        log=log,
+    )
 
 # %% ../nbs/15c_eva_plan.ipynb #de3db1ba
 def bubble(
-    schedule:str, # 1f1b, zb or dualpipe
-    pp:int,       # stages
-    F:float,      # seconds of a forward pass of one stage
-    B:float,      # of a backward pass
-    W:float,      # of its part for the weights
-    pair:float|None=None, # of a forward and a backward pass together; None: F+B
-)->float:         # seconds that a rank waits in a step
+    schedule: str,  # 1f1b, zb or dualpipe
+    pp: int,  # stages
+    F: float,  # seconds of a forward pass of one stage
+    B: float,  # of a backward pass
+    W: float,  # of its part for the weights
+    pair: float | None = None,  # of a forward and a backward pass together; None: F+B
+) -> float:  # seconds that a rank waits in a step
     "Published bubbles, for stages that take equally long"
-    pair = F+B if pair is None else pair
-    return {'1f1b': (pp-1)*(F+B), 'zb': (pp-1)*(F+B-2*W), 'dualpipe': (pp//2-1)*(pair+B-3*W)}[schedule]
+    pair = F + B if pair is None else pair
+    return {
+        '1f1b': (pp - 1) * (F + B),
+        'zb': (pp - 1) * (F + B - 2 * W),
+        'dualpipe': (pp // 2 - 1) * (pair + B - 3 * W),
+    }[schedule]
+
 
 def orders(
-    schedule:str, # 1f1b, zb or dualpipe
-    pp:int,       # stages
-    m:int,        # micro-batches
-)->list:          # for each rank its operations
+    schedule: str,  # 1f1b, zb or dualpipe
+    pp: int,  # stages
+    m: int,  # micro-batches
+) -> list:  # for each rank its operations
     "The lists of a schedule"
-    return dualpipe(pp, m) if schedule=='dualpipe' else one_f_one_b(pp, m, schedule=='zb')
+    return dualpipe(pp, m) if schedule == 'dualpipe' else one_f_one_b(pp, m, schedule == 'zb')
 
 # %% ../nbs/15c_eva_plan.ipynb #d3953ec9
 @dataclass
 class Assumptions:
     "Shares of the published peaks that are reached"
-    fp8:float = .6        # of FP8 products
-    bf16:float = .7       # of bfloat16 products
-    attention:float = .5  # of bfloat16, in attention itself
-    hbm:float = .8        # of the memory's rate, in elementwise work
-    nvlink:float = 1.     # of NVLink's rate
-    network:float = .8    # of the network's rate
-    sms:float = 20/132    # multiprocessors that communicate while the others compute, with DualPipe
+
+    fp8: float = 0.6  # of FP8 products
+    bf16: float = 0.7  # of bfloat16 products
+    attention: float = 0.5  # of bfloat16, in attention itself
+    hbm: float = 0.8  # of the memory's rate, in elementwise work
+    nvlink: float = 1.0  # of NVLink's rate
+    network: float = 0.8  # of the network's rate
+    sms: float = (
+        20 / 132
+    )  # multiprocessors that communicate while the others compute, with DualPipe
 
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
-            ok,said = (0<=v<1, '0 or more, and below 1') if f.name=='sms' else (0<v<=1, 'above 0, and at most 1')
-            if not ok: raise ValueError(f'{f.name}={v}: must be a share {said}, such as {f.default:.3g}')
+            ok, said = (
+                (0 <= v < 1, '0 or more, and below 1')
+                if f.name == 'sms'
+                else (0 < v <= 1, 'above 0, and at most 1')
+            )
+            if not ok:
+                raise ValueError(f'{f.name}={v}: must be a share {said}, such as {f.default:.3g}')
 
 # %% ../nbs/15c_eva_plan.ipynb #a4f95ce9
 def stage_seconds(
-    cfg:Config,     # the model
-    lay:Layout,     # checked
-    gpu:str,        # one of GPUS
-    a:Assumptions,  # shares of the peaks
-    stage:list,     # its pieces
-    sent:dict,      # from traffic
-)->dict:            # operation -> part -> seconds for one micro-batch
+    cfg: Config,  # the model
+    lay: Layout,  # checked
+    gpu: str,  # one of GPUS
+    a: Assumptions,  # shares of the peaks
+    stage: list,  # its pieces
+    sent: dict,  # from traffic
+) -> dict:  # operation -> part -> seconds for one micro-batch
     "How long a stage computes and communicates: F, I and W"
-    g,T,p = GPUS[gpu],lay.tokens,pieces(cfg)
-    low_rate = g.fp8*a.fp8 if lay.precision=='fp8' else g.bf16*a.bf16
-    heads = {'head': 1+cfg.num_nextn_predict_layers}
-    total = lambda k: sum(p[o].get(k, 0)*heads.get(o, 1) for o in stage)
+    g = GPUS[gpu]
+    T = lay.tokens
+    p = pieces(cfg)
+    low_rate = g.fp8 * a.fp8 if lay.precision == 'fp8' else g.bf16 * a.bf16
+    heads = {'head': 1 + cfg.num_nextn_predict_layers}
+
+    def total(k):
+        return sum(p[o].get(k, 0) * heads.get(o, 1) for o in stage)
+
     low = total('low_products')
-    products = 2*T*(low/low_rate+(total('products')-low)/(g.bf16*a.bf16))
-    core = 2*T*total('core')*(lay.seq+1)/2/(g.bf16*a.attention)
+    products = 2 * T * (low / low_rate + (total('products') - low) / (g.bf16 * a.bf16))
+    core = 2 * T * total('core') * (lay.seq + 1) / 2 / (g.bf16 * a.attention)
     blocks = blocks_of(cfg, stage)
-    bytes_of = lambda how: T*sum(sum(block_activations(cfg, o, lay.precision, how).values()) for o in blocks)
-    every,kept = bytes_of('none'),bytes_of(lay.recompute)
-    rate,n = g.hbm*a.hbm,cfg.num_attention_heads
-    up = n*((cfg.q_lora_rank or 0)*(cfg.qk_nope_head_dim+cfg.qk_rope_head_dim)+cfg.kv_lora_rank*(cfg.qk_nope_head_dim+cfg.v_head_dim))
-    again = dict(none=0., selective=2*T*up*len(blocks)/lay.tp/low_rate, full=products)[lay.recompute]
-    moe,whole = sum(o=='moe' for o in blocks),lay.recompute=='full'         # which sends and receives again, too
-    way = moe*max((sent[f'dispatch_{o}']+sent[f'combine_{o}'])/(getattr(g, o)*getattr(a, o)) for o in ('network', 'nvlink'))
-    tensor = sent['tensor']*len(blocks)/(g.nvlink*a.nvlink)
-    return dict(F=dict(products=products, attention=core, elementwise=2*every/rate, all_to_all=way, tensor=tensor),
-                I=dict(products=products+again, attention=(2.5+whole)*core,
-                       elementwise=(3*every+2*(every-kept))/rate, all_to_all=way*(1+whole), tensor=tensor*(1+whole)),
-                W=dict(products=products, attention=0., elementwise=0., all_to_all=0., tensor=0.))
+
+    def bytes_of(how):
+        return T * sum(sum(block_activations(cfg, o, lay.precision, how).values()) for o in blocks)
+
+    every = bytes_of('none')
+    kept = bytes_of(lay.recompute)
+    rate = g.hbm * a.hbm
+    n = cfg.num_attention_heads
+    up = n * (
+        (cfg.q_lora_rank or 0) * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+        + cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+    )
+    again = dict(none=0.0, selective=2 * T * up * len(blocks) / lay.tp / low_rate, full=products)[
+        lay.recompute
+    ]
+    moe = sum(o == 'moe' for o in blocks)
+    whole = lay.recompute == 'full'  # which sends and receives again, too
+    way = moe * max(
+        (sent[f'dispatch_{o}'] + sent[f'combine_{o}']) / (getattr(g, o) * getattr(a, o))
+        for o in ('network', 'nvlink')
+    )
+    tensor = sent['tensor'] * len(blocks) / (g.nvlink * a.nvlink)
+    return dict(
+        F=dict(
+            products=products,
+            attention=core,
+            elementwise=2 * every / rate,
+            all_to_all=way,
+            tensor=tensor,
+        ),
+        I=dict(
+            products=products + again,
+            attention=(2.5 + whole) * core,
+            elementwise=(3 * every + 2 * (every - kept)) / rate,
+            all_to_all=way * (1 + whole),
+            tensor=tensor * (1 + whole),
+        ),
+        W=dict(products=products, attention=0.0, elementwise=0.0, all_to_all=0.0, tensor=0.0),
+    )
 
 # %% ../nbs/15c_eva_plan.ipynb #14d3be2b
 def step_seconds(
-    cfg:Config,    # the model
-    lay:Layout,    # checked
-    gpu:str,       # one of GPUS
-    a:Assumptions, # shares of the peaks
-)->dict:           # part -> seconds; together one step
+    cfg: Config,  # the model
+    lay: Layout,  # checked
+    gpu: str,  # one of GPUS
+    a: Assumptions,  # shares of the peaks
+) -> dict:  # part -> seconds; together one step
     "Time of a training step by part, of an average GPU"
-    sent,g = traffic(cfg, lay),GPUS[gpu]
+    sent = traffic(cfg, lay)
+    g = GPUS[gpu]
     costs = [stage_seconds(cfg, lay, gpu, a, s, sent) for s in stages(cfg, lay.pp, lay.seq)]
-    for c in costs: c['B'] = {k: c['I'][k]+c['W'][k] for k in c['I']}
-    def compute(o): return o['products']+o['attention']+o['elementwise']
-    def talk(o): return o['all_to_all']+o['tensor']
+    for c in costs:
+        c['B'] = {k: c['I'][k] + c['W'][k] for k in c['I']}
+
+    def compute(o):
+        return o['products'] + o['attention'] + o['elementwise']
+
+    def talk(o):
+        return o['all_to_all'] + o['tensor']
+
     def times(*ops):
-        parts = [costs[s][kind] for kind,s in ops]
-        work,words = sum(map(compute, parts)),sum(map(talk, parts))
-        return work+words if len(ops)==1 else max(work/(1-a.sms), words)
+        parts = [costs[s][kind] for kind, s in ops]
+        work = sum(map(compute, parts))
+        words = sum(map(talk, parts))
+        return work + words if len(ops) == 1 else max(work / (1 - a.sms), words)
+
     lists = orders(lay.schedule, lay.pp, lay.micro_batches)
-    ran = simulate(lists, times, sent['boundary']/(g.network*a.network))
-    done = [[costs[o[2]][o[0]] for group in ops for o in (group if isinstance(group[0], tuple) else (group,))] for ops in lists]
-    mean = {k: sum(c[k] for ops in done for c in ops)/lay.pp for k in ('products', 'attention', 'elementwise')}
-    busy = sum(ran['busy'])/lay.pp
-    return mean | {'exposed communication': busy-sum(mean.values()), 'imbalance': max(ran['busy'])-busy, 'bubble': ran['seconds']-max(ran['busy']),
-                   'ZeRO-1': sent['zero_network']/(g.network*a.network)+sent['zero_nvlink']/(g.nvlink*a.nvlink)}
+    ran = simulate(lists, times, sent['boundary'] / (g.network * a.network))
+    done = [
+        [
+            costs[o[2]][o[0]]
+            for group in ops
+            for o in (group if isinstance(group[0], tuple) else (group,))
+        ]
+        for ops in lists
+    ]
+    mean = {
+        k: sum(c[k] for ops in done for c in ops) / lay.pp
+        for k in ('products', 'attention', 'elementwise')
+    }
+    busy = sum(ran['busy']) / lay.pp
+    return mean | {
+        'exposed communication': busy - sum(mean.values()),
+        'imbalance': max(ran['busy']) - busy,
+        'bubble': ran['seconds'] - max(ran['busy']),
+        'ZeRO-1': sent['zero_network'] / (g.network * a.network)
+        + sent['zero_nvlink'] / (g.nvlink * a.nvlink),
+    }
 
 # %% ../nbs/15c_eva_plan.ipynb #8896e9eb
 def plan(
-    cfg:Config,    # the model
-    lay:Layout,    # how it is spread
-    gpu:str='h800', # one of GPUS
-    assumed:Assumptions|None=None, # shares of the peaks
-)->dict:           # everything that eva_plan prints
+    cfg: Config,  # the model
+    lay: Layout,  # how it is spread
+    gpu: str = 'h800',  # one of GPUS
+    assumed: Assumptions | None = None,  # shares of the peaks
+) -> dict:  # everything that eva_plan prints
     "Memory, traffic, time and GPU hours of a run"
-    if gpu not in GPUS: raise ValueError(f'gpu {gpu!r}: must be one of {", ".join(GPUS)}')
+    if gpu not in GPUS:
+        raise ValueError(f'gpu {gpu!r}: must be one of {", ".join(GPUS)}')
     lay.check(cfg)
-    if lay.precision=='fp8' and not GPUS[gpu].fp8: raise ValueError(f'precision fp8 on {gpu}: it has no FP8 products; use bf16')
+    if lay.precision == 'fp8' and not GPUS[gpu].fp8:
+        raise ValueError(f'precision fp8 on {gpu}: it has no FP8 products; use bf16')
     a = assumed or Assumptions()
-    ranks,seconds = memory(cfg, lay),step_seconds(cfg, lay, gpu, a)
+    ranks = memory(cfg, lay)
+    seconds = step_seconds(cfg, lay, gpu, a)
     fullest = max(ranks, key=lambda o: sum(o.values()))
-    tokens,step = lay.batch*lay.seq,sum(seconds.values())
-    flops = 3*sum(cfg.flops_per_token((lay.seq+o)//2) for o in (1, 2))/2     # a token sees half of the sequence on average
-    return dict(gpu=gpu, layout=asdict(lay) | dict(dp=lay.dp, micro_batches=lay.micro_batches), assumptions=asdict(a),
-        stages=[len([o for o in s if o not in ('embedding', 'head')]) for s in stages(cfg, lay.pp, lay.seq)],
-        memory=fullest, memory_total=sum(fullest.values()), fits=sum(fullest.values())<=GPUS[gpu].memory, traffic=traffic(cfg, lay),
-        seconds=seconds, step_seconds=step, tokens_per_step=tokens,
-        tokens_per_gpu_second=tokens/step/lay.gpus, mfu=flops*tokens/step/lay.gpus/GPUS[gpu].bf16, hours_per_trillion=lay.gpus*step/3600*1e12/tokens)
+    tokens = lay.batch * lay.seq
+    step = sum(seconds.values())
+    flops = (
+        3 * sum(cfg.flops_per_token((lay.seq + o) // 2) for o in (1, 2)) / 2
+    )  # a token sees half of the sequence on average
+    return dict(
+        gpu=gpu,
+        layout=asdict(lay) | dict(dp=lay.dp, micro_batches=lay.micro_batches),
+        assumptions=asdict(a),
+        stages=[
+            len([o for o in s if o not in ('embedding', 'head')])
+            for s in stages(cfg, lay.pp, lay.seq)
+        ],
+        memory=fullest,
+        memory_total=sum(fullest.values()),
+        fits=sum(fullest.values()) <= GPUS[gpu].memory,
+        traffic=traffic(cfg, lay),
+        seconds=seconds,
+        step_seconds=step,
+        tokens_per_step=tokens,
+        tokens_per_gpu_second=tokens / step / lay.gpus,
+        mfu=flops * tokens / step / lay.gpus / GPUS[gpu].bf16,
+        hours_per_trillion=lay.gpus * step / 3600 * 1e12 / tokens,
+    )
 
 # %% ../nbs/15c_eva_plan.ipynb #4f8f715d
 def table(
-    p:dict,          # from plan
-    trillions:float=14.8, # tokens of the whole run, in trillions
-)->str:              # lines of at most 80 columns
+    p: dict,  # from plan
+    trillions: float = 14.8,  # tokens of the whole run, in trillions
+) -> str:  # lines of at most 80 columns
     "A plan, to be read"
-    l,t,gb = p['layout'],p['traffic'],lambda v: f'{v/1e9:9.2f} GB'
-    line = lambda name,text: f'  {name:44}{text:>16}'
-    runs = [(n, len(list(o))) for n,o in groupby(p['stages'])]
-    out = [f'{l["gpus"]} {p["gpu"]}: pp {l["pp"]} · dp {l["dp"]} · tp {l["tp"]}, ep {l["ep"]}',
-           f'{l["schedule"]}, {l["precision"]}, recompute {l["recompute"]}, moments {l["moments"]}',
-           f'{l["batch"]} sequences of {l["seq"]} tokens a step, {l["micro_batches"]} micro-batches of {l["micro_batch"]} a replica',
-           'stages: '+', '.join(f'{k} of {n} blocks' for n,k in runs), '', 'memory of the fullest GPU']
-    out += [line(k, gb(v)) for k,v in p['memory'].items()]
-    out += [line(f'together, of {GPUS[p["gpu"]].memory/1e9:.0f} GB'+('' if p['fits'] else ': DOES NOT FIT'), gb(p['memory_total'])), '', 'bytes that a GPU sends']
-    names = dict(dispatch_network='dispatch, per layer and micro-batch, network', combine_network='combine, network',
-                 dispatch_nvlink='dispatch, NVLink', combine_nvlink='combine, NVLink',
-                 boundary='to the next stage, per micro-batch', tensor='tensor parallelism, per block',
-                 zero_nvlink='ZeRO-1, per step, NVLink', zero_network='ZeRO-1, network')
-    out += [line(names[k], f'{v/1e6:9.1f} MB') for k,v in t.items() if v] + ['', 'seconds of a step, of an average GPU']
-    out += [line(k, f'{v:9.3f} s ') for k,v in p['seconds'].items()] + [line('together', f'{p["step_seconds"]:9.3f} s '), '']
-    days = p['hours_per_trillion']*trillions/l['gpus']/24
-    out += [line('tokens per GPU and second', f'{p["tokens_per_gpu_second"]:9,.0f}   '), line('MFU, of the bfloat16 peak', f'{p["mfu"]:9.1%}   '),
-            line('GPU hours per trillion tokens', f'{p["hours_per_trillion"]:9,.0f}   '),
-            line(f'GPU hours for {trillions:g} trillion, in {days:,.1f} days', f'{p["hours_per_trillion"]*trillions:9,.0f}   ')]
+    l = p['layout']
+    t = p['traffic']
+    gb = lambda v: f'{v / 1e9:9.2f} GB'
+
+    def line(name, text):
+        return f'  {name:44}{text:>16}'
+
+    runs = [(n, len(list(o))) for n, o in groupby(p['stages'])]
+    out = [
+        f'{l["gpus"]} {p["gpu"]}: pp {l["pp"]} · dp {l["dp"]} · tp {l["tp"]}, ep {l["ep"]}',
+        f'{l["schedule"]}, {l["precision"]}, recompute {l["recompute"]}, moments {l["moments"]}',
+        (
+            f'{l["batch"]} sequences of {l["seq"]} tokens a step, '
+            f'{l["micro_batches"]} micro-batches of {l["micro_batch"]} a replica'
+        ),
+        'stages: ' + ', '.join(f'{k} of {n} blocks' for n, k in runs),
+        '',
+        'memory of the fullest GPU',
+    ]
+    out += [line(k, gb(v)) for k, v in p['memory'].items()]
+    out += [
+        line(
+            f'together, of {GPUS[p["gpu"]].memory / 1e9:.0f} GB'
+            + ('' if p['fits'] else ': DOES NOT FIT'),
+            gb(p['memory_total']),
+        ),
+        '',
+        'bytes that a GPU sends',
+    ]
+    names = dict(
+        dispatch_network='dispatch, per layer and micro-batch, network',
+        combine_network='combine, network',
+        dispatch_nvlink='dispatch, NVLink',
+        combine_nvlink='combine, NVLink',
+        boundary='to the next stage, per micro-batch',
+        tensor='tensor parallelism, per block',
+        zero_nvlink='ZeRO-1, per step, NVLink',
+        zero_network='ZeRO-1, network',
+    )
+    out += [line(names[k], f'{v / 1e6:9.1f} MB') for k, v in t.items() if v] + [
+        '',
+        'seconds of a step, of an average GPU',
+    ]
+    out += [line(k, f'{v:9.3f} s ') for k, v in p['seconds'].items()] + [
+        line('together', f'{p["step_seconds"]:9.3f} s '),
+        '',
+    ]
+    days = p['hours_per_trillion'] * trillions / l['gpus'] / 24
+    out += [
+        line('tokens per GPU and second', f'{p["tokens_per_gpu_second"]:9,.0f}   '),
+        line('MFU, of the bfloat16 peak', f'{p["mfu"]:9.1%}   '),
+        line('GPU hours per trillion tokens', f'{p["hours_per_trillion"]:9,.0f}   '),
+        line(
+            f'GPU hours for {trillions:g} trillion, in {days:,.1f} days',
+            f'{p["hours_per_trillion"] * trillions:9,.0f}   ',
+        ),
+    ]
     return '\n'.join(out)
 
 # %% ../nbs/15c_eva_plan.ipynb #c89b430c
-def plan_parser()->argparse.ArgumentParser: # of eva_plan
+def plan_parser() -> argparse.ArgumentParser:  # of eva_plan
     "What eva_plan understands"
     d = Layout()
-    p = argparse.ArgumentParser('eva_plan',
-        description='Memory, traffic, time and GPU hours of a training run over many GPUs, from published peaks and stated assumptions.')
+    p = argparse.ArgumentParser(
+        'eva_plan',
+        description=(
+            'Memory, traffic, time and GPU hours of a training run over '
+            'many GPUs, from published peaks and stated assumptions.'
+        ),
+    )
     add = p.add_argument
     add('--preset', default='v3', help='size of the model: mini, v2-lite, v2 or v3 (default: v3)')
-    add('--config', type=Path, metavar='PATH', help='a published config.json instead, or the folder that holds one')
+    add(
+        '--config',
+        type=Path,
+        metavar='PATH',
+        help='a published config.json instead, or the folder that holds one',
+    )
     add('--gpu', choices=tuple(GPUS), default='h800', help='type of GPU (default: h800)')
     add('--gpus', type=int, help=f'how many (default: {d.gpus}, or pp·dp·tp where --dp is given)')
-    for name,text in dict(pp='pipeline stages', ep='GPUs that share the routed experts of a stage', tp='GPUs that share every other matrix').items():
-        add(f'--{name}', type=int, default=getattr(d, name), help=f'{text} (default: {getattr(d, name)})')
+    for name, text in dict(
+        pp='pipeline stages',
+        ep='GPUs that share the routed experts of a stage',
+        tp='GPUs that share every other matrix',
+    ).items():
+        add(
+            f'--{name}',
+            type=int,
+            default=getattr(d, name),
+            help=f'{text} (default: {getattr(d, name)})',
+        )
     add('--dp', type=int, help='replicas of each stage (default: gpus/(pp·tp))')
-    for name,text in dict(batch='sequences per step', seq='tokens per sequence', micro_batch='sequences per pass', per_node='GPUs of a machine').items():
-        add(f'--{name}', type=int, default=getattr(d, name), help=f'{text} (default: {getattr(d, name)})')
-    for name,ok,text in (('schedule', SCHEDULES, 'of the pipeline'), ('recompute', RECOMPUTE, 'in the backward pass'),
-                         ('precision', ('bf16', 'fp8'), 'of the products'), ('moments', ('bf16', 'fp32'), 'of AdamW')):
-        add(f'--{name}', choices=ok, default=getattr(d, name), help=f'{text} (default: {getattr(d, name)})')
-    add('--assume', nargs='+', default=[], metavar='NAME=SHARE',
-        help='shares of the published peaks that are reached: '+', '.join(f'{f.name}={f.default:.3g}' for f in fields(Assumptions)))
-    add('--trillions', type=float, default=14.8, help='tokens of the whole run, in trillions (default: 14.8)')
+    for name, text in dict(
+        batch='sequences per step',
+        seq='tokens per sequence',
+        micro_batch='sequences per pass',
+        per_node='GPUs of a machine',
+    ).items():
+        add(
+            f'--{name}',
+            type=int,
+            default=getattr(d, name),
+            help=f'{text} (default: {getattr(d, name)})',
+        )
+    for name, ok, text in (
+        ('schedule', SCHEDULES, 'of the pipeline'),
+        ('recompute', RECOMPUTE, 'in the backward pass'),
+        ('precision', ('bf16', 'fp8'), 'of the products'),
+        ('moments', ('bf16', 'fp32'), 'of AdamW'),
+    ):
+        add(
+            f'--{name}',
+            choices=ok,
+            default=getattr(d, name),
+            help=f'{text} (default: {getattr(d, name)})',
+        )
+    add(
+        '--assume',
+        nargs='+',
+        default=[],
+        metavar='NAME=SHARE',
+        help='shares of the published peaks that are reached: '
+        + ', '.join(f'{f.name}={f.default:.3g}' for f in fields(Assumptions)),
+    )
+    add(
+        '--trillions',
+        type=float,
+        default=14.8,
+        help='tokens of the whole run, in trillions (default: 14.8)',
+    )
     add('--out', type=Path, metavar='FILE', help='write everything as JSON as well')
     return p
 
 # %% ../nbs/15c_eva_plan.ipynb #a1a19756
 def assumptions(
-    given:list, # NAME=SHARE
-)->Assumptions: # the defaults with these changes
+    given: list,  # NAME=SHARE
+) -> Assumptions:  # the defaults with these changes
     "Read what --assume says"
-    names,changes = [f.name for f in fields(Assumptions)],{}
+    names = [f.name for f in fields(Assumptions)]
+    changes = {}
     for o in given:
-        name,_,v = o.partition('=')
-        try: changes[name] = float(v)
-        except ValueError: name = None
-        if name not in names: raise ValueError(f'--assume {o}: must be NAME=SHARE with a name of {", ".join(names)} and a number, such as fp8=0.5')
+        name, _, v = o.partition('=')
+        try:
+            changes[name] = float(v)
+        except ValueError:
+            name = None
+        if name not in names:
+            raise ValueError(
+                f'--assume {o}: must be NAME=SHARE with a name of '
+                f'{", ".join(names)} and a number, such as fp8=0.5'
+            )
     return Assumptions(**changes)
 
+
 def eva_plan(
-    argv:list[str]|None=None, # arguments, those of the command line by default
-)->int:                       # exit code
+    argv: list[str] | None = None,  # arguments, those of the command line by default
+) -> int:  # exit code
     "Plan a training run"
     args = plan_parser().parse_args(argv)
     try:
-        if args.out: Manifest(args.out.parent).check(args.out) # before anything is computed
-        if args.trillions<=0: raise ValueError(f'--trillions {args.trillions}: must be a positive number of trillions of tokens')
+        if args.out:
+            Manifest(args.out.parent).check(args.out)  # before anything is computed
+        if args.trillions <= 0:
+            raise ValueError(
+                f'--trillions {args.trillions}: must be a positive number of trillions of tokens'
+            )
         cfg = Config.from_json(args.config) if args.config else Config.preset(args.preset)
         for o in ('gpus', 'pp', 'dp', 'tp'):
-            if (v := getattr(args, o)) is not None and v<1: raise ValueError(f'--{o} {v}: must be a positive integer')
-        made = args.pp*args.tp*args.dp if args.dp else None
-        if made and args.gpus and made!=args.gpus: raise ValueError(
-            f'--gpus {args.gpus} --dp {args.dp}: pp·dp·tp is {made}; give one of the two, or gpus={made}')
-        lay = Layout(**{f.name: getattr(args, f.name) for f in fields(Layout)} | dict(gpus=args.gpus or made or Layout.gpus))
+            if (v := getattr(args, o)) is not None and v < 1:
+                raise ValueError(f'--{o} {v}: must be a positive integer')
+        made = args.pp * args.tp * args.dp if args.dp else None
+        if made and args.gpus and made != args.gpus:
+            raise ValueError(
+                f'--gpus {args.gpus} --dp {args.dp}: pp·dp·tp '
+                f'is {made}; give one of the two, or gpus={made}'
+            )
+        lay = Layout(
+            **{f.name: getattr(args, f.name) for f in fields(Layout)}
+            | dict(gpus=args.gpus or made or Layout.gpus)
+        )
         p = plan(cfg, lay, args.gpu, assumptions(args.assume))
         print(table(p, args.trillions))
         if args.out:
-            with owned_write(args.out) as f: f.write_text(json.dumps(p | dict(model=cfg.to_json()), indent=2)+'\n', encoding='utf-8')
+            with owned_write(args.out) as f:
+                f.write_text(
+                    json.dumps(p | dict(model=cfg.to_json()), indent=2) + '\n', encoding='utf-8'
+                )
             print(f'\neverything is in {args.out}')
         return 0
-    except BrokenPipeError: return 0
+    except BrokenPipeError:
+        return 0
     except (ValueError, OSError) as e:
         print(f'eva_plan: {e}', file=sys.stderr)
         return 2 if isinstance(e, ValueError) else 1

@@ -70,7 +70,9 @@ class _ZstdReader(io.RawIOBase):
     STEP = 256  # compressed bytes at a time: they become 8 MB at most
 
     def __init__(self, raw, zstandard):
-        self.raw, self.waiting, self.decoder = raw, b'', None
+        self.raw = raw
+        self.waiting = b''
+        self.decoder = None
         self.make_decoder = zstandard.ZstdDecompressor(max_window_size=2**27).decompressobj
 
     def readable(self):
@@ -100,7 +102,9 @@ def open_decompressed(
     try:
         raw = open_regular(path, root=root)
     except ValueError as e:
-        raise Refused('not a regular file' if 'regular file' in str(e) else 'unreadable', str(e)) from None
+        raise Refused(
+            'not a regular file' if 'regular file' in str(e) else 'unreadable', str(e)
+        ) from None
     start = raw.peek(8)[:8]
     for magic, (name, remedy) in ARCHIVES.items():
         if start.startswith(magic):
@@ -111,7 +115,9 @@ def open_decompressed(
     if start.startswith(b'\x28\xb5\x2f\xfd'):
         if not importlib.util.find_spec('zstandard'):
             raw.close()
-            raise Refused('needs a library', f'{path}: zstd needs a library to read it; pip install zstandard')
+            raise Refused(
+                'needs a library', f'{path}: zstd needs a library to read it; pip install zstandard'
+            )
         import zstandard
 
         return io.BufferedReader(_ZstdReader(raw, zstandard), CHUNK), 'zstd'
@@ -128,7 +134,10 @@ def read_bytes(
         return stream.read(count)
     except OSError as e:
         if e.errno:
-            raise Refused('unreadable', f'{path}: cannot be read ({e.strerror}); was it moved or removed meanwhile?') from None
+            raise Refused(
+                'unreadable',
+                f'{path}: cannot be read ({e.strerror}); was it moved or removed meanwhile?',
+            ) from None
         reason = str(e)
     except (EOFError, zlib.error) as e:
         reason = str(e)
@@ -179,11 +188,16 @@ def decode_chunks(
             at = position - waiting + e.start
             raise Refused(
                 'encoding',
-                f'{path}: byte {at:,} is 0x{e.object[e.start]:02x}, which is not {encoding.upper()}; convert the file to UTF-8',
+                f'{path}: byte {at:,} is 0x{e.object[e.start]:02x}, which '
+                f'is not {encoding.upper()}; convert the file to UTF-8',
             ) from None
         if '\0' in text:
             at = position - waiting + len(text[: text.index('\0')].encode(encoding))
-            raise Refused('binary', f'{path}: byte {at:,} is 0, so it is binary, or text without a byte order mark; convert text to UTF-8')
+            raise Refused(
+                'binary',
+                f'{path}: byte {at:,} is 0, so it is binary, or text '
+                f'without a byte order mark; convert text to UTF-8',
+            )
         if text:
             yield text
         if not chunk:
@@ -199,17 +213,24 @@ def text_lines(
     path: str | Path,  # of the file, for the message
 ) -> Iterator[tuple[int, str]]:  # number of the line, counted from 1, and the line with its end
     "Cut text into lines, and refuse one that is longer than any document"
-    number, parts, size = 1, [], 0
+    number = 1
+    parts = []
+    size = 0
     for chunk in chunks:
         for line in re.findall(r'[^\n]*\n|[^\n]+', chunk):
             parts.append(line)
             if not line.endswith('\n'):
                 size += len(line.encode())
                 if size > LONGEST:
-                    raise Refused('too long', f'{path}: line {number:,} has more than {LONGEST:,} bytes; cut it into smaller documents')
+                    raise Refused(
+                        'too long',
+                        f'{path}: line {number:,} has more than '
+                        f'{LONGEST:,} bytes; cut it into smaller documents',
+                    )
                 continue
             whole = [''.join(parts)]
-            parts, size = [], 0
+            parts = []
+            size = 0
             yield number, whole.pop()
             number += 1
     if parts:
@@ -223,7 +244,9 @@ def text_pieces(
     held = ''
     for chunk in chunks:
         if held:
-            found = re.compile(r'\n').search(chunk, 0, 2**16) or re.compile(r'\s').search(chunk, 0, 2**16)
+            found = re.compile(r'\n').search(chunk, 0, 2**16) or re.compile(r'\s').search(
+                chunk, 0, 2**16
+            )
             cut = found.end() if found else 0
             yield held + chunk[:cut]
             chunk = chunk[cut:]
@@ -241,13 +264,17 @@ def parse_line(
         return json.loads(line)
     except (ValueError, RecursionError) as e:
         reason = str(e)[:80]
-        raise Refused('damaged', f'{where} is not JSON ({reason}); each line must be one object') from None
+        raise Refused(
+            'damaged', f'{where} is not JSON ({reason}); each line must be one object'
+        ) from None
 
 
 def read_json_lines(
     chunks: Iterable[str],  # from `decode_chunks`
     path: str | Path,  # of the file, for the message
-) -> Iterator[tuple[str, str, Any]]:  # what the name of a document ends in, its place for a message, the value
+) -> Iterator[
+    tuple[str, str, Any]
+]:  # what the name of a document ends in, its place for a message, the value
     "Values of JSON lines"
     for number, line in text_lines(chunks, path):
         if line.strip():
@@ -266,8 +293,11 @@ class _JsonBuffer:
     "Text of a JSON file, as much as the next value needs"
 
     def __init__(self, chunks, path):
-        self.chunks, self.path = iter(chunks), path
-        self.text, self.position, self.number = '', 0, 0
+        self.chunks = iter(chunks)
+        self.path = path
+        self.text = ''
+        self.position = 0
+        self.number = 0
         self.decoder = json.JSONDecoder()
 
     def more(self):
@@ -279,7 +309,8 @@ class _JsonBuffer:
             size += len(chunk)
             if size >= 2 * wanted:
                 break
-        self.text, self.position = ''.join(parts), 0
+        self.text = ''.join(parts)
+        self.position = 0
         return len(parts) > 1
 
     def peek(self):
@@ -305,7 +336,11 @@ class _JsonBuffer:
                 reason = e.msg
                 if _is_incomplete(e, self.text):
                     if len(self.text) - self.position > LONGEST:
-                        raise Refused('too long', f'{where} has more than {LONGEST:,} bytes; cut it into smaller documents') from None
+                        raise Refused(
+                            'too long',
+                            f'{where} has more than {LONGEST:,} '
+                            f'bytes; cut it into smaller documents',
+                        ) from None
                     if self.more():
                         continue
                     reason = 'the file ends in the middle of it'
@@ -324,20 +359,36 @@ def read_json_values(
     buffer.position += is_array
     while (start := buffer.peek()) not in ('', ']'):
         if start not in '{"' or (start == '"' and not is_array):
-            raise Refused('no text', f'{path}: value {buffer.number + 1:,} is neither an object nor a string; documents are {{"text": "..."}}, alone or in an array')
+            raise Refused(
+                'no text',
+                f'{path}: value {buffer.number + 1:,} is neither an object nor a '
+                f'string; documents are {{"text": "..."}}, alone or in an array',
+            )
         value = buffer.value()
-        yield f'#{buffer.number}', f'{path}: value {buffer.number}', dict(text=value) if isinstance(value, str) else value
+        yield (
+            f'#{buffer.number}',
+            f'{path}: value {buffer.number}',
+            dict(text=value) if isinstance(value, str) else value,
+        )
         if is_array and buffer.peek() == ',':
             buffer.position += 1
             if buffer.peek() == ']':
                 break
         elif is_array and buffer.peek() not in (']', ''):
-            raise Refused('damaged', f'{path}: after value {buffer.number:,} there is neither a comma nor the end of the array; write the file again')
+            raise Refused(
+                'damaged',
+                f'{path}: after value {buffer.number:,} there is neither '
+                f'a comma nor the end of the array; write the file again',
+            )
     if is_array and buffer.peek() == ']':
         buffer.position += 1
         is_array = False
     if is_array or buffer.peek():
-        raise Refused('damaged', f'{path}: the JSON array ends too early or too late (after value {buffer.number:,}); write the file again')
+        raise Refused(
+            'damaged',
+            f'{path}: the JSON array ends too early or too late '
+            f'(after value {buffer.number:,}); write the file again',
+        )
 
 # %% ../nbs/09c_ingest.ipynb #6d0eefb1
 def _next_row(reader):
@@ -366,32 +417,47 @@ def read_csv(
             yield line
 
     reader = csv.reader(remaining(), delimiter=delimiter, strict=True)
-    columns, number = None, 0
+    columns = None
+    number = 0
     while True:
         try:
             row = _next_row(reader)
         except StopIteration:
             return
         except csv.Error as e:
-            raise Refused('damaged', f'{path}: line {reader.line_num:,} is not CSV ({e}); write the file again') from None
+            raise Refused(
+                'damaged',
+                f'{path}: line {reader.line_num:,} is not CSV ({e}); write the file again',
+            ) from None
         if columns is None:
             columns = row
         elif row:
             number += 1
             where = f'{path}: row {number} (line {reader.line_num})'
             if len(row) != len(columns):
-                raise Refused('damaged', f'{where} has {len(row)} fields, the first line {len(columns)}; write the file again')
+                raise Refused(
+                    'damaged',
+                    f'{where} has {len(row)} fields, the first '
+                    f'line {len(columns)}; write the file again',
+                )
             yield f'#{number}', where, dict(zip(columns, row, strict=True))
 
 
 def _pyarrow(path, kind):
     "The library, or a sentence"
     if not importlib.util.find_spec('pyarrow'):
-        raise Refused('needs a library', f'{path}: {kind} needs a library to read it; pip install datasets, or pyarrow')
+        raise Refused(
+            'needs a library',
+            f'{path}: {kind} needs a library to read it; pip install datasets, or pyarrow',
+        )
     import pyarrow
 
     if int(pyarrow.__version__.split('.')[0]) < 15:
-        raise Refused('needs a library', f'{path}: pyarrow {pyarrow.__version__} runs code that a file brings; pip install --upgrade pyarrow')
+        raise Refused(
+            'needs a library',
+            f'{path}: pyarrow {pyarrow.__version__} runs code '
+            f'that a file brings; pip install --upgrade pyarrow',
+        )
     return pyarrow
 
 
@@ -429,7 +495,11 @@ def read_table(
             names, batches = _batches_of(kind, file, pyarrow, wanted)
             columns = [c for c in names if c in wanted]
             if not columns:
-                raise Refused('no text', f'{path}: has the columns {", ".join(names[:8])} and no {wanted[0]}; --text_column names the one to read')
+                raise Refused(
+                    'no text',
+                    f'{path}: has the columns {", ".join(names[:8])} and '
+                    f'no {wanted[0]}; --text_column names the one to read',
+                )
             for batch in batches:
                 batch = batch.select(columns)
                 for start in range(0, batch.num_rows, 64):
@@ -440,10 +510,21 @@ def read_table(
             raise
         except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as e:
             reason = str(e).replace('\n', ' ')[:200]
-            raise Refused('damaged', f'{path}: not readable as {kind} ({type(e).__name__}: {reason}); fetch it again') from None
+            raise Refused(
+                'damaged',
+                f'{path}: not readable as {kind} ({type(e).__name__}: {reason}); fetch it again',
+            ) from None
 
 # %% ../nbs/09c_ingest.ipynb #46773f6e
-EXTENSIONS = {'.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'json', '.csv': 'csv', '.tsv': 'tsv', '.parquet': 'parquet', '.arrow': 'arrow'}
+EXTENSIONS = {
+    '.jsonl': 'jsonl',
+    '.ndjson': 'jsonl',
+    '.json': 'json',
+    '.csv': 'csv',
+    '.tsv': 'tsv',
+    '.parquet': 'parquet',
+    '.arrow': 'arrow',
+}
 SNIFFED = 2**15  # characters that decide what a text file is
 CONVERSATIONS = ('messages', 'conversations')  # fields that hold one
 
@@ -466,13 +547,23 @@ def _kind_of_text(start, extension, text_column):
     lines = [line for line in start.split('\n') if line.strip()]
     is_cut = len(start) >= SNIFFED and bool(lines)
     cut_line = lines.pop() if is_cut else ''
-    if is_cut and not lines and re.match(r'\s*\{\s*"(text|messages|conversations)"\s*:\s*["\[]', cut_line):
+    if (
+        is_cut
+        and not lines
+        and re.match(r'\s*\{\s*"(text|messages|conversations)"\s*:\s*["\[]', cut_line)
+    ):
         return 'jsonl'
-    if lines and lines[0].lstrip().startswith('{') and all(_holds_documents(line, text_column) for line in lines):
+    if (
+        lines
+        and lines[0].lstrip().startswith('{')
+        and all(_holds_documents(line, text_column) for line in lines)
+    ):
         return 'jsonl'
     if start.lstrip().startswith('['):
         try:
-            item, _ = json.JSONDecoder().raw_decode(start, start.index('[') + 1 + len(re.match(r'\s*\[(\s*)', start)[1]))
+            item, _ = json.JSONDecoder().raw_decode(
+                start, start.index('[') + 1 + len(re.match(r'\s*\[(\s*)', start)[1])
+            )
         except (ValueError, RecursionError):
             item = None
         if _is_document(item, text_column):
@@ -484,7 +575,9 @@ def detect_kind(
     path: str | Path,  # the file
     root: str | Path | None = None,  # links must stay inside of this folder
     text_column: str = 'text',  # field that holds the text
-) -> tuple[str, str]:  # kind: text, json, jsonl, csv, tsv, parquet or arrow; compression: '', gzip or zstd
+) -> tuple[
+    str, str
+]:  # kind: text, json, jsonl, csv, tsv, parquet or arrow; compression: '', gzip or zstd
     "Tell what a file is, by its first bytes and by its name"
     stream, compression = open_decompressed(path, root)
     with stream:
@@ -493,10 +586,20 @@ def detect_kind(
     for suffix in ('.gz', '.zst') if compression else ():
         name = name.removesuffix(suffix)
     extension = EXTENSIONS.get(Path(name).suffix, '')
-    by_content = 'parquet' if start.startswith(b'PAR1') else 'arrow' if start.startswith((b'ARROW1', b'\xff\xff\xff\xff')) else ''
+    by_content = (
+        'parquet'
+        if start.startswith(b'PAR1')
+        else 'arrow'
+        if start.startswith((b'ARROW1', b'\xff\xff\xff\xff'))
+        else ''
+    )
     if by_content or extension in ('parquet', 'arrow'):
         if compression:
-            raise Refused('archive', f'{path}: is a compressed {(by_content or extension).title()} file; decompress it, such a file is compressed inside')
+            raise Refused(
+                'archive',
+                f'{path}: is a compressed {(by_content or extension).title()} '
+                f'file; decompress it, such a file is compressed inside',
+            )
         return by_content or extension, ''
     if start[257:262] == b'ustar':
         raise Refused('archive', f'{path}: is a tar archive; unpack it with tar xf')
@@ -506,12 +609,23 @@ def detect_kind(
     encoding, mark = detect_encoding(start)
     if encoding == 'utf-8' and b'\0' in start:
         at = start.index(b'\0')
-        raise Refused('binary', f'{path}: byte {at:,} is 0, so it is binary, or text without a byte order mark; convert text to UTF-8')
+        raise Refused(
+            'binary',
+            f'{path}: byte {at:,} is 0, so it is binary, or text '
+            f'without a byte order mark; convert text to UTF-8',
+        )
     text = codecs.getincrementaldecoder(encoding)(errors='replace').decode(start[mark:])
     return _kind_of_text(text[:SNIFFED], extension, text_column), compression
 
 # %% ../nbs/09c_ingest.ipynb #59d81399
-ROLES = {'human': 'user', 'gpt': 'assistant', 'system': 'system', 'tool': 'tool', 'function': 'tool', 'observation': 'tool'}
+ROLES = {
+    'human': 'user',
+    'gpt': 'assistant',
+    'system': 'system',
+    'tool': 'tool',
+    'function': 'tool',
+    'observation': 'tool',
+}
 _SURROGATE = re.compile('[\ud800-\udfff]')
 
 
@@ -521,12 +635,23 @@ def read_conversation(
 ) -> list[dict]:  # with role and content
     "Bring a conversation into the form of chat templates"
     if messages and all(isinstance(m, dict) and 'from' in m and 'value' in m for m in messages):
-        messages = [dict(role=ROLES.get(m['from'], m['from']), content=m['value']) for m in messages]
-    texts = [m['content'] for m in messages if isinstance(m, dict) and isinstance(m.get('content'), str)]
+        messages = [
+            dict(role=ROLES.get(m['from'], m['from']), content=m['value']) for m in messages
+        ]
+    texts = [
+        m['content'] for m in messages if isinstance(m, dict) and isinstance(m.get('content'), str)
+    ]
     if sum(map(len, texts)) > LONGEST_CONVERSATION:
-        raise Refused('too long', f'{where}: a conversation of more than {LONGEST_CONVERSATION:,} characters; cut it into shorter ones')
+        raise Refused(
+            'too long',
+            f'{where}: a conversation of more than '
+            f'{LONGEST_CONVERSATION:,} characters; cut it into shorter ones',
+        )
     if any(_SURROGATE.search(text) for text in texts):
-        raise Refused('damaged', f'{where} holds half of a surrogate pair, which is no character; write the file again')
+        raise Refused(
+            'damaged',
+            f'{where} holds half of a surrogate pair, which is no character; write the file again',
+        )
     return messages
 
 
@@ -538,17 +663,34 @@ def read_content(
 ) -> tuple[str, Any]:  # 'text' and a string, or 'messages' and a conversation
     "Take the text or the conversation out of a row"
     if not isinstance(row, dict):
-        raise Refused('damaged', f'{where} holds a {type(row).__name__}; it must be an object, such as {{"text": "..."}}')
+        raise Refused(
+            'damaged',
+            f'{where} holds a {type(row).__name__}; it '
+            f'must be an object, such as {{"text": "..."}}',
+        )
     text = row.get(text_column)
-    conversation = next((row[name] for name in CONVERSATIONS if isinstance(row.get(name), list)), None)
+    conversation = next(
+        (row[name] for name in CONVERSATIONS if isinstance(row.get(name), list)), None
+    )
     if conversation is not None and (text is None or prefer == 'messages'):
         return 'messages', read_conversation(conversation, where)
     if text_column not in row or not isinstance(text, str | None):
         fields = ', '.join(map(str, list(row)[:6])) or 'nothing'
-        found = f'{text_column} that is a {type(text).__name__}' if text_column in row else f'no {text_column}'
-        raise Refused('no text', f'{where} has {fields} and {found}; a document is {{"text": "..."}}, and --text_column names another field')
+        found = (
+            f'{text_column} that is a {type(text).__name__}'
+            if text_column in row
+            else f'no {text_column}'
+        )
+        raise Refused(
+            'no text',
+            f'{where} has {fields} and {found}; a document is '
+            f'{{"text": "..."}}, and --text_column names another field',
+        )
     if text and not text.isascii() and _SURROGATE.search(text):
-        raise Refused('damaged', f'{where} holds half of a surrogate pair, which is no character; write the file again')
+        raise Refused(
+            'damaged',
+            f'{where} holds half of a surrogate pair, which is no character; write the file again',
+        )
     return 'text', text or ''
 
 # %% ../nbs/09c_ingest.ipynb #f0183b5f
@@ -572,8 +714,20 @@ class FileEntry:
     documents: int = 0  # that are not empty
 
 
-NOT_A_PROBLEM = ('hidden', 'metadata', 'another split', 'given twice', 'own output')  # reasons that `strict` accepts
-STDLIB_SKIPPED = {'site-packages', 'test', 'tests', 'idlelib', '__pycache__'}  # of the standard library
+NOT_A_PROBLEM = (
+    'hidden',
+    'metadata',
+    'another split',
+    'given twice',
+    'own output',
+)  # reasons that `strict` accepts
+STDLIB_SKIPPED = {
+    'site-packages',
+    'test',
+    'tests',
+    'idlelib',
+    '__pycache__',
+}  # of the standard library
 
 
 def _printable(name):
@@ -585,15 +739,23 @@ def _saved_dataset(folder):
     if (folder / 'dataset_dict.json').is_file():
         splits = read_json(folder / 'dataset_dict.json').get('splits')
         if not isinstance(splits, list) or not all(isinstance(s, str) for s in splits):
-            raise ValueError(f'{folder / "dataset_dict.json"}: names no splits; save the dataset again')
+            raise ValueError(
+                f'{folder / "dataset_dict.json"}: names no splits; save the dataset again'
+            )
         if 'train' not in splits and len(splits) != 1:
-            raise ValueError(f'{folder}: a saved dataset with the splits {", ".join(splits)}; name the folder of one of them')
+            raise ValueError(
+                f'{folder}: a saved dataset with the splits '
+                f'{", ".join(splits)}; name the folder of one of them'
+            )
         return ['train' if 'train' in splits else splits[0]], 'another split'
     if not ((folder / 'state.json').is_file() and (folder / 'dataset_info.json').is_file()):
         return None
     state = read_json(folder / 'state.json')
     if state.get('_indices_data_files'):
-        raise ValueError(f'{folder}: a saved dataset with a table of indices; load it with datasets, call flatten_indices() and save it again')
+        raise ValueError(
+            f'{folder}: a saved dataset with a table of indices; load '
+            f'it with datasets, call flatten_indices() and save it again'
+        )
     files = state.get('_data_files')
     try:
         names = [file['filename'] for file in files]
@@ -601,7 +763,9 @@ def _saved_dataset(folder):
     except (TypeError, KeyError):
         is_plain = False
     if not is_plain or not all((folder / name).exists() for name in names):
-        raise ValueError(f'{folder / "state.json"}: names no files of this folder; save the dataset again')
+        raise ValueError(
+            f'{folder / "state.json"}: names no files of this folder; save the dataset again'
+        )
     return names, 'metadata'
 
 
@@ -614,9 +778,15 @@ def list_folder(
         names = sorted(entry.name + '/' * entry.is_dir(follow_symlinks=False) for entry in found)
     saved = _saved_dataset(folder)
     if saved is not None:
-        names = sorted(names, key=lambda name: saved[0].index(name.rstrip('/')) if name.rstrip('/') in saved[0] else -1)
+        names = sorted(
+            names,
+            key=lambda name: (
+                saved[0].index(name.rstrip('/')) if name.rstrip('/') in saved[0] else -1
+            ),
+        )
     for name in names:
-        path, shown = folder / name.rstrip('/'), prefix + _printable(name)
+        path = folder / name.rstrip('/')
+        shown = prefix + _printable(name)
         if name.startswith('.') or name == '__pycache__/':
             yield shown, path, 'hidden'
         elif saved is not None and name.rstrip('/') not in saved[0]:
@@ -649,11 +819,16 @@ def _hub_rows(name):
 
     path, _, split = name.removeprefix('datasets:').partition('@')
     try:
-        for number, row in enumerate(datasets.load_dataset(path, split=split or 'train', streaming=True)):
+        for number, row in enumerate(
+            datasets.load_dataset(path, split=split or 'train', streaming=True)
+        ):
             yield f'#{number}', f'{name}: row {number}', row
     except Exception as e:  # of many kinds
         reason = str(e)[:200]
-        raise ValueError(f'{name}: cannot be read ({type(e).__name__}: {reason}); give datasets:NAME or datasets:NAME@SPLIT') from None
+        raise ValueError(
+            f'{name}: cannot be read ({type(e).__name__}: '
+            f'{reason}); give datasets:NAME or datasets:NAME@SPLIT'
+        ) from None
 
 
 def _text_rows(chunks, path, field, whole):
@@ -661,7 +836,8 @@ def _text_rows(chunks, path, field, whole):
     if whole:
         yield '', path, {field: ''.join(chunks)}
         return
-    number, held = 0, None
+    number = 0
+    held = None
     for piece in text_pieces(chunks):
         if held is not None:
             yield f'#{number}', path, {field: held}
@@ -717,27 +893,42 @@ class TrainingData:
     ):
         given = sources if isinstance(sources, (list, tuple)) else [sources]
         self.sources = [str(source) for source in given]
-        self.text_column, self.prefer, self.strict = text_column, prefer, strict
+        self.text_column = text_column
+        self.prefer = prefer
+        self.strict = strict
         self.output = None if output is None else Path(os.path.realpath(output))
         self.wanted = (text_column, *CONVERSATIONS)
-        self.totals, self.first_skipped = Counter(), []
-        self.content, self._log, self._example = '', None, {}
+        self.totals = Counter()
+        self.first_skipped = []
+        self.content = ''
+        self._log = None
+        self._example = {}
         for source in self.sources:
             self._check(source)
 
     def _check(self, source):
         "Refuse what cannot be a source, and what lies where the tokens of the run will"
         if not source.strip():
-            raise ValueError("--data '': an empty path; give files, folders, datasets:NAME or stdlib")
+            raise ValueError(
+                "--data '': an empty path; give files, folders, datasets:NAME or stdlib"
+            )
         if source == 'stdlib' or source.startswith('datasets:'):
             return
         path = Path(source)
         if not path.exists():
-            raise ValueError(f"{path}: no such file or folder; give text, .jsonl, .json, .csv or .parquet files, folders of them, datasets:NAME or 'stdlib'")
+            raise ValueError(
+                f'{path}: no such file or folder; give text, .jsonl, .json, .csv '
+                f"or .parquet files, folders of them, datasets:NAME or 'stdlib'"
+            )
         if not path.is_dir():
             open_regular(path).close()
-        if self.output is not None and Path(os.path.realpath(path)).is_relative_to(self.output / 'tokens'):
-            raise ValueError(f'{path}: lies in {self.output / "tokens"}, where this run writes its tokens; move it away, or choose another --out')
+        if self.output is not None and Path(os.path.realpath(path)).is_relative_to(
+            self.output / 'tokens'
+        ):
+            raise ValueError(
+                f'{path}: lies in {self.output / "tokens"}, where this run '
+                f'writes its tokens; move it away, or choose another --out'
+            )
 
     def _files(self):
         "Name, path, folder and reason for skipping of every file, in order"
@@ -752,14 +943,22 @@ class TrainingData:
                 for name, path, reason in list_folder(Path(source)):
                     yield name, path, source, reason or self._reason(path, number)
             else:
-                yield _printable(Path(source).name), Path(source), None, self._reason(Path(source), number)
+                yield (
+                    _printable(Path(source).name),
+                    Path(source),
+                    None,
+                    self._reason(Path(source), number),
+                )
 
     def _reason(self, path, number):
         "Why a file is not read for where it is"
         if number == 0 and self.output is None and not path.is_symlink():
             return ''
-        real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(self.sources[number]))
-        if any(_is_read_from(real, Path(os.path.realpath(source))) for source in self.sources[:number]):
+        real = Path(os.path.realpath(path))
+        folder = Path(os.path.realpath(self.sources[number]))
+        if any(
+            _is_read_from(real, Path(os.path.realpath(source))) for source in self.sources[:number]
+        ):
             return 'given twice'
         if path.is_symlink() and folder.is_dir() and _is_read_from(real, folder):
             return 'given twice'
@@ -775,7 +974,11 @@ class TrainingData:
             del row
             entry.content = entry.content or content
             if content != entry.content:
-                raise Refused('mixed', f'{where}: {content}, after {entry.content}; a file holds either texts or conversations')
+                raise Refused(
+                    'mixed',
+                    f'{where}: {content}, after {entry.content}; '
+                    f'a file holds either texts or conversations',
+                )
             yield entry.name + ending, value
 
     def _examine(self, entry):
@@ -787,27 +990,42 @@ class TrainingData:
                 entry.status = 'read'
                 return
             about = os.stat(entry.path)
-            entry.size, entry.mtime_ns = about.st_size, about.st_mtime_ns
+            entry.size = about.st_size
+            entry.mtime_ns = about.st_mtime_ns
             entry.kind, entry.compression = detect_kind(entry.path, entry.root, self.text_column)
             entry.documents = sum(value != '' for _, value in self._contents(entry))
             entry.status = 'read'
         except OSError as e:
-            entry.reason, entry.why = 'unreadable', f'{entry.path}: cannot be read ({e.strerror}); check the path and its permissions'
+            entry.reason = 'unreadable'
+            entry.why = (
+                f'{entry.path}: cannot be read ({e.strerror}); check the path and its permissions'
+            )
         except Refused as e:
-            entry.reason, entry.why = e.reason, str(e)
+            entry.reason = e.reason
+            entry.why = str(e)
 
     def _note(self, entry):
         "Add a file to the list and to the totals"
-        self._log.write(json.dumps({k: v for k, v in asdict(entry).items() if v not in ('', None)}) + '\n')
+        self._log.write(
+            json.dumps({k: v for k, v in asdict(entry).items() if v not in ('', None)}) + '\n'
+        )
         if entry.status == 'read':
-            self.totals.update({('files', entry.kind): 1, ('bytes', entry.kind): entry.bytes, ('documents', entry.kind): entry.documents})
+            self.totals.update(
+                {
+                    ('files', entry.kind): 1,
+                    ('bytes', entry.kind): entry.bytes,
+                    ('documents', entry.kind): entry.documents,
+                }
+            )
             if entry.content and (entry.documents or entry.kind == 'datasets'):
                 self._example.setdefault(entry.content, entry.path)
             return
         self.totals['skipped', entry.reason] += 1
         if entry.reason not in NOT_A_PROBLEM:
             if self.strict:
-                raise ValueError(f'{entry.why} (--strict stops at the first file that cannot be read)')
+                raise ValueError(
+                    f'{entry.why} (--strict stops at the first file that cannot be read)'
+                )
             if len(self.first_skipped) < SHOWN:
                 self.first_skipped.append(entry.why)
 
@@ -817,13 +1035,17 @@ class TrainingData:
         for name, path, root, reason in self._files():
             entry = FileEntry(name, os.fspath(path), root, kind='datasets' if name == path else '')
             if reason:
-                entry.reason, entry.why = reason, f'{path}: {reason}'
+                entry.reason = reason
+                entry.why = f'{path}: {reason}'
             else:
                 self._examine(entry)
             self._note(entry)
         self._log.flush()
         if len(self._example) == 2:
-            raise ValueError(f'{self._example["text"]} holds texts, {self._example["messages"]} conversations; give one of them')
+            raise ValueError(
+                f'{self._example["text"]} holds texts, '
+                f'{self._example["messages"]} conversations; give one of them'
+            )
         self.content = next(iter(self._example), '')
         if not self.content:
             skipped = self.counts('skipped')
@@ -831,7 +1053,11 @@ class TrainingData:
             empty = sum(self.counts('files').values())
             number = empty + sum(skipped.values())
             first = f'. {self.first_skipped[0]}' if self.first_skipped else ''
-            raise ValueError(f'{" ".join(self.sources)}: no text in {number} file{"s" * (number != 1)} ({reasons}{", " * bool(reasons)}{empty} empty); text must be UTF-8, and there must be some{first}')
+            raise ValueError(
+                f'{" ".join(self.sources)}: no text in {number} '
+                f'file{"s" * (number != 1)} ({reasons}{", " * bool(reasons)}{empty} '
+                f'empty); text must be UTF-8, and there must be some{first}'
+            )
         return self
 
     def counts(
@@ -850,7 +1076,9 @@ class TrainingData:
     def rows(
         self,
         whole: bool = False,  # text files in one piece, however long, and empty ones too
-    ) -> Iterator[tuple[str, dict]]:  # a name that stays the same, and {'text': …} or {'messages': …}
+    ) -> Iterator[
+        tuple[str, dict]
+    ]:  # a name that stays the same, and {'text': …} or {'messages': …}
         "Everything that can be read, in order, one document at a time"
         for entry in self.entries():
             if entry.status != 'read':
@@ -858,7 +1086,10 @@ class TrainingData:
             if entry.kind != 'datasets':
                 about = os.stat(entry.path)
                 if (about.st_size, about.st_mtime_ns) != (entry.size, entry.mtime_ns):
-                    raise ValueError(f'{entry.path}: was changed since it was looked through; run again when nothing writes to it')
+                    raise ValueError(
+                        f'{entry.path}: was changed since it was looked '
+                        f'through; run again when nothing writes to it'
+                    )
             content = entry.content or 'text'
             for name, value in self._contents(entry, whole):
                 if value != '' or (whole and entry.kind == 'text'):
@@ -873,7 +1104,10 @@ class TrainingData:
     ) -> Iterator[Document]:
         "The texts, one at a time"
         if self.content == 'messages':
-            raise ValueError(f'{self._example["messages"]}: messages: conversations need a checkpoint to start from; give --init')
+            raise ValueError(
+                f'{self._example["messages"]}: messages: conversations '
+                f'need a checkpoint to start from; give --init'
+            )
         for name, row in self.rows(whole):
             yield Document(name, row['text'])
 
@@ -882,11 +1116,17 @@ class TrainingData:
         lines = [f'{"data":10} {"files":>9} {"MB":>10} {"documents":>11}']
         for kind, files in self.counts('files').items():
             size, documents = (self.totals[what, kind] for what in ('bytes', 'documents'))
-            numbers = f'{size / 1e6:>10,.1f} {documents:>11,}' if kind != 'datasets' else f'{"?":>10} {"?":>11}'
+            numbers = (
+                f'{size / 1e6:>10,.1f} {documents:>11,}'
+                if kind != 'datasets'
+                else f'{"?":>10} {"?":>11}'
+            )
             lines.append(f'  {kind:8} {files:>9,} {numbers}')
         skipped = self.counts('skipped')
         if skipped:
-            lines.append('  skipped: ' + ', '.join(f'{n:,} {reason}' for reason, n in skipped.items()))
+            lines.append(
+                '  skipped: ' + ', '.join(f'{n:,} {reason}' for reason, n in skipped.items())
+            )
         lines += [f'    {why}' for why in self.first_skipped]
         problems = sum(n for reason, n in skipped.items() if reason not in NOT_A_PROBLEM)
         if problems > len(self.first_skipped):
@@ -913,7 +1153,10 @@ class TrainingData:
         manifest = manifest or Manifest(path.parent)
         with manifest.write(path) as t, open(t, 'w', encoding='utf-8') as out:
             for entry in self.entries():
-                out.write(json.dumps({k: v for k, v in asdict(entry).items() if v not in ('', None)}) + '\n')
+                out.write(
+                    json.dumps({k: v for k, v in asdict(entry).items() if v not in ('', None)})
+                    + '\n'
+                )
 
 # %% ../nbs/09c_ingest.ipynb #398a4ae8
 def rows(
@@ -936,6 +1179,12 @@ def documents(
 
 def _warn(data):
     "Say what a stream leaves out: files that were meant to be text"
-    left = {reason: n for reason, n in data.counts('skipped').items() if reason not in (*NOT_A_PROBLEM, 'binary')}
+    left = {
+        reason: n
+        for reason, n in data.counts('skipped').items()
+        if reason not in (*NOT_A_PROBLEM, 'binary')
+    }
     if left:
-        warnings.warn(f'{sum(left.values())} files skipped: {"; ".join(data.first_skipped)}', stacklevel=3)
+        warnings.warn(
+            f'{sum(left.values())} files skipped: {"; ".join(data.first_skipped)}', stacklevel=3
+        )

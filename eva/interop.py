@@ -8,77 +8,114 @@ __all__ = ['FLOAT_TYPES', 'KEPT', 'EIGHT', 'COPIED', 'MADE', 'TYPES', 'published
            'convert_checkpoint']
 
 # %% ../nbs/13_interop.ipynb #864d618e
-import json, math, os, re, shutil, warnings
+import json
+import math
+import os
+import re
+import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
 from .config import MAX_CONFIG_BYTES, Config
-from .data import sync
-from .fileio import FolderLock, Manifest, locked, open_regular, read_json
+from .fileio import FolderLock, Manifest, fsync_path, locked, open_regular, read_json
 from .files import MAX_TOKENIZER_BYTES, Checkpoint, to_blocks, write_safetensors
 from .fp8 import scale_shape
 from .model import DeepSeekV3
 
 # %% ../nbs/13_interop.ipynb #a2c0ed4e
 def published(
-    name:str,   # of one of our tensors
-    cfg:Config, # for the number of experts and their width
-)->list[tuple[str,tuple]]: # (published name, index into our tensor), in order
+    name: str,  # of one of our tensors
+    cfg: Config,  # for the number of experts and their width
+) -> list[tuple[str, tuple]]:  # (published name, index into our tensor), in order
     "What one of our tensors is called in a checkpoint"
-    stem,_,last = name.rpartition('.')
-    if not stem.endswith('mlp.experts'): return [(name, ())]
+    stem, _, last = name.rpartition('.')
+    if not stem.endswith('mlp.experts'):
+        return [(name, ())]
     m = cfg.moe_intermediate_size
-    halves = [('gate_proj', slice(0, m)), ('up_proj', slice(m, 2*m))] if last=='gate_up_proj' else [('down_proj', slice(None))]
-    return [(f'{stem}.{e}.{half}.weight', (e, rows)) for e in range(cfg.n_routed_experts) for half,rows in halves]
+    halves = (
+        [('gate_proj', slice(0, m)), ('up_proj', slice(m, 2 * m))]
+        if last == 'gate_up_proj'
+        else [('down_proj', slice(None))]
+    )
+    return [
+        (f'{stem}.{e}.{half}.weight', (e, rows))
+        for e in range(cfg.n_routed_experts)
+        for half, rows in halves
+    ]
+
 
 def published_state(
-    model:DeepSeekV3, # to be written
-)->Iterator[tuple[str,Tensor]]: # published name, contiguous tensor
+    model: DeepSeekV3,  # to be written
+) -> Iterator[tuple[str, Tensor]]:  # published name, contiguous tensor
     "A model's tensors as a checkpoint holds them"
-    for name,t in model.state_dict().items():
-        if name=='lm_head.weight' and model.cfg.tie_word_embeddings: continue
-        for pub,index in published(name, model.cfg): yield pub,t[index].contiguous()
+    for name, t in model.state_dict().items():
+        if name == 'lm_head.weight' and model.cfg.tie_word_embeddings:
+            continue
+        for pub, index in published(name, model.cfg):
+            yield pub, t[index].contiguous()
 
 # %% ../nbs/13_interop.ipynb #42d2e54d
 def save_pretrained(
-    model:DeepSeekV3, # in any dtype
-    path:str|Path,    # folder, made if it is not there
-    tokenizer=None,   # a `tokenizers.Tokenizer` to put beside it
+    model: DeepSeekV3,  # in any dtype
+    path: str | Path,  # folder, made if it is not there
+    tokenizer=None,  # a `tokenizers.Tokenizer` to put beside it
 ):
     "Write a folder that `load_pretrained` and other software open"
     path = Path(path)
-    if (path/'model.safetensors.index.json').exists(): raise ValueError(
-        f'{path}: holds a sharded checkpoint, whose index would go on to be read; save to another folder')
+    if (path / 'model.safetensors.index.json').exists():
+        raise ValueError(
+            f'{path}: holds a sharded checkpoint, whose index '
+            f'would go on to be read; save to another folder'
+        )
     with locked(path):
         manifest = Manifest(path)
-        manifest.check(*model_files(tokenizer)) # before anything is written
-        with manifest.write('model.safetensors') as t: save_file(dict(published_state(model)), t, metadata=dict(format='pt'))
+        manifest.check(*model_files(tokenizer))  # before anything is written
+        with manifest.write('model.safetensors') as t:
+            save_file(dict(published_state(model)), t, metadata=dict(format='pt'))
         save_about(path, model.cfg, model.lm_head.weight.dtype, tokenizer)
 
+
 def model_files(
-    tokenizer=None, # what is put beside the model
-)->list[str]:       # names
+    tokenizer=None,  # what is put beside the model
+) -> list[str]:  # names
     "What `save_pretrained` writes"
-    return ['model.safetensors', 'config.json'] + ([] if tokenizer is None else ['tokenizer.json', 'tokenizer_config.json'])
+    return ['model.safetensors', 'config.json'] + (
+        [] if tokenizer is None else ['tokenizer.json', 'tokenizer_config.json']
+    )
+
 
 def save_about(
-    path:Path,  # folder
-    cfg:Config, # of the model
-    dtype:torch.dtype, # of its weights
-    tokenizer=None, # a `tokenizers.Tokenizer`
+    path: Path,  # folder
+    cfg: Config,  # of the model
+    dtype: torch.dtype,  # of its weights
+    tokenizer=None,  # a `tokenizers.Tokenizer`
 ):
     "Everything but the weights"
     _warn_of_others(cfg, path)
     manifest = Manifest(path)
-    with manifest.write('config.json') as t: t.write_text(json.dumps(cfg.to_json() | dict(dtype=str(dtype).removeprefix('torch.')), indent=2)+'\n', encoding='utf-8')
-    if tokenizer is None: return
-    with manifest.write('tokenizer.json') as t: tokenizer.save(str(t))
-    about = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False,
-                 model_max_length=cfg.max_position_embeddings) | special_tokens(cfg, tokenizer)
-    with manifest.write('tokenizer_config.json') as t: t.write_text(json.dumps(about, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
+    with manifest.write('config.json') as t:
+        t.write_text(
+            json.dumps(cfg.to_json() | dict(dtype=str(dtype).removeprefix('torch.')), indent=2)
+            + '\n',
+            encoding='utf-8',
+        )
+    if tokenizer is None:
+        return
+    with manifest.write('tokenizer.json') as t:
+        tokenizer.save(str(t))
+    about = dict(
+        tokenizer_class='PreTrainedTokenizerFast',
+        clean_up_tokenization_spaces=False,
+        model_max_length=cfg.max_position_embeddings,
+    ) | special_tokens(cfg, tokenizer)
+    with manifest.write('tokenizer_config.json') as t:
+        t.write_text(json.dumps(about, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 # %% ../nbs/13_interop.ipynb #c1300001
 def special_tokens(
@@ -95,7 +132,8 @@ def special_tokens(
     missing = [f'{k}_id={ids[k]}' for k, name in names.items() if name is None]
     if missing:
         warnings.warn(
-            f'{", ".join(missing)}: not in the tokenizer, which has {tokenizer.get_vocab_size()} entries, and left out of tokenizer_config.json; '
+            f'{", ".join(missing)}: not in the tokenizer, which has '
+            f'{tokenizer.get_vocab_size()} entries, and left out of tokenizer_config.json; '
             'save the tokenizer that belongs to this model',
             stacklevel=3,
         )
@@ -109,57 +147,92 @@ def _warn_of_others(cfg, path):
         ours = ', '.join(f'{k}={getattr(cfg, k)!r}' for k in ignored)
         theirs = ', '.join(repr(v) for v in ignored.values())
         warnings.warn(
-            f'{path}: {ours}, where transformers computes {theirs} in {cfg.model_type} whatever the file says; Eva reads the folder back as it is',
+            f'{path}: {ours}, where transformers computes {theirs} in {cfg.model_type} '
+            f'whatever the file says; Eva reads the folder back as it is',
             stacklevel=4,
         )
     if cfg.model_type == 'deepseek_v2' and cfg.hidden_size % cfg.num_attention_heads:
         warnings.warn(
-            f'{path}: hidden_size={cfg.hidden_size} is no multiple of num_attention_heads={cfg.num_attention_heads}, which transformers refuses in deepseek_v2',
+            f'{path}: hidden_size={cfg.hidden_size} is no multiple '
+            f'of num_attention_heads={cfg.num_attention_heads}, '
+            f'which transformers refuses in deepseek_v2',
             stacklevel=4,
         )
 
 # %% ../nbs/13_interop.ipynb #d4c0c7d2
 def block_of(
-    config:dict,   # what config.json holds
-    file:str|Path, # where it was read
-)->tuple|None:     # rows and columns of an FP8 block; None where nothing is quantised
+    config: dict,  # what config.json holds
+    file: str | Path,  # where it was read
+) -> tuple | None:  # rows and columns of an FP8 block; None where nothing is quantised
     "The blocks that a config promises"
     q = config.get('quantization_config')
-    if q is None: return None
+    if q is None:
+        return None
     want = dict(quant_method='fp8', fmt='e4m3')
-    if not isinstance(q, dict) or any(q.get(k, v)!=v for k,v in want.items()) or 'quant_method' not in q: raise ValueError(
-        f'{file}: quantization_config is {json.dumps(q)[:80]}; Eva reads quant_method fp8 with fmt e4m3 in blocks, as DeepSeek publishes it')
+    if (
+        not isinstance(q, dict)
+        or any(q.get(k, v) != v for k, v in want.items())
+        or 'quant_method' not in q
+    ):
+        raise ValueError(
+            f'{file}: quantization_config is {json.dumps(q)[:80]}; Eva reads '
+            f'quant_method fp8 with fmt e4m3 in blocks, as DeepSeek publishes it'
+        )
     b = q.get('weight_block_size')
-    if not (isinstance(b, list) and len(b)==2 and all(isinstance(o, int) and not isinstance(o, bool) and o>0 for o in b)): raise ValueError(
-        f'{file}: weight_block_size is {b!r}; must be two positive integers, as in [128, 128]')
+    if not (
+        isinstance(b, list)
+        and len(b) == 2
+        and all(isinstance(o, int) and not isinstance(o, bool) and o > 0 for o in b)
+    ):
+        raise ValueError(
+            f'{file}: weight_block_size is {b!r}; must be two positive integers, as in [128, 128]'
+        )
     return tuple(b)
 
 # %% ../nbs/13_interop.ipynb #2dc0ca86
 def load_pretrained(
-    path:str|Path, # a folder with config.json and safetensors
-    dtype:torch.dtype|None=None, # of the weights; None as they are stored, FP8 as the others
-)->DeepSeekV3:     # in eval mode
+    path: str | Path,  # a folder with config.json and safetensors
+    dtype: torch.dtype | None = None,  # of the weights; None as they are stored, FP8 as the others
+) -> DeepSeekV3:  # in eval mode
     "Build a model from a folder that `save_pretrained` or other software wrote"
     path = Path(path)
-    cfg,ck = Config.from_json(path),Checkpoint(path)
-    about = read_json(path/'config.json', max_bytes=MAX_CONFIG_BYTES, root=path)
-    block = block_of(about, path/'config.json')
-    if cfg.num_nextn_predict_layers and not any(n.startswith(f'model.layers.{cfg.num_hidden_layers}.') for n in ck):
-        warnings.warn(f'{path}: config.json promises {cfg.num_nextn_predict_layers} MTP module(s), the files hold none; loading without')
+    cfg = Config.from_json(path)
+    ck = Checkpoint(path)
+    about = read_json(path / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=path)
+    block = block_of(about, path / 'config.json')
+    if cfg.num_nextn_predict_layers and not any(
+        n.startswith(f'model.layers.{cfg.num_hidden_layers}.') for n in ck
+    ):
+        warnings.warn(
+            f'{path}: config.json promises {cfg.num_nextn_predict_layers} '
+            f'MTP module(s), the files hold none; loading without'
+        )
         cfg = replace(cfg, num_nextn_predict_layers=0)
-    _plausible(cfg, ck, path/'config.json')
+    _plausible(cfg, ck, path / 'config.json')
     try:
-        with torch.device('meta'): model = DeepSeekV3(cfg)
-    except (RuntimeError, OverflowError, TypeError) as e: raise ValueError(f'{path}/config.json: no model has these sizes ({str(e).splitlines()[0]}); fetch the file again') from None
-    state,used,dtype = {},set(),dtype or stored_dtype(ck, about)
-    for name,want in model.state_dict().items():
-        source = 'model.embed_tokens.weight' if name=='lm_head.weight' and cfg.tie_word_embeddings else name
+        with torch.device('meta'):
+            model = DeepSeekV3(cfg)
+    except (RuntimeError, OverflowError, TypeError) as e:
+        raise ValueError(
+            f'{path}/config.json: no model has these sizes '
+            f'({str(e).splitlines()[0]}); fetch the file again'
+        ) from None
+    state = {}
+    used = set()
+    dtype = dtype or stored_dtype(ck, about)
+    for name, want in model.state_dict().items():
+        source = (
+            'model.embed_tokens.weight'
+            if name == 'lm_head.weight' and cfg.tie_word_embeddings
+            else name
+        )
         pieces = published(source, cfg)
-        used.update(pub for pub,_ in pieces)
+        used.update(pub for pub, _ in pieces)
         state[name] = _read(pieces, want, ck, block, dtype)
-    _left_over(set(ck)-used, used, cfg)
+    _left_over(set(ck) - used, used, cfg)
     model.load_state_dict(state, assign=True)
-    if cfg.tie_word_embeddings: model.lm_head.weight = model.model['embed_tokens'].weight
+    if cfg.tie_word_embeddings:
+        model.lm_head.weight = model.model['embed_tokens'].weight
     return model.eval()
 
 # %% ../nbs/13_interop.ipynb #c1300002
@@ -191,7 +264,8 @@ def stored_dtype(
         return max(counts, key=lambda t: (t.itemsize, counts[t]))
     found = ', '.join(f'{n} in {str(t).removeprefix("torch.")}' for t, n in counts.items())
     warnings.warn(
-        f'{ck.path}: tensors of several types ({found}); loading all as {named}, which config.json names, another with dtype=',
+        f'{ck.path}: tensors of several types ({found}); loading all '
+        f'as {named}, which config.json names, another with dtype=',
         stacklevel=3,
     )
     return chosen
@@ -200,88 +274,182 @@ def stored_dtype(
 def _plausible(cfg, ck, file):
     "Compare counts with the files before anything is built, lest an absurd number keeps us busy"
     names = [n.split('.') for n in ck]
-    layers = {int(n[2]) for n in names if len(n)>3 and n[1]=='layers' and n[2].isdigit()}
-    if cfg.num_hidden_layers>len(layers): raise ValueError(
-        f'{file}: num_hidden_layers={cfg.num_hidden_layers}, but the files hold {len(layers)} layers; a shard is missing, or the config belongs to another model')
-    if cfg.num_nextn_predict_layers>len(layers): raise ValueError(
-        f'{file}: num_nextn_predict_layers={cfg.num_nextn_predict_layers}, but the files hold {len(layers)} layers in all; was the config changed?')
-    experts = {int(n[5]) for n in names if len(n)>6 and n[4]=='experts' and n[5].isdigit()}
-    if cfg.first_k_dense_replace<cfg.num_hidden_layers and cfg.n_routed_experts>len(experts): raise ValueError(
-        f'{file}: n_routed_experts={cfg.n_routed_experts}, but the files hold {len(experts)} experts a layer; a shard is missing, or the config belongs to another model')
-    want = cfg.vocab_size,cfg.hidden_size
-    if (e := 'model.embed_tokens.weight') in ck and (got := ck.shape(e)[1])!=want: raise ValueError(
-        f'{e}: {got} in {ck.where[e][0][0].name}, but config.json makes it {want}; check vocab_size and hidden_size')
+    layers = {int(n[2]) for n in names if len(n) > 3 and n[1] == 'layers' and n[2].isdigit()}
+    if cfg.num_hidden_layers > len(layers):
+        raise ValueError(
+            f'{file}: num_hidden_layers={cfg.num_hidden_layers}, but the files hold '
+            f'{len(layers)} layers; a shard is missing, or the config belongs to another model'
+        )
+    if cfg.num_nextn_predict_layers > len(layers):
+        raise ValueError(
+            f'{file}: num_nextn_predict_layers={cfg.num_nextn_predict_layers}, but '
+            f'the files hold {len(layers)} layers in all; was the config changed?'
+        )
+    experts = {int(n[5]) for n in names if len(n) > 6 and n[4] == 'experts' and n[5].isdigit()}
+    if cfg.first_k_dense_replace < cfg.num_hidden_layers and cfg.n_routed_experts > len(experts):
+        raise ValueError(
+            f'{file}: n_routed_experts={cfg.n_routed_experts}, but the files hold {len(experts)} '
+            f'experts a layer; a shard is missing, or the config belongs to another model'
+        )
+    want = cfg.vocab_size, cfg.hidden_size
+    if (e := 'model.embed_tokens.weight') in ck and (got := ck.shape(e)[1]) != want:
+        raise ValueError(
+            f'{e}: {got} in {ck.where[e][0][0].name}, but config.json '
+            f'makes it {want}; check vocab_size and hidden_size'
+        )
 
 # %% ../nbs/13_interop.ipynb #b1892eef
 def _left_over(names, used, cfg):
     "Refuse tensors that the model has no place for; the MTP layer may repeat embedding and head"
-    repeated = ('embed_tokens.weight', 'shared_head.head.weight', 'rotary_emb.inv_freq') # the last: tables that older software saved
-    extra = sorted(n for n in names if not n.endswith(repeated) and not n.removesuffix('_scale_inv') in used and not (cfg.tie_word_embeddings and n=='lm_head.weight'))
+    repeated = (
+        'embed_tokens.weight',
+        'shared_head.head.weight',
+        'rotary_emb.inv_freq',
+    )  # the last: tables that older software saved
+    extra = sorted(
+        n
+        for n in names
+        if not n.endswith(repeated)
+        and n.removesuffix('_scale_inv') not in used
+        and not (cfg.tie_word_embeddings and n == 'lm_head.weight')
+    )
     bias = next((n for n in extra if n.endswith('.bias')), None)
-    if bias: raise ValueError(f'{bias}: in the files, and Eva\'s layers have no biases; it reads models with attention_bias and mlp_bias false, as every published DeepSeek-V2 and V3')
-    if extra: raise ValueError(f'{extra[0]}: config.json has no place for it{f", nor for {len(extra)-1} more" if extra[1:] else ""}; '
-                               'check num_hidden_layers, n_routed_experts and num_nextn_predict_layers')
+    if bias:
+        raise ValueError(
+            f"{bias}: in the files, and Eva's layers have no biases; it reads models with "
+            f'attention_bias and mlp_bias false, as every published DeepSeek-V2 and V3'
+        )
+    if extra:
+        raise ValueError(
+            f'{extra[0]}: config.json has no place for '
+            f'it{f", nor for {len(extra) - 1} more" if extra[1:] else ""}; '
+            'check num_hidden_layers, n_routed_experts and num_nextn_predict_layers'
+        )
+
 
 def _read(pieces, want, ck, block, dtype):
     "Assemble one of our tensors from its published pieces"
     out = None
-    for pub,index in pieces:
-        if pub not in ck: raise ValueError(f'{pub}: missing; check num_hidden_layers, first_k_dense_replace and n_routed_experts in config.json, or fetch the files again')
-        t,file = ck.weight(pub, block, dtype),ck.where[pub][0][0].name
+    for pub, index in pieces:
+        if pub not in ck:
+            raise ValueError(
+                f'{pub}: missing; check num_hidden_layers, first_k_dense_replace '
+                f'and n_routed_experts in config.json, or fetch the files again'
+            )
+        t = ck.weight(pub, block, dtype)
+        file = ck.where[pub][0][0].name
         shape = want[index].shape
-        if t.dtype not in FLOAT_TYPES: raise ValueError(
-            f'{pub}: {t.dtype} in {file}; weights are fp32, bf16, fp16 or FP8 in blocks, convert others first')
-        if t.shape!=shape: raise ValueError(f'{pub}: {tuple(t.shape)} in {file}, but config.json makes it {tuple(shape)}')
-        keep = pub.endswith(KEPT) # float32 in every model: its steps are too small for less
+        if t.dtype not in FLOAT_TYPES:
+            raise ValueError(
+                f'{pub}: {t.dtype} in {file}; weights are fp32, '
+                f'bf16, fp16 or FP8 in blocks, convert others first'
+            )
+        if t.shape != shape:
+            raise ValueError(
+                f'{pub}: {tuple(t.shape)} in {file}, but config.json makes it {tuple(shape)}'
+            )
+        keep = pub.endswith(KEPT)  # float32 in every model: its steps are too small for less
         t = t.float() if keep else t.to(dtype)
-        if not index: return t
-        if out is None: out = torch.empty(want.shape, dtype=t.dtype)
+        if not index:
+            return t
+        if out is None:
+            out = torch.empty(want.shape, dtype=t.dtype)
         out[index] = t
     return out
 
 # %% ../nbs/13_interop.ipynb #54c03342
-EIGHT = re.compile(r'\.(q_a_proj|q_b_proj|q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj)\.weight$') # what is published in FP8
-COPIED = {'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model', 'generation_config.json',
-          'chat_template.jinja', 'chat_template.json', 'configuration_deepseek.py', 'modeling_deepseek.py', 'README.md', 'LICENSE', 'LICENSE-CODE', 'LICENSE-MODEL', 'NOTICE'} # what belongs to a model
-MADE = {'config.json', 'model.safetensors.index.json', 'run.json', 'metrics.jsonl', 'events.jsonl', 'report.png', 'sample.txt'} # made anew, or about the run and not the model
+EIGHT = re.compile(
+    r'\.(q_a_proj|q_b_proj|q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj)\.weight$'
+)  # what is published in FP8
+COPIED = {
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'vocab.json',
+    'merges.txt',
+    'tokenizer.model',
+    'generation_config.json',
+    'chat_template.jinja',
+    'chat_template.json',
+    'configuration_deepseek.py',
+    'modeling_deepseek.py',
+    'README.md',
+    'LICENSE',
+    'LICENSE-CODE',
+    'LICENSE-MODEL',
+    'NOTICE',
+}  # what belongs to a model
+MADE = {
+    'config.json',
+    'model.safetensors.index.json',
+    'run.json',
+    'metrics.jsonl',
+    'events.jsonl',
+    'report.png',
+    'sample.txt',
+}  # made anew, or about the run and not the model
 TYPES = dict(bf16=torch.bfloat16, fp32=torch.float32, fp8=torch.float8_e4m3fn)
 
+
 def convert_checkpoint(
-    src:str|Path,    # a folder with config.json and safetensors
-    dst:str|Path,    # the folder to be
-    to:str='bf16',   # bf16 or fp32: every tensor but the routing biases; fp8: round what is published in FP8, leave the rest
-    pow2:bool=False, # for fp8: scales that are powers of two, as in V3.1?
-    progress=None,   # called with the bytes read so far and in all
-    say:Callable=warnings.warn, # called with a sentence about what was left out
-)->Path:             # dst
+    src: str | Path,  # a folder with config.json and safetensors
+    dst: str | Path,  # the folder to be
+    # bf16 or fp32: every tensor but the routing biases; fp8: round what is published in FP8, leave
+    # the rest
+    to: str = 'bf16',
+    pow2: bool = False,  # for fp8: scales that are powers of two, as in V3.1?
+    progress=None,  # called with the bytes read so far and in all
+    say: Callable = warnings.warn,  # called with a sentence about what was left out
+) -> Path:  # dst
     "Convert a checkpoint of any size, tensor by tensor; after a kill the same call goes on"
-    src,dst = Path(src),Path(dst)
-    if to not in TYPES: raise ValueError(f'to={to!r}: must be one of {", ".join(TYPES)}')
-    part = dst.with_name(dst.name+'.partial')
+    src = Path(src)
+    dst = Path(dst)
+    if to not in TYPES:
+        raise ValueError(f'to={to!r}: must be one of {", ".join(TYPES)}')
+    part = dst.with_name(dst.name + '.partial')
     _apart(src, dst, part)
-    if not (src/'config.json').exists(): raise ValueError(f'{src}/config.json: no such file; give the folder of a checkpoint')
-    config,ck = read_json(src/'config.json', max_bytes=MAX_CONFIG_BYTES, root=src),Checkpoint(src)
-    job = _Job(ck, block_of(config, src/'config.json'), to, pow2, progress)
+    if not (src / 'config.json').exists():
+        raise ValueError(f'{src}/config.json: no such file; give the folder of a checkpoint')
+    config = read_json(src / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=src)
+    ck = Checkpoint(src)
+    job = _Job(ck, block_of(config, src / 'config.json'), to, pow2, progress)
     job.refuse()
     notices = []
     others = _others(src, notices.append)
     part.parent.mkdir(parents=True, exist_ok=True)
-    with FolderLock(part.parent, f'.{dst.name}.eva-lock', dst): # beside it, so that it holds until the folder has its name
-        about = json.dumps(dict(src=os.path.realpath(src), to=to, pow2=pow2, files=job.fingerprint(), rules=2)) # 2: every tensor is converted
+    with FolderLock(
+        part.parent, f'.{dst.name}.eva-lock', dst
+    ):  # beside it, so that it holds until the folder has its name
+        about = json.dumps(
+            dict(src=os.path.realpath(src), to=to, pow2=pow2, files=job.fingerprint(), rules=2)
+        )  # 2: every tensor is converted
         _begin(part, about, dst, job)
         job.manifest = manifest = Manifest(part)
-        manifest.recover() # of a call that was killed
-        manifest.check('config.json', 'model.safetensors.index.json', *(f.name for f in (*job.files, *others)))
-        for notice in notices: say(notice)
-        for file,names in job.files.items(): job.convert(part/file.name, names)
-        if len(job.files)>1:
-            with manifest.write('model.safetensors.index.json') as t: t.write_text(json.dumps(job.index(), indent=1))
+        manifest.recover()  # of a call that was killed
+        manifest.check(
+            'config.json', 'model.safetensors.index.json', *(f.name for f in (*job.files, *others))
+        )
+        for notice in notices:
+            say(notice)
+        for file, names in job.files.items():
+            job.convert(part / file.name, names)
+        if len(job.files) > 1:
+            with manifest.write('model.safetensors.index.json') as t:
+                t.write_text(json.dumps(job.index(), indent=1))
         for f in others:
-            with open_regular(f, MAX_TOKENIZER_BYTES, src) as source, manifest.write(f.name) as t, open(t, 'wb') as copy: shutil.copyfileobj(source, copy)
-        with manifest.write('config.json') as t: t.write_text(json.dumps(job.config(config), indent=2)+'\n', encoding='utf-8')
+            with (
+                open_regular(f, MAX_TOKENIZER_BYTES, src) as source,
+                manifest.write(f.name) as t,
+                open(t, 'wb') as copy,
+            ):
+                shutil.copyfileobj(source, copy)
+        with manifest.write('config.json') as t:
+            t.write_text(json.dumps(job.config(config), indent=2) + '\n', encoding='utf-8')
         os.replace(part, dst)
-        for name in ('job.json', Manifest.NAME): (dst/name).unlink() # it is complete, and nothing will be overwritten in it
-        sync(dst)
+        for name in ('job.json', Manifest.NAME):
+            (dst / name).unlink()  # it is complete, and nothing will be overwritten in it
+        fsync_path(dst)
     return dst
 
 # %% ../nbs/13_interop.ipynb #c1300003
@@ -289,7 +457,9 @@ def _apart(src, dst, part):
     "Refuse an output that is there, that is the source, or that lies in it or around it"
     source = Path(os.path.realpath(src))
     for place in (dst, part):
-        there = Path(os.path.realpath(place))  # unlike resolve(), it does not fail on links in a circle
+        there = Path(
+            os.path.realpath(place)
+        )  # unlike resolve(), it does not fail on links in a circle
         if there == source:
             raise ValueError(f'{dst}: is the source itself; give another folder')
         if there.is_relative_to(source):
@@ -315,7 +485,8 @@ def _others(src, say):
     if left:
         more = f' and {len(left) - 5} more' if len(left) > 5 else ''
         say(
-            f'{src}: {", ".join(left[:5])}{more} not copied; only files that belong to a checkpoint are'
+            f'{src}: {", ".join(left[:5])}{more} not copied; '
+            f'only files that belong to a checkpoint are'
         )
     return found
 
@@ -328,7 +499,8 @@ def _begin(part, about, dst, job):
         raise ValueError(
             f'{part}: was left by another conversion; remove it, or give another folder'
         )
-    need, free = job.bytes_to_write(part), shutil.disk_usage(part.parent).free
+    need = job.bytes_to_write(part)
+    free = shutil.disk_usage(part.parent).free
     if need > free:
         raise ValueError(
             f'{dst}: {need / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free there; '
@@ -341,63 +513,116 @@ def _begin(part, about, dst, job):
 # %% ../nbs/13_interop.ipynb #2c21ebd7
 class _Job:
     "What becomes of each tensor of a checkpoint"
+
     def __init__(self, ck, block, to, pow2, progress):
-        self.ck,self.block,self.to,self.pow2,self.progress,self.done = ck,block,to,pow2,progress,0
+        self.ck = ck
+        self.block = block
+        self.to = to
+        self.pow2 = pow2
+        self.progress = progress
+        self.done = 0
         self.files = {}
-        for n,places in ck.where.items(): self.files.setdefault(places[0][0], []).append(n)
-        self.total = sum(f.stat().st_size for f in {f for places in ck.where.values() for f,_ in places} if f.is_file())
+        for n, places in ck.where.items():
+            self.files.setdefault(places[0][0], []).append(n)
+        self.total = sum(
+            f.stat().st_size
+            for f in {f for places in ck.where.values() for f, _ in places}
+            if f.is_file()
+        )
 
     def refuse(self):
         "Refuse what cannot be done as it was asked for, before anything is written"
-        eight = [n for n in self.ck if self.ck.shape(n)[0]==torch.float8_e4m3fn]
+        eight = [n for n in self.ck if self.ck.shape(n)[0] == torch.float8_e4m3fn]
         for n in self.ck:
             kind = self.ck.shape(n)[0]
-            if kind.is_floating_point and kind not in FLOAT_TYPES|{torch.float8_e4m3fn} and not n.endswith('_scale_inv'): raise ValueError(
-                f'{n}: {str(kind).removeprefix("torch.")} in {self.ck.where[n][0][0].name}; Eva converts fp32, bf16, fp16 and FP8 E4M3 in blocks')
-        if eight and self.block is None: raise ValueError(
-            f'{eight[0]}: FP8 in {self.ck.where[eight[0]][0][0].name}, but config.json has no quantization_config; take the one of the published folder')
-        if self.pow2 and eight: raise ValueError(
-            f'pow2=True: {len(eight)} weights are FP8 already and keep their scales; convert to bf16 first, and that to fp8 with powers of two')
+            if (
+                kind.is_floating_point
+                and kind not in FLOAT_TYPES | {torch.float8_e4m3fn}
+                and not n.endswith('_scale_inv')
+            ):
+                raise ValueError(
+                    f'{n}: {str(kind).removeprefix("torch.")} in {self.ck.where[n][0][0].name}; '
+                    f'Eva converts fp32, bf16, fp16 and FP8 E4M3 in blocks'
+                )
+        if eight and self.block is None:
+            raise ValueError(
+                f'{eight[0]}: FP8 in {self.ck.where[eight[0]][0][0].name}, but config.json '
+                f'has no quantization_config; take the one of the published folder'
+            )
+        if self.pow2 and eight:
+            raise ValueError(
+                f'pow2=True: {len(eight)} weights are FP8 already and keep their '
+                f'scales; convert to bf16 first, and that to fp8 with powers of two'
+            )
 
     def bytes_to_write(self, part):
         "By files that are not there yet"
-        return sum(math.prod(s)*d.itemsize for f,names in self.files.items() if not (part/f.name).exists() for n in names for d,s in self.outputs(n).values())
+        return sum(
+            math.prod(s) * d.itemsize
+            for f, names in self.files.items()
+            if not (part / f.name).exists()
+            for n in names
+            for d, s in self.outputs(n).values()
+        )
 
-    def fingerprint(self): return {f.name: f.stat().st_size for f in self.files if f.is_file()}
+    def fingerprint(self):
+        return {f.name: f.stat().st_size for f in self.files if f.is_file()}
 
     def outputs(self, name):
         "Names, types and shapes that one tensor becomes; none for the scale of a weight that is undone"
-        dtype,shape = self.ck.shape(name)
-        if name.endswith('_scale_inv'): return {name: (dtype, shape)} if self.to=='fp8' else {}
-        if name.endswith(KEPT): return {name: (dtype, shape)}
-        if self.to!='fp8' and (dtype==torch.float8_e4m3fn or dtype in FLOAT_TYPES): return {name: (TYPES[self.to], shape)}
-        if not EIGHT.search(name) or len(shape)!=2 or dtype not in FLOAT_TYPES: return {name: (dtype, shape)}
-        return {name: (torch.float8_e4m3fn, shape), f'{name}_scale_inv': (torch.float32, scale_shape(shape, self.block or (128, 128)))}
+        dtype, shape = self.ck.shape(name)
+        if name.endswith('_scale_inv'):
+            return {name: (dtype, shape)} if self.to == 'fp8' else {}
+        if name.endswith(KEPT):
+            return {name: (dtype, shape)}
+        if self.to != 'fp8' and (dtype == torch.float8_e4m3fn or dtype in FLOAT_TYPES):
+            return {name: (TYPES[self.to], shape)}
+        if not EIGHT.search(name) or len(shape) != 2 or dtype not in FLOAT_TYPES:
+            return {name: (dtype, shape)}
+        return {
+            name: (torch.float8_e4m3fn, shape),
+            f'{name}_scale_inv': (torch.float32, scale_shape(shape, self.block or (128, 128))),
+        }
 
     def make(self, name):
         "The tensors of `outputs`"
         out = self.outputs(name)
-        if not out: return []
-        if len(out)==2:
-            q,scale = to_blocks(self.ck.read(name), self.block or (128, 128), self.pow2)
-            if not scale.isfinite().all(): raise ValueError(f'{name}: holds NaN or infinity in {self.ck.where[name][0][0].name}, which no FP8 block can; repair the checkpoint first')
-            return q,scale
-        t = self.ck.read(name) if self.to=='fp8' else self.ck.weight(name, self.block, TYPES[self.to])
-        if t.dtype==torch.float8_e4m3fn: self.ck.scale(name, t, self.block) # checked, though it stays
+        if not out:
+            return []
+        if len(out) == 2:
+            q, scale = to_blocks(self.ck.read(name), self.block or (128, 128), self.pow2)
+            if not scale.isfinite().all():
+                raise ValueError(
+                    f'{name}: holds NaN or infinity in {self.ck.where[name][0][0].name}, '
+                    f'which no FP8 block can; repair the checkpoint first'
+                )
+            return q, scale
+        t = (
+            self.ck.read(name)
+            if self.to == 'fp8'
+            else self.ck.weight(name, self.block, TYPES[self.to])
+        )
+        if t.dtype == torch.float8_e4m3fn:
+            self.ck.scale(name, t, self.block)  # checked, though it stays
         return [t.to(out[name][0])]
 
     def convert(self, file, names):
         "One file; what a former call completed stays"
-        shapes = {n: s for name in names for n,s in self.outputs(name).items()}
+        shapes = {n: s for name in names for n, s in self.outputs(name).items()}
         if shapes and not self.manifest.owns(file):
-            with self.manifest.write(file) as t: write_safetensors(t, shapes, self.made(names), atomic=False)
-        else: self.read(*names)
-        self.ck.files.clear() # unmap what was read
+            with self.manifest.write(file) as t:
+                write_safetensors(t, shapes, self.made(names), atomic=False)
+        else:
+            self.read(*names)
+        self.ck.files.clear()  # unmap what was read
 
     def read(self, *names):
         "Count what has been dealt with"
-        self.done += sum(math.prod(shape)*dtype.itemsize for dtype,shape in map(self.ck.shape, names))
-        if self.progress: self.progress(self.done, self.total)
+        self.done += sum(
+            math.prod(shape) * dtype.itemsize for dtype, shape in map(self.ck.shape, names)
+        )
+        if self.progress:
+            self.progress(self.done, self.total)
 
     def made(self, names):
         "The tensors of a file, one after the other; a thread that makes the next one meanwhile was measured: it only fights over the cores"
@@ -407,15 +632,30 @@ class _Job:
 
     def index(self):
         "The index of several files"
-        where,size = {},0
-        for file,names in self.files.items():
+        where = {}
+        size = 0
+        for file, names in self.files.items():
             for name in names:
-                for n,(dtype,shape) in self.outputs(name).items(): where[n] = file.name; size += math.prod(shape)*dtype.itemsize
+                for n, (dtype, shape) in self.outputs(name).items():
+                    where[n] = file.name
+                    size += math.prod(shape) * dtype.itemsize
         return dict(metadata=dict(total_size=size), weight_map=where)
 
     def config(self, config):
         "config.json of the result"
-        out = {k: v for k,v in config.items() if k!='quantization_config'}
-        if self.to!='fp8': return {k: v for k,v in out.items() if k!='torch_dtype'} | dict(dtype=str(TYPES[self.to]).removeprefix('torch.'))
+        out = {k: v for k, v in config.items() if k != 'quantization_config'}
+        if self.to != 'fp8':
+            return {k: v for k, v in out.items() if k != 'torch_dtype'} | dict(
+                dtype=str(TYPES[self.to]).removeprefix('torch.')
+            )
         scale = dict(scale_fmt='ue8m0') if self.pow2 else {}
-        return out | dict(quantization_config=config.get('quantization_config') or dict(activation_scheme='dynamic', fmt='e4m3', quant_method='fp8', weight_block_size=[128, 128]) | scale)
+        return out | dict(
+            quantization_config=config.get('quantization_config')
+            or dict(
+                activation_scheme='dynamic',
+                fmt='e4m3',
+                quant_method='fp8',
+                weight_block_size=[128, 128],
+            )
+            | scale
+        )

@@ -11,110 +11,189 @@ __all__ = ['LIFTED', 'KEPT_UP_TO', 'HEADS_APART_FROM', 'M_TRIM_THRESHOLD', 'M_MM
 import ctypes
 from contextlib import ContextDecorator
 from functools import partial, wraps
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
 from .cache import LatentCache
 from .config import Config
-from .products import Linear, by_onednn, linear_operands, multiplies_slowly, onednn_pays, product, product_each
+from eva.products import (
+    Linear,
+    by_onednn,
+    linear_operands,
+    multiplies_slowly,
+    onednn_pays,
+    product,
+    product_each,
+)
 from .rope import rotate, softmax_scale
 
 # %% ../nbs/04_mla.ipynb #69398d2c
 class MLA(nn.Module):
     "Attention through one latent per position; weights under their published names"
-    def __init__(self,
-        cfg:Config, # head widths, latent widths and rotary settings
+
+    def __init__(
+        self,
+        cfg: Config,  # head widths, latent widths and rotary settings
     ):
         super().__init__()
-        self.cfg,self.scale = cfg,softmax_scale(cfg)
-        d,n,c,r = cfg.hidden_size,cfg.num_attention_heads,cfg.kv_lora_rank,cfg.qk_rope_head_dim
-        linear,norm = partial(Linear, bias=False),partial(nn.RMSNorm, eps=1e-6) # the inner norms keep 1e-6 in every model
-        if cfg.q_lora_rank is None: self.q_proj = linear(d, n*(cfg.qk_nope_head_dim+r))
+        self.cfg = cfg
+        self.scale = softmax_scale(cfg)
+        d = cfg.hidden_size
+        n = cfg.num_attention_heads
+        c = cfg.kv_lora_rank
+        r = cfg.qk_rope_head_dim
+        linear = partial(Linear, bias=False)
+        norm = partial(nn.RMSNorm, eps=1e-6)  # the inner norms keep 1e-6 in every model
+        if cfg.q_lora_rank is None:
+            self.q_proj = linear(d, n * (cfg.qk_nope_head_dim + r))
         else:
-            self.q_a_proj,self.q_a_layernorm = linear(d, cfg.q_lora_rank),norm(cfg.q_lora_rank)
-            self.q_b_proj = linear(cfg.q_lora_rank, n*(cfg.qk_nope_head_dim+r))
-        self.kv_a_proj_with_mqa,self.kv_a_layernorm = linear(d, c+r),norm(c)
-        self.kv_b_proj,self.o_proj = linear(c, n*(cfg.qk_nope_head_dim+cfg.v_head_dim)),linear(n*cfg.v_head_dim, d)
+            self.q_a_proj = linear(d, cfg.q_lora_rank)
+            self.q_a_layernorm = norm(cfg.q_lora_rank)
+            self.q_b_proj = linear(cfg.q_lora_rank, n * (cfg.qk_nope_head_dim + r))
+        self.kv_a_proj_with_mqa = linear(d, c + r)
+        self.kv_a_layernorm = norm(c)
+        self.kv_b_proj = linear(c, n * (cfg.qk_nope_head_dim + cfg.v_head_dim))
+        self.o_proj = linear(n * cfg.v_head_dim, d)
 
-    def forward(self,
-        h:Tensor,                     # hidden states (batch, seq, hidden_size)
-        rope:tuple[Tensor,Tensor],    # cosines and sines of these positions (batch or 1, seq, qk_rope_head_dim/2)
-        mask:Tensor|None=None,        # True where a query may look (batch, 1, seq, cached + seq), None for causal
-        cache:LatentCache|None=None,  # where the past is, and where this goes
-        layer:int=0,                  # our place in the cache
-    )->Tensor:                        # (batch, seq, hidden_size)
+    def forward(
+        self,
+        h: Tensor,  # hidden states (batch, seq, hidden_size)
+        rope: tuple[
+            Tensor, Tensor
+        ],  # cosines and sines of these positions (batch or 1, seq, qk_rope_head_dim/2)
+        mask: Tensor
+        | None = None,  # True where a query may look (batch, 1, seq, cached + seq), None for causal
+        cache: LatentCache | None = None,  # where the past is, and where this goes
+        layer: int = 0,  # our place in the cache
+    ) -> Tensor:  # (batch, seq, hidden_size)
         "Attend by whichever evaluation costs fewer FLOPs"
         check_sizes(self.cfg, h, rope, mask, 0 if cache is None else cache.length)
-        if not len(h): return self.o_proj(h.new_zeros(*h.shape[:2], self.cfg.num_attention_heads*self.cfg.v_head_dim)) # no sequences, nothing to attend to
-        q_C,q_R = self.queries(h, rope)
+        if not len(h):
+            return self.o_proj(
+                h.new_zeros(*h.shape[:2], self.cfg.num_attention_heads * self.cfg.v_head_dim)
+            )  # no sequences, nothing to attend to
+        q_C, q_R = self.queries(h, rope)
         rows = self.latents(h, rope)
-        if cache is not None: rows = cache.write(layer, rows).to(h.dtype)
-        attend = self.absorbed if absorbing_pays(self.cfg, q_C.shape[1], rows.shape[1]) else self.expanded
+        if cache is not None:
+            rows = cache.write(layer, rows).to(h.dtype)
+        attend = (
+            self.absorbed
+            if absorbing_pays(self.cfg, q_C.shape[1], rows.shape[1])
+            else self.expanded
+        )
         return self.o_proj(attend(q_C, q_R, rows, mask).flatten(2))
 
 # %% ../nbs/04_mla.ipynb #432c5512
 def check_sizes(
-    cfg:Config,  # of the layer
-    h:Tensor,    # hidden states
-    rope:tuple[Tensor,Tensor], # cosines and sines
-    mask:Tensor|None, # what may be looked at
-    past:int,    # cached positions
+    cfg: Config,  # of the layer
+    h: Tensor,  # hidden states
+    rope: tuple[Tensor, Tensor],  # cosines and sines
+    mask: Tensor | None,  # what may be looked at
+    past: int,  # cached positions
 ):
     "Refuse what would broadcast into a wrong result"
-    if h.dim()!=3 or h.shape[-1]!=cfg.hidden_size: raise ValueError(
-        f'hidden states of shape {tuple(h.shape)}: must be (batch, seq, hidden_size={cfg.hidden_size})')
-    if rope[0].dim()!=3 or rope[0].shape[1]!=h.shape[1] or rope[0].shape[0] not in (1, len(h)): raise ValueError(
-        f'rotary tables of shape {tuple(rope[0].shape)} for {h.shape[1]} positions: must be (batch or 1, seq, qk_rope_head_dim/2); '
-        'pass rope_tables(cfg, positions) of exactly these positions')
-    want = len(h),1,h.shape[1],past+h.shape[1]
-    if mask is None: return
-    if mask.dtype!=torch.bool: raise TypeError(
-        f'mask of {mask.dtype}: must be boolean, True where a query may look; turn an additive mask into mask==0')
-    if mask.dim()!=4 or any(m not in (1, w) for m,w in zip(mask.shape[:2], want)) or mask.shape[2:]!=want[2:]: raise ValueError(
-        f'mask of shape {tuple(mask.shape)}: must be (batch, 1, seq, cached + seq)={want}')
+    if h.dim() != 3 or h.shape[-1] != cfg.hidden_size:
+        raise ValueError(
+            f'hidden states of shape {tuple(h.shape)}: must '
+            f'be (batch, seq, hidden_size={cfg.hidden_size})'
+        )
+    if rope[0].dim() != 3 or rope[0].shape[1] != h.shape[1] or rope[0].shape[0] not in (1, len(h)):
+        raise ValueError(
+            f'rotary tables of shape {tuple(rope[0].shape)} for {h.shape[1]} '
+            f'positions: must be (batch or 1, seq, qk_rope_head_dim/2); '
+            'pass rope_tables(cfg, positions) of exactly these positions'
+        )
+    want = len(h), 1, h.shape[1], past + h.shape[1]
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f'mask of {mask.dtype}: must be boolean, True where a '
+            f'query may look; turn an additive mask into mask==0'
+        )
+    if (
+        mask.dim() != 4
+        or any(m not in (1, w) for m, w in zip(mask.shape[:2], want))
+        or mask.shape[2:] != want[2:]
+    ):
+        raise ValueError(
+            f'mask of shape {tuple(mask.shape)}: must be (batch, 1, seq, cached + seq)={want}'
+        )
 
 # %% ../nbs/04_mla.ipynb #31e6da0e
 @patch
-def queries(self:MLA,
-    h:Tensor, # hidden states (batch, seq, hidden_size)
-    rope:tuple[Tensor,Tensor], # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
-)->tuple[Tensor,Tensor]: # q_C (batch, seq, heads, qk_nope_head_dim), q_R (batch, seq, heads, qk_rope_head_dim)
+def queries(
+    self: MLA,
+    h: Tensor,  # hidden states (batch, seq, hidden_size)
+    rope: tuple[Tensor, Tensor],  # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
+) -> tuple[
+    Tensor, Tensor
+]:  # q_C (batch, seq, heads, qk_nope_head_dim), q_R (batch, seq, heads, qk_rope_head_dim)
     "Content queries and rotated queries of every head"
     c = self.cfg
-    q = self.q_proj(h) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(h)))
+    q = (
+        self.q_proj(h)
+        if c.q_lora_rank is None
+        else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(h)))
+    )
     q = q.unflatten(-1, (c.num_attention_heads, -1))
-    q_C,q_R = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
-    return q_C,rotate(q_R, *(o[:,:,None] for o in rope))
+    q_C, q_R = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
+    return q_C, rotate(q_R, *(o[:, :, None] for o in rope))
+
 
 @patch
-def latents(self:MLA,
-    h:Tensor, # hidden states (batch, seq, hidden_size)
-    rope:tuple[Tensor,Tensor], # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
-)->Tensor:    # normalised c_KV and rotated k_R side by side (batch, seq, kv_lora_rank + qk_rope_head_dim)
+def latents(
+    self: MLA,
+    h: Tensor,  # hidden states (batch, seq, hidden_size)
+    rope: tuple[Tensor, Tensor],  # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
+) -> (
+    Tensor
+):  # normalised c_KV and rotated k_R side by side (batch, seq, kv_lora_rank + qk_rope_head_dim)
     "All that is kept of each position"
-    c_KV,k_R = self.kv_a_proj_with_mqa(h).split((self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim), -1)
+    c_KV, k_R = self.kv_a_proj_with_mqa(h).split(
+        (self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim), -1
+    )
     return torch.cat((self.kv_a_layernorm(c_KV), rotate(k_R, *rope)), -1)
 
 # %% ../nbs/04_mla.ipynb #c121d6e8
 def attend(
-    q:Tensor, # queries (batch, heads, seq, width)
-    k:Tensor, # keys (batch, heads, cached + seq, width)
-    v:Tensor, # values (batch, heads, cached + seq, v_head_dim)
-    scale:float, # on the scores
-    mask:Tensor|None=None, # True where a query may look (batch, 1, seq, cached + seq); None for causal
-)->Tensor:    # (batch, heads, seq, v_head_dim)
+    q: Tensor,  # queries (batch, heads, seq, width)
+    k: Tensor,  # keys (batch, heads, cached + seq, width)
+    v: Tensor,  # values (batch, heads, cached + seq, v_head_dim)
+    scale: float,  # on the scores
+    mask: Tensor
+    | None = None,  # True where a query may look (batch, 1, seq, cached + seq); None for causal
+) -> Tensor:  # (batch, heads, seq, v_head_dim)
     "Causal attention by the fastest exact route"
-    s,t = q.shape[-2],k.shape[-2]
-    if mask is None and s==t and q.device.type=='cpu' and (s<=KEPT_UP_TO or q.dtype==torch.bfloat16 or onednn_pays()): return CausalSlices.apply(q, k, v, scale)
-    if mask is None and 1<s<t: mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(t-s) # new positions come last
+    s = q.shape[-2]
+    t = k.shape[-2]
+    if (
+        mask is None
+        and s == t
+        and q.device.type == 'cpu'
+        and (s <= KEPT_UP_TO or q.dtype == torch.bfloat16 or onednn_pays())
+    ):
+        return CausalSlices.apply(q, k, v, scale)
+    if mask is None and 1 < s < t:
+        mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril(
+            t - s
+        )  # new positions come last
     width = max(q.shape[-1], v.shape[-1])
-    o = F.scaled_dot_product_attention(*(F.pad(x, (0, width-x.shape[-1])) for x in (q, k, v)), attn_mask=mask,
-                                       is_causal=mask is None and s>1, scale=scale)
-    return o[...,:v.shape[-1]]
+    o = F.scaled_dot_product_attention(
+        *(F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v)),
+        attn_mask=mask,
+        is_causal=mask is None and s > 1,
+        scale=scale,
+    )
+    return o[..., : v.shape[-1]]
 
-LIFTED = 2**26 # keys and values that exist at the same time in inference, 256 MB in float32
+
+LIFTED = 2**26  # keys and values that exist at the same time in inference, 256 MB in float32
+
 
 @patch
 def expanded(
@@ -122,7 +201,8 @@ def expanded(
     q_C: Tensor,  # content queries (batch, seq, heads, qk_nope_head_dim)
     q_R: Tensor,  # rotated queries (batch, seq, heads, qk_rope_head_dim)
     rows: Tensor,  # latents and rotated keys (batch, cached + seq, kv_lora_rank + qk_rope_head_dim)
-    mask: Tensor | None = None,  # True where a query may look (batch, 1, seq, cached + seq); None for causal
+    mask: Tensor
+    | None = None,  # True where a query may look (batch, 1, seq, cached + seq); None for causal
 ) -> Tensor:  # mixed values (batch, seq, heads, v_head_dim)
     "Lift every latent to keys and values, then attend"
     c = self.cfg
@@ -146,62 +226,83 @@ def expanded(
         parts.append(self.attend_lifted(q_c, q_r, lifted, k_R, mask))
     return torch.cat(parts, 2)
 
+
 @patch
-def attend_lifted(self:MLA,
-    q_C:Tensor,  # content queries of some heads (batch, seq, some, qk_nope_head_dim)
-    q_R:Tensor,  # rotated queries of these (batch, seq, some, qk_rope_head_dim)
-    lifted:Tensor, # their keys and values (batch, cached + seq, some, qk_nope_head_dim + v_head_dim)
-    k_R:Tensor,  # rotated keys (batch, cached + seq, qk_rope_head_dim)
-    mask:Tensor|None=None, # True where a query may look (batch, 1, seq, cached + seq); None for causal
-)->Tensor:       # mixed values (batch, seq, some, v_head_dim)
+def attend_lifted(
+    self: MLA,
+    q_C: Tensor,  # content queries of some heads (batch, seq, some, qk_nope_head_dim)
+    q_R: Tensor,  # rotated queries of these (batch, seq, some, qk_rope_head_dim)
+    # their keys and values (batch, cached + seq, some, qk_nope_head_dim + v_head_dim)
+    lifted: Tensor,
+    k_R: Tensor,  # rotated keys (batch, cached + seq, qk_rope_head_dim)
+    mask: Tensor
+    | None = None,  # True where a query may look (batch, 1, seq, cached + seq); None for causal
+) -> Tensor:  # mixed values (batch, seq, some, v_head_dim)
     "Ordinary attention with the keys and values of some heads"
-    k_C,v_C = lifted.split((self.cfg.qk_nope_head_dim, self.cfg.v_head_dim), -1)
-    k = torch.cat((k_C, k_R[:,:,None].expand(*k_C.shape[:3], -1)), -1)
+    k_C, v_C = lifted.split((self.cfg.qk_nope_head_dim, self.cfg.v_head_dim), -1)
+    k = torch.cat((k_C, k_R[:, :, None].expand(*k_C.shape[:3], -1)), -1)
     q = torch.cat((q_C, q_R), -1)
     return attend(*(o.transpose(1, 2) for o in (q, k, v_C)), self.scale, mask).transpose(1, 2)
 
 # %% ../nbs/04_mla.ipynb #2b051f8e
-KEPT_UP_TO,HEADS_APART_FROM = 1024,512 # positions
+KEPT_UP_TO = 1024
+HEADS_APART_FROM = 512  # positions
+
 
 def as_written(f):
     "Run a step of an autograd function in the types it is given, under autocast too"
+
     @wraps(f)
     def run(ctx, x, *args):
-        if not (torch.is_autocast_enabled('cpu') or torch.is_autocast_enabled('cuda')): return f(ctx, x, *args)
-        with torch.autocast(x.device.type, enabled=False): return f(ctx, x, *args)
+        if not (torch.is_autocast_enabled('cpu') or torch.is_autocast_enabled('cuda')):
+            return f(ctx, x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return f(ctx, x, *args)
+
     return run
 
-def route(q): # (heads, seq, width): how many heads at once, and x yᵀ of each
+
+def route(q):  # (heads, seq, width): how many heads at once, and x yᵀ of each
     "How slices are multiplied"
-    if q.dtype==torch.float32 and onednn_pays() and q.shape[1]>=HEADS_APART_FROM: return 1,lambda x,y: by_onednn(x[0].contiguous(), y[0])[None]
-    if multiplies_slowly(q): return len(q),lambda x,y: (x.float() @ y.float().mT).to(x.dtype)
-    return len(q),lambda x,y: x @ y.mT
+    if q.dtype == torch.float32 and onednn_pays() and q.shape[1] >= HEADS_APART_FROM:
+        return 1, lambda x, y: by_onednn(x[0].contiguous(), y[0])[None]
+    if multiplies_slowly(q):
+        return len(q), lambda x, y: (x.float() @ y.float().mT).to(x.dtype)
+    return len(q), lambda x, y: x @ y.mT
 
-def slices(s): # (positions): begin and end of each slice
+
+def slices(s):  # (positions): begin and end of each slice
     "Ranges of queries"
-    rows = 128 if s<=512 else 256
-    return [(i, min(i+rows, s)) for i in range(0, s, rows)]
+    rows = 128 if s <= 512 else 256
+    return [(i, min(i + rows, s)) for i in range(0, s, rows)]
 
-def look(q, k, i, j, times): # (heads, seq, width) twice: probabilities of queries i to j (heads, j-i, j)
+
+def look(
+    q, k, i, j, times
+):  # (heads, seq, width) twice: probabilities of queries i to j (heads, j-i, j)
     "Softmax over all keys that one slice of queries may see"
-    scores = times(q[:,i:j], k[:,:j])
-    scores[:,:,i:] += torch.full((j-i, j-i), float('-inf'), dtype=q.dtype).triu(1)
+    scores = times(q[:, i:j], k[:, :j])
+    scores[:, :, i:] += torch.full((j - i, j - i), float('-inf'), dtype=q.dtype).triu(1)
     return torch.softmax(scores, -1, out=scores)
 
 # %% ../nbs/04_mla.ipynb #f2037bff
 class CausalSlices(torch.autograd.Function):
     "Causal attention of equal query and key length, in slices of rows"
+
     @staticmethod
     @as_written
     def forward(ctx, q, k, v, scale):
-        b,n,s,_ = q.shape
-        q,k,v = (o.to(q.dtype).reshape(b*n, s, -1).contiguous() for o in (q*scale, k, v)) # oneDNN crawls over strides; under autocast rotated heads come as float32
-        o,probs,(some,times) = v.new_empty(v.shape),[],route(q)
-        for q_,k_,v_,o_ in zip(*(x.split(some) for x in (q, k, v, o))):
-            for i,j in slices(s):
+        b, n, s, _ = q.shape
+        q, k, v = (
+            o.to(q.dtype).reshape(b * n, s, -1).contiguous() for o in (q * scale, k, v)
+        )  # oneDNN crawls over strides; under autocast rotated heads come as float32
+        o, probs, (some, times) = v.new_empty(v.shape), [], route(q)
+        for q_, k_, v_, o_ in zip(*(x.split(some) for x in (q, k, v, o))):
+            for i, j in slices(s):
                 p = look(q_, k_, i, j, times)
-                o_[:,i:j] = times(p, v_[:,:j].mT)
-                if s<=KEPT_UP_TO: probs.append(p)
+                o_[:, i:j] = times(p, v_[:, :j].mT)
+                if s <= KEPT_UP_TO:
+                    probs.append(p)
         ctx.save_for_backward(q, k, v, *probs)
         ctx.scale = scale
         return o.view(b, n, s, -1)
@@ -210,65 +311,93 @@ class CausalSlices(torch.autograd.Function):
     @once_differentiable
     @as_written
     def backward(ctx, g):
-        q,k,v,*probs = ctx.saved_tensors
-        heads,g,kept,(some,times) = g.shape[:2],g.flatten(0, 1).contiguous(),iter(probs),route(q)
-        dq,dk,dv = torch.empty_like(q),*(torch.zeros_like(o.mT, memory_format=torch.contiguous_format) for o in (k, v)) # dk and dv transposed
-        for q_,k_,v_,g_,dq_,dk_,dv_ in zip(*(x.split(some) for x in (q, k, v, g, dq, dk, dv))):
-            for i,j in slices(q.shape[1]):
+        q, k, v, *probs = ctx.saved_tensors
+        heads, g, kept, (some, times) = (
+            g.shape[:2],
+            g.flatten(0, 1).contiguous(),
+            iter(probs),
+            route(q),
+        )
+        dq, dk, dv = (
+            torch.empty_like(q),
+            *(torch.zeros_like(o.mT, memory_format=torch.contiguous_format) for o in (k, v)),
+        )  # dk and dv transposed
+        for q_, k_, v_, g_, dq_, dk_, dv_ in zip(
+            *(x.split(some) for x in (q, k, v, g, dq, dk, dv))
+        ):
+            for i, j in slices(q.shape[1]):
                 p = next(kept) if probs else look(q_, k_, i, j, times)
-                dv_[:,:,:j] += times(g_[:,i:j].mT, p.mT)
-                dS = torch.ops.aten._softmax_backward_data(times(g_[:,i:j], v_[:,:j]), p, -1, p.dtype)
-                dq_[:,i:j] = times(dS, k_[:,:j].mT)
-                dk_[:,:,:j] += times(q_[:,i:j].mT, dS.mT)
-        return *(o.unflatten(0, heads) for o in (dq*ctx.scale, dk.mT, dv.mT)),None
+                dv_[:, :, :j] += times(g_[:, i:j].mT, p.mT)
+                dS = torch.ops.aten._softmax_backward_data(
+                    times(g_[:, i:j], v_[:, :j]), p, -1, p.dtype
+                )
+                dq_[:, i:j] = times(dS, k_[:, :j].mT)
+                dk_[:, :, :j] += times(q_[:, i:j].mT, dS.mT)
+        return *(o.unflatten(0, heads) for o in (dq * ctx.scale, dk.mT, dv.mT)), None
 
 # %% ../nbs/04_mla.ipynb #8101f080
-M_TRIM_THRESHOLD,M_MMAP_THRESHOLD = -1,-3 # of glibc's malloc.h
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
 
 def set_malloc(
-    mmap:int, # bytes from which a block is mapped by itself
-    trim:int, # free bytes at the heap's end from which they are returned
+    mmap: int,  # bytes from which a block is mapped by itself
+    trim: int,  # free bytes at the heap's end from which they are returned
 ):
     "Set two thresholds of the C library's allocator, where it is glibc's"
     try:
         libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(M_MMAP_THRESHOLD, mmap) or libc.mallopt(M_MMAP_THRESHOLD, 2**25) # as far as this version lets it
+        libc.mallopt(M_MMAP_THRESHOLD, mmap) or libc.mallopt(
+            M_MMAP_THRESHOLD, 2**25
+        )  # as far as this version lets it
         libc.mallopt(M_TRIM_THRESHOLD, trim)
-    except (OSError, AttributeError): pass # another C library: it works, only slower
+    except (OSError, AttributeError):
+        pass  # another C library: it works, only slower
+
 
 def keep_freed_memory():
     "Let the C library reuse freed blocks of up to 256 MB until `return_freed_memory`: for the whole process"
-    set_malloc(2**28, 2**31-1) # larger blocks would tear holes into the heap
+    set_malloc(2**28, 2**31 - 1)  # larger blocks would tear holes into the heap
+
 
 def return_freed_memory(
-    stop:bool=False, # keep nothing from here on?
+    stop: bool = False,  # keep nothing from here on?
 ):
     "Give back what was kept, where something else begins"
-    if stop: set_malloc(2**25, 2**26) # the largest that glibc itself would choose
-    try: ctypes.CDLL('libc.so.6').malloc_trim(0)
-    except (OSError, AttributeError): pass
+    if stop:
+        set_malloc(2**25, 2**26)  # the largest that glibc itself would choose
+    try:
+        ctypes.CDLL('libc.so.6').malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
 
 class freed_memory_kept(ContextDecorator):
     "A context, or a decorator, in which the C library keeps and reuses freed memory; the outermost one returns it"
-    depth = 0 # contexts that are open in this process
+
+    depth = 0  # contexts that are open in this process
 
     def __enter__(self):
-        if freed_memory_kept.depth==0: keep_freed_memory()
+        if freed_memory_kept.depth == 0:
+            keep_freed_memory()
         freed_memory_kept.depth += 1
         return self
 
     def __exit__(self, *args):
         freed_memory_kept.depth -= 1
-        if freed_memory_kept.depth==0: return_freed_memory(stop=True)
+        if freed_memory_kept.depth == 0:
+            return_freed_memory(stop=True)
 
 # %% ../nbs/04_mla.ipynb #bc8b6e80
 @patch
-def absorbed(self:MLA,
-    q_C:Tensor,  # content queries (batch, seq, heads, qk_nope_head_dim)
-    q_R:Tensor,  # rotated queries (batch, seq, heads, qk_rope_head_dim)
-    rows:Tensor, # latents and rotated keys (batch, cached + seq, kv_lora_rank + qk_rope_head_dim)
-    mask:Tensor|None=None, # True where a query may look (batch, 1, seq, cached + seq); None for causal
-)->Tensor:       # mixed values (batch, seq, heads, v_head_dim)
+def absorbed(
+    self: MLA,
+    q_C: Tensor,  # content queries (batch, seq, heads, qk_nope_head_dim)
+    q_R: Tensor,  # rotated queries (batch, seq, heads, qk_rope_head_dim)
+    rows: Tensor,  # latents and rotated keys (batch, cached + seq, kv_lora_rank + qk_rope_head_dim)
+    mask: Tensor
+    | None = None,  # True where a query may look (batch, 1, seq, cached + seq); None for causal
+) -> Tensor:  # mixed values (batch, seq, heads, v_head_dim)
     "Attend in the latent space: the same function without making keys, where `kv_b_proj` can say what it multiplies"
     c = self.cfg
     operands = linear_operands(self.kv_b_proj, rows[..., : c.kv_lora_rank])
@@ -278,46 +407,65 @@ def absorbed(self:MLA,
     if W is not self.kv_b_proj.weight:  # a layer that rounds both
         rows = torch.cat((latents.to(rows.dtype), rows[..., c.kv_lora_rank :]), -1)
         W = W.to(q_C.dtype)
-    W_UK,W_UV = W.unflatten(0, (c.num_attention_heads, -1)).split((c.qk_nope_head_dim, c.v_head_dim), 1)
+    W_UK, W_UV = W.unflatten(0, (c.num_attention_heads, -1)).split(
+        (c.qk_nope_head_dim, c.v_head_dim), 1
+    )
     q = torch.cat((torch.einsum('bsnd,ndc->bsnc', q_C, W_UK), q_R), -1)
-    b,s,n,_ = q.shape
-    scores = product_each(q.flatten(1, 2), rows).view(b, s, n, -1)*self.scale
+    b, s, n, _ = q.shape
+    scores = product_each(q.flatten(1, 2), rows).view(b, s, n, -1) * self.scale
     low = torch.finfo(scores.dtype).min
-    if mask is not None: scores = scores.masked_fill(~mask.transpose(1, 2), low)
-    elif s>1: # only the last s positions can lie in the future
-        future = torch.ones(s, s, dtype=torch.bool, device=rows.device).triu(1)[None,:,None]
-        scores[...,-s:].masked_fill_(future, low)
-    probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-    o = product_each(probs.flatten(1, 2), rows.mT)[...,:c.kv_lora_rank].view(b, s, n, -1) # the rotated keys are summed too: cheaper than cutting them off
+    if mask is not None:
+        scores = scores.masked_fill(~mask.transpose(1, 2), low)
+    elif s > 1:  # only the last s positions can lie in the future
+        future = torch.ones(s, s, dtype=torch.bool, device=rows.device).triu(1)[None, :, None]
+        scores[..., -s:].masked_fill_(future, low)
+    probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
+        scores.dtype
+    )
+    o = product_each(probs.flatten(1, 2), rows.mT)[..., : c.kv_lora_rank].view(
+        b, s, n, -1
+    )  # the rotated keys are summed too: cheaper than cutting them off
     return torch.einsum('bsnc,nvc->bsnv', o, W_UV)
 
 # %% ../nbs/04_mla.ipynb #7359e460
 def absorbing_pays(
-    cfg:Config, # widths
-    s:int,      # new positions
-    t:int,      # positions they see, themselves included
-)->bool:        # is the absorbed evaluation cheaper?
+    cfg: Config,  # widths
+    s: int,  # new positions
+    t: int,  # positions they see, themselves included
+) -> bool:  # is the absorbed evaluation cheaper?
     "Compare multiply-adds of both evaluations"
-    c,r,lift = cfg.kv_lora_rank,cfg.qk_rope_head_dim,cfg.kv_lora_rank*(cfg.qk_nope_head_dim+cfg.v_head_dim)
-    pairs = s*t/2 if s==t else s*t # with nothing cached, the future is skipped and not only masked
-    expanded = t*lift + pairs*(cfg.qk_nope_head_dim+r+cfg.v_head_dim)
-    return s*lift + s*t*(2*c+r) < expanded
+    c = cfg.kv_lora_rank
+    r = cfg.qk_rope_head_dim
+    lift = cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+    pairs = (
+        s * t / 2 if s == t else s * t
+    )  # with nothing cached, the future is skipped and not only masked
+    expanded = t * lift + pairs * (cfg.qk_nope_head_dim + r + cfg.v_head_dim)
+    return s * lift + s * t * (2 * c + r) < expanded
 
 # %% ../nbs/04_mla.ipynb #5bedadf8
 def sight(
-    real:Tensor,                # False for left padding (batch, cached + seq)
-    seq:int,                    # new tokens, the last ones
-    documents:Tensor|None=None, # changes where another document begins, any integers (batch, cached + seq)
-    prefix:Tensor|None=None,    # True for tokens that see each other both ways (batch, cached + seq)
-)->tuple[Tensor,Tensor]: # positions (batch, seq); True where a query may look (batch, 1, seq, cached + seq)
+    real: Tensor,  # False for left padding (batch, cached + seq)
+    seq: int,  # new tokens, the last ones
+    documents: Tensor
+    | None = None,  # changes where another document begins, any integers (batch, cached + seq)
+    prefix: Tensor
+    | None = None,  # True for tokens that see each other both ways (batch, cached + seq)
+) -> tuple[
+    Tensor, Tensor
+]:  # positions (batch, seq); True where a query may look (batch, 1, seq, cached + seq)
     "Positions and mask of padded rows, packed documents and prefixes"
-    past,count = real.shape[1]-seq,real.cumsum(1)
+    past = real.shape[1] - seq
+    count = real.cumsum(1)
     mask = torch.ones(seq, real.shape[1], dtype=torch.bool, device=real.device).tril(past)
-    if prefix is not None: mask = mask | (prefix[:,past:,None] & prefix[:,None])
-    mask = mask & real[:,None]
+    if prefix is not None:
+        mask = mask | (prefix[:, past:, None] & prefix[:, None])
+    mask = mask & real[:, None]
     if documents is not None:
-        begins = F.pad(documents[:,1:]!=documents[:,:-1], (1, 0), value=True)
-        run = begins.cumsum(1) # a number that comes back begins another document
-        mask = mask & (run[:,past:,None]==run[:,None])
-        count = count - torch.where(begins, count-real.long(), 0).cummax(1)[0] # real tokens since the document began
-    return (count-1).clamp(min=0)[:,past:],mask.unflatten(0, (-1, 1))
+        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+        run = begins.cumsum(1)  # a number that comes back begins another document
+        mask = mask & (run[:, past:, None] == run[:, None])
+        count = (
+            count - torch.where(begins, count - real.long(), 0).cummax(1)[0]
+        )  # real tokens since the document began
+    return (count - 1).clamp(min=0)[:, past:], mask.unflatten(0, (-1, 1))

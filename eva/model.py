@@ -14,32 +14,51 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
 from .cache import LatentCache
 from .config import Config
 from .mla import MLA, as_written, sight
 from .moe import MLP, MoE
-from .products import Linear, choosable, computes_in_sixteen_bits, is_plain_linear, multiply, product
+from eva.products import (
+    Linear,
+    choosable,
+    computes_in_sixteen_bits,
+    is_plain_linear,
+    multiply,
+    product,
+)
 from .rope import rope_tables
 
 # %% ../nbs/09_model.ipynb #a5ec520c
 class Block(nn.Module):
     "One transformer layer"
-    def __init__(self,
-        cfg:Config, # sizes
-        layer:int,  # its place, counted from 0
+
+    def __init__(
+        self,
+        cfg: Config,  # sizes
+        layer: int,  # its place, counted from 0
     ):
         super().__init__()
-        d,eps = cfg.hidden_size,cfg.rms_norm_eps
-        self.layer,self.self_attn = layer,MLA(cfg)
-        self.mlp = MLP(d, cfg.intermediate_size, cfg.hidden_act) if layer<cfg.first_k_dense_replace else MoE(cfg)
-        self.input_layernorm,self.post_attention_layernorm = nn.RMSNorm(d, eps=eps),nn.RMSNorm(d, eps=eps)
+        d = cfg.hidden_size
+        eps = cfg.rms_norm_eps
+        self.layer = layer
+        self.self_attn = MLA(cfg)
+        self.mlp = (
+            MLP(d, cfg.intermediate_size, cfg.hidden_act)
+            if layer < cfg.first_k_dense_replace
+            else MoE(cfg)
+        )
+        self.input_layernorm = nn.RMSNorm(d, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(d, eps=eps)
 
-    def forward(self,
-        h:Tensor,                    # hidden states (batch, seq, hidden_size)
-        rope:tuple[Tensor,Tensor],   # cosines and sines of these positions
-        mask:Tensor|None=None,       # True where a query may look (batch, 1, seq, cached + seq), None for causal
-        cache:LatentCache|None=None, # where the past is
-    )->Tensor:                       # same shape as h
+    def forward(
+        self,
+        h: Tensor,  # hidden states (batch, seq, hidden_size)
+        rope: tuple[Tensor, Tensor],  # cosines and sines of these positions
+        mask: Tensor
+        | None = None,  # True where a query may look (batch, 1, seq, cached + seq), None for causal
+        cache: LatentCache | None = None,  # where the past is
+    ) -> Tensor:  # same shape as h
         "Attend, then feed forward"
         h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, self.layer)
         return h + self.mlp(self.post_attention_layernorm(h))
@@ -47,23 +66,31 @@ class Block(nn.Module):
 # %% ../nbs/09_model.ipynb #8274f2db
 class MTP(Block):
     "A block that predicts one token further"
-    def __init__(self,
-        cfg:Config, # sizes
-        layer:int,  # its place after the main layers
+
+    def __init__(
+        self,
+        cfg: Config,  # sizes
+        layer: int,  # its place after the main layers
     ):
         super().__init__(cfg, layer)
-        norm = lambda: nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
-        self.enorm,self.hnorm = norm(),norm()
-        self.eh_proj = Linear(2*cfg.hidden_size, cfg.hidden_size, bias=False)
+
+        def norm():
+            return nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+
+        self.enorm = norm()
+        self.hnorm = norm()
+        self.eh_proj = Linear(2 * cfg.hidden_size, cfg.hidden_size, bias=False)
         self.shared_head = nn.ModuleDict(dict(norm=norm()))
 
-    def look_ahead(self,
-        h:Tensor,     # states of the depth before, normalised (batch, seq, hidden_size)
-        emb:Tensor,   # embeddings of the tokens `depth` places on (batch, seq, hidden_size)
-        rope:tuple[Tensor,Tensor], # cosines and sines of these positions
-        mask:Tensor|None=None,       # True where a query may look (batch, 1, seq, cached + seq), None for causal
-        cache:LatentCache|None=None, # where the past is, with a place for this layer
-    )->Tensor:        # states of this depth, normalised for the head (batch, seq, hidden_size)
+    def look_ahead(
+        self,
+        h: Tensor,  # states of the depth before, normalised (batch, seq, hidden_size)
+        emb: Tensor,  # embeddings of the tokens `depth` places on (batch, seq, hidden_size)
+        rope: tuple[Tensor, Tensor],  # cosines and sines of these positions
+        mask: Tensor
+        | None = None,  # True where a query may look (batch, 1, seq, cached + seq), None for causal
+        cache: LatentCache | None = None,  # where the past is, with a place for this layer
+    ) -> Tensor:  # states of this depth, normalised for the head (batch, seq, hidden_size)
         "Join what was thought with what came next"
         joined = self.eh_proj(torch.cat((self.enorm(emb), self.hnorm(h)), -1))
         return self.shared_head['norm'](self(joined, rope, mask, cache))
@@ -71,106 +98,180 @@ class MTP(Block):
 # %% ../nbs/09_model.ipynb #d8ae3c7f
 class DeepSeekV3(nn.Module):
     "The language model; weights under their published names, experts stacked"
-    def __init__(self,
-        cfg:Config, # what to build
+
+    def __init__(
+        self,
+        cfg: Config,  # what to build
     ):
         super().__init__()
-        self.cfg,L = cfg,cfg.num_hidden_layers
-        self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(cfg.vocab_size, cfg.hidden_size),
-            layers=nn.ModuleList([Block(cfg, i) for i in range(L)] + [MTP(cfg, L+i) for i in range(cfg.num_nextn_predict_layers)]),
-            norm=nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)))
+        self.cfg = cfg
+        L = cfg.num_hidden_layers
+        self.model = nn.ModuleDict(
+            dict(
+                embed_tokens=nn.Embedding(cfg.vocab_size, cfg.hidden_size),
+                layers=nn.ModuleList(
+                    [Block(cfg, i) for i in range(L)]
+                    + [MTP(cfg, L + i) for i in range(cfg.num_nextn_predict_layers)]
+                ),
+                norm=nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps),
+            )
+        )
         self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
-        if cfg.tie_word_embeddings: self.lm_head.weight = self.model['embed_tokens'].weight
+        if cfg.tie_word_embeddings:
+            self.lm_head.weight = self.model['embed_tokens'].weight
         for p in self.parameters():
-            if p.dim()>1: nn.init.normal_(p, std=cfg.initializer_range)
+            if p.dim() > 1:
+                nn.init.normal_(p, std=cfg.initializer_range)
 
     @property
-    def blocks(self): return self.model['layers'][:self.cfg.num_hidden_layers]
-    @property
-    def mtp(self): return self.model['layers'][self.cfg.num_hidden_layers:]
+    def blocks(self):
+        return self.model['layers'][: self.cfg.num_hidden_layers]
 
-    def forward(self,
-        input_ids:Tensor,                # new tokens (batch, seq), int64
-        cache:LatentCache|None=None,     # the past, extended in place
-        attention_mask:Tensor|None=None, # 1 for real tokens, 0 for left padding (batch, cached + seq)
-        documents:Tensor|None=None,      # which document each token belongs to, any integers (batch, cached + seq)
-        prefix:Tensor|None=None,         # True for tokens that see each other both ways (batch, cached + seq)
-    )->Tensor:                           # logits (batch, seq, vocab_size)
+    @property
+    def mtp(self):
+        return self.model['layers'][self.cfg.num_hidden_layers :]
+
+    def forward(
+        self,
+        input_ids: Tensor,  # new tokens (batch, seq), int64
+        cache: LatentCache | None = None,  # the past, extended in place
+        attention_mask: Tensor
+        | None = None,  # 1 for real tokens, 0 for left padding (batch, cached + seq)
+        documents: Tensor
+        | None = None,  # which document each token belongs to, any integers (batch, cached + seq)
+        prefix: Tensor
+        | None = None,  # True for tokens that see each other both ways (batch, cached + seq)
+    ) -> Tensor:  # logits (batch, seq, vocab_size)
         "Logits of the token after each given one"
         return self.lm_head(self.hidden(input_ids, cache, attention_mask, documents, prefix))
 
 # %% ../nbs/09_model.ipynb #13a4641d
 @patch
-def hidden(self:DeepSeekV3,
-    input_ids:Tensor,                # new tokens (batch, seq), int64
-    cache:LatentCache|None=None,     # the past, extended in place
-    attention_mask:Tensor|None=None, # 1 for real tokens, 0 for left padding (batch, cached + seq)
-    documents:Tensor|None=None,      # which document each token belongs to, any integers (batch, cached + seq)
-    prefix:Tensor|None=None,         # True for tokens that see each other both ways (batch, cached + seq)
-)->Tensor:                           # normalised states (batch, seq, hidden_size)
+def hidden(
+    self: DeepSeekV3,
+    input_ids: Tensor,  # new tokens (batch, seq), int64
+    cache: LatentCache | None = None,  # the past, extended in place
+    attention_mask: Tensor
+    | None = None,  # 1 for real tokens, 0 for left padding (batch, cached + seq)
+    documents: Tensor
+    | None = None,  # which document each token belongs to, any integers (batch, cached + seq)
+    prefix: Tensor
+    | None = None,  # True for tokens that see each other both ways (batch, cached + seq)
+) -> Tensor:  # normalised states (batch, seq, hidden_size)
     "States of the last main layer, ready for the head"
     past = self._check(input_ids, cache, attention_mask, documents, prefix)
-    b,seq = input_ids.shape
-    if attention_mask is documents is prefix is None: positions,mask = torch.arange(past, past+seq, device=input_ids.device)[None],None
+    b, seq = input_ids.shape
+    if attention_mask is documents is prefix is None:
+        positions = torch.arange(past, past + seq, device=input_ids.device)[None]
+        mask = None
     else:
-        real = torch.ones(b, past+seq, dtype=torch.bool, device=input_ids.device) if attention_mask is None else attention_mask.bool()
-        positions,mask = sight(real, seq, documents, prefix)
+        real = (
+            torch.ones(b, past + seq, dtype=torch.bool, device=input_ids.device)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
+        positions, mask = sight(real, seq, documents, prefix)
     h = self.model['embed_tokens'](input_ids)
     rope = rope_tables(self.cfg, positions, h.dtype)
-    for block in self.blocks: h = block(h, rope, mask, cache)
-    if cache is not None: cache.advance(seq)
+    for block in self.blocks:
+        h = block(h, rope, mask, cache)
+    if cache is not None:
+        cache.advance(seq)
     return self.model['norm'](h)
 
 # %% ../nbs/09_model.ipynb #fd2edaca
 @patch
-def _check(self:DeepSeekV3, input_ids, cache, attention_mask, documents, prefix)->int:
+def _check(self: DeepSeekV3, input_ids, cache, attention_mask, documents, prefix) -> int:
     "Refuse what cannot be meant; return the number of cached positions"
-    if input_ids.dim()!=2 or input_ids.is_floating_point() or input_ids.shape[1]==0: raise ValueError(
-        f'input_ids {input_ids.dtype} of shape {tuple(input_ids.shape)}: must be integers (batch, seq) with at least one token')
-    if input_ids.device.type=='cpu' and input_ids.numel() and not 0<=input_ids.min()<=input_ids.max()<self.cfg.vocab_size: raise ValueError(
-        f'input_ids from {input_ids.min()} to {input_ids.max()}: must lie in 0..{self.cfg.vocab_size-1}, the vocabulary; was another tokenizer used?')
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.shape[1] == 0:
+        raise ValueError(
+            f'input_ids {input_ids.dtype} of shape {tuple(input_ids.shape)}: '
+            f'must be integers (batch, seq) with at least one token'
+        )
+    if (
+        input_ids.device.type == 'cpu'
+        and input_ids.numel()
+        and not 0 <= input_ids.min() <= input_ids.max() < self.cfg.vocab_size
+    ):
+        raise ValueError(
+            f'input_ids from {input_ids.min()} to {input_ids.max()}: must lie in '
+            f'0..{self.cfg.vocab_size - 1}, the vocabulary; was another tokenizer used?'
+        )
     past = 0 if cache is None else cache.length
     if cache is not None:
         cache.check_room(*input_ids.shape)
-        if cache.rank!=self.cfg.kv_lora_rank or len(cache.rows)<self.cfg.num_hidden_layers: raise ValueError(
-            f'a cache of {len(cache.rows)} layers with latents of {cache.rank}: this model has {self.cfg.num_hidden_layers} layers with '
-            f'kv_lora_rank={self.cfg.kv_lora_rank}; make one from its config')
-    end = past+input_ids.shape[1]
-    count = end if end<=self.cfg.max_position_embeddings or attention_mask is None or not len(input_ids) else int(attention_mask.sum(1).max()) # holes take no position
-    if count>self.cfg.max_position_embeddings: raise ValueError(
-        f'{count} positions: the model has max_position_embeddings={self.cfg.max_position_embeddings}; shorten the input')
-    for name,m in dict(attention_mask=attention_mask, documents=documents, prefix=prefix).items():
-        if m is None: continue
-        if tuple(m.shape)!=(len(input_ids), end): raise ValueError(f'{name} of shape {tuple(m.shape)}: must be (batch, cached + seq)={(len(input_ids), end)}')
-        if m.is_floating_point() and name!='attention_mask' or name=='prefix' and m.dtype!=torch.bool: raise TypeError(
-            f'{name} of {m.dtype}: must be {"boolean" if name=="prefix" else "integers"}')
-    if attention_mask is not None and not ((attention_mask==0) | (attention_mask==1)).all(): raise ValueError(
-        'attention_mask holds other numbers than 0 and 1: it says which tokens are real; turn an additive mask into (mask==0).long()')
-    if prefix is not None and past and (prefix[:,:past].any(1) & prefix[:,past:].any(1)).any(): raise ValueError(
-        f'a prefix across {past} cached and {input_ids.shape[1]} new tokens: the cached ones cannot look ahead any more; give a prefix in one call')
+        if cache.rank != self.cfg.kv_lora_rank or len(cache.rows) < self.cfg.num_hidden_layers:
+            raise ValueError(
+                f'a cache of {len(cache.rows)} layers with latents of {cache.rank}: '
+                f'this model has {self.cfg.num_hidden_layers} layers with '
+                f'kv_lora_rank={self.cfg.kv_lora_rank}; make one from its config'
+            )
+    end = past + input_ids.shape[1]
+    count = (
+        end
+        if end <= self.cfg.max_position_embeddings or attention_mask is None or not len(input_ids)
+        else int(attention_mask.sum(1).max())
+    )  # holes take no position
+    if count > self.cfg.max_position_embeddings:
+        raise ValueError(
+            f'{count} positions: the model has '
+            f'max_position_embeddings={self.cfg.max_position_embeddings}; shorten the input'
+        )
+    for name, m in dict(attention_mask=attention_mask, documents=documents, prefix=prefix).items():
+        if m is None:
+            continue
+        if tuple(m.shape) != (len(input_ids), end):
+            raise ValueError(
+                f'{name} of shape {tuple(m.shape)}: must be '
+                f'(batch, cached + seq)={(len(input_ids), end)}'
+            )
+        if (
+            m.is_floating_point()
+            and name != 'attention_mask'
+            or name == 'prefix'
+            and m.dtype != torch.bool
+        ):
+            raise TypeError(
+                f'{name} of {m.dtype}: must be {"boolean" if name == "prefix" else "integers"}'
+            )
+    if attention_mask is not None and not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError(
+            'attention_mask holds other numbers than 0 and 1: it says which '
+            'tokens are real; turn an additive mask into (mask==0).long()'
+        )
+    if prefix is not None and past and (prefix[:, :past].any(1) & prefix[:, past:].any(1)).any():
+        raise ValueError(
+            f'a prefix across {past} cached and {input_ids.shape[1]} new tokens: '
+            f'the cached ones cannot look ahead any more; give a prefix in one call'
+        )
     return past
 
 # %% ../nbs/09_model.ipynb #bb669427
-LOGITS = 2**24 # that exist at the same time, 64 MB in float32
-VOCABULARY_ROWS = 8192 # of the head's gradient that one product adds to, 0.1 GB for V3
+LOGITS = 2**24  # that exist at the same time, 64 MB in float32
+VOCABULARY_ROWS = 8192  # of the head's gradient that one product adds to, 0.1 GB for V3
 
-keeps_graph = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True) # may this backward pass be repeated? pipelines take it in two parts
+keeps_graph = getattr(
+    torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True
+)  # may this backward pass be repeated? pipelines take it in two parts
+
 
 class HeadLoss(torch.autograd.Function):
     "Summed cross-entropy of a linear head, its gradient made along the way and summed in float32"
+
     @staticmethod
     @as_written
     def forward(ctx, h, W, targets, chunk):
-        dtype = torch.promote_types(h.dtype, W.dtype) # under autocast bfloat16 states meet a float32 head
+        dtype = torch.promote_types(
+            h.dtype, W.dtype
+        )  # under autocast bfloat16 states meet a float32 head
         wide = torch.promote_types(dtype, torch.float32)
         weight = W.to(dtype)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dW = torch.zeros_like(W, dtype=wide) if ctx.needs_input_grad[1] else None
         total = h.new_zeros((), dtype=wide)
         for i in range(0, len(h), chunk):
-            rows = h[i:i+chunk].to(dtype)
-            label = targets[i:i+chunk,None]
+            rows = h[i : i + chunk].to(dtype)
+            label = targets[i : i + chunk, None]
             z = product(rows, weight).to(wide)
             torch.log_softmax(z, -1, out=z)
             total -= z.gather(1, label).sum()
@@ -178,7 +279,7 @@ class HeadLoss(torch.autograd.Function):
                 continue
             g = z.exp_().scatter_add_(1, label, z.new_full(label.shape, -1)).to(dtype)
             if dh is not None:
-                dh[i:i+chunk] = product(g, weight.T)
+                dh[i : i + chunk] = product(g, weight.T)
             if dW is not None:
                 add_product(dW, g, rows)
         ctx.save_for_backward(dh, dW)
@@ -196,13 +297,14 @@ class HeadLoss(torch.autograd.Function):
         dW = None if dW is None else scaled(dW, g).to(ctx.dtype)
         return dh, dW, None, None
 
+
 def add_product(
-    total:Tensor, # what is added to (m, n), float32 at least
-    a:Tensor,     # (rows, m)
-    b:Tensor,     # (rows, n)
+    total: Tensor,  # what is added to (m, n), float32 at least
+    a: Tensor,  # (rows, m)
+    b: Tensor,  # (rows, n)
 ):
     "Add the product of a transposed and b, some rows of the total at a time where types or libraries differ"
-    if total.dtype==a.dtype and not choosable(a, total):
+    if total.dtype == a.dtype and not choosable(a, total):
         total.addmm_(a.T, b)
         return
     for part, some in zip(total.split(VOCABULARY_ROWS), a.split(VOCABULARY_ROWS, 1)):
@@ -211,13 +313,14 @@ def add_product(
         elif a.is_cuda:
             part += torch.mm(some.T, b, out_dtype=total.dtype)
         elif computes_in_sixteen_bits():
-            part += some.T @ b # rounded once, as nothing else does it in one go there
+            part += some.T @ b  # rounded once, as nothing else does it in one go there
         else:
             part.addmm_(some.T.to(total.dtype), b.to(total.dtype))
 
 # %% ../nbs/09_model.ipynb #080e3adb
 class InParts(torch.autograd.Function):
     "A parameter for one of many uses, whose gradients are summed in float32"
+
     @staticmethod
     def forward(ctx, p, received):
         ctx.received = received
@@ -231,24 +334,26 @@ class InParts(torch.autograd.Function):
         received['left'] = received.get('left', received['uses']) - 1
         if received['left']:
             return None, None
-        del received['left'] # the backward pass may be repeated
+        del received['left']  # the backward pass may be repeated
         return received.pop('sum').to(g.dtype), None
 
+
 def called_head_loss(
-    h:Tensor,       # states (tokens, hidden_size)
-    head:nn.Module, # called as it is
-    targets:Tensor, # right tokens (tokens,)
-    chunk:int,      # tokens whose logits exist at the same time
-)->Tensor:          # summed loss in nats, float32 at least
+    h: Tensor,  # states (tokens, hidden_size)
+    head: nn.Module,  # called as it is
+    targets: Tensor,  # right tokens (tokens,)
+    chunk: int,  # tokens whose logits exist at the same time
+) -> Tensor:  # summed loss in nats, float32 at least
     "Cross-entropy of a head that only its own forward knows"
-    narrow = {n: p for n, p in head.named_parameters() if p.requires_grad and p.dtype.itemsize<4}
+    narrow = {n: p for n, p in head.named_parameters() if p.requires_grad and p.dtype.itemsize < 4}
+
     def loss(rows, label, *parts):
         logits = functional_call(head, dict(zip(narrow, parts)), rows) if parts else head(rows)
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), label, reduction='sum')
 
     pieces = list(zip(h.split(chunk), targets.split(chunk)))
-    if len(pieces)==1 or not torch.is_grad_enabled():
+    if len(pieces) == 1 or not torch.is_grad_enabled():
         return sum(loss(*piece) for piece in pieces)
     received = {n: dict(uses=len(pieces)) for n in narrow}
     total = 0
@@ -257,63 +362,113 @@ def called_head_loss(
         total = total + checkpoint(loss, *piece, *parts, use_reentrant=False)
     return total
 
+
 def head_loss(
-    h:Tensor,       # states (..., hidden_size)
-    head:nn.Module|Tensor, # the head, or the weight of a plain one (vocab_size, hidden_size)
-    targets:Tensor, # right tokens (...)
-    chunk:int|None=None, # tokens whose logits exist at the same time: 512, fewer for large vocabularies
-    ignore_index:int=-100, # a target that does not count, as in `F.cross_entropy`
-)->Tensor:          # summed loss in nats, float32 at least
+    h: Tensor,  # states (..., hidden_size)
+    head: nn.Module | Tensor,  # the head, or the weight of a plain one (vocab_size, hidden_size)
+    targets: Tensor,  # right tokens (...)
+    chunk: int
+    | None = None,  # tokens whose logits exist at the same time: 512, fewer for large vocabularies
+    ignore_index: int = -100,  # a target that does not count, as in `F.cross_entropy`
+) -> Tensor:  # summed loss in nats, float32 at least
     "Cross-entropy of the head without ever holding all logits"
-    h, targets = h.flatten(0, -2), targets.flatten()
+    h = h.flatten(0, -2)
+    targets = targets.flatten()
     plain = isinstance(head, Tensor) or is_plain_linear(head)
     vocab_size = getattr(head, 'out_features', LOGITS) if isinstance(head, nn.Module) else len(head)
-    chunk = chunk or max(64, min(512, LOGITS//vocab_size//64*64))
-    counted = targets!=ignore_index
-    if not counted.all(): # nothing is computed for the others
-        h, targets = h[counted], targets[counted]
-    if targets.device.type=='cpu' and len(targets) and not 0<=targets.min()<=targets.max()<vocab_size: raise ValueError(
-        f'targets from {targets.min()} to {targets.max()}: must lie in 0..{vocab_size-1}, the vocabulary, or be ignore_index={ignore_index}')
+    chunk = chunk or max(64, min(512, LOGITS // vocab_size // 64 * 64))
+    counted = targets != ignore_index
+    if not counted.all():  # nothing is computed for the others
+        h = h[counted]
+        targets = targets[counted]
+    if (
+        targets.device.type == 'cpu'
+        and len(targets)
+        and not 0 <= targets.min() <= targets.max() < vocab_size
+    ):
+        raise ValueError(
+            f'targets from {targets.min()} to {targets.max()}: must lie in '
+            f'0..{vocab_size - 1}, the vocabulary, or be ignore_index={ignore_index}'
+        )
     if not plain:
         return called_head_loss(h, head, targets, chunk)
     W = head if isinstance(head, Tensor) else head.weight
     if not torch.is_grad_enabled():
-        h, W = h.detach(), W.detach()
+        h = h.detach()
+        W = W.detach()
     return HeadLoss.apply(h, W, targets, chunk)
 
 # %% ../nbs/09_model.ipynb #1cce43e3
 @patch
-def losses(self:DeepSeekV3,
-    tokens:Tensor,      # windows (batch, seq + 1 + depths), int64
-    mtp_rows:int|None=None, # rows of the batch that MTP learns from: all by default, 0 for none
-    documents:Tensor|None=None, # changes where another document begins (batch, seq + 1 + depths): MTP predicts from within one
-    apart:bool=False,   # may tokens not look into other documents either?
-    learn:Tensor|None=None, # True for tokens to be predicted, all by default (batch, seq + 1 + depths)
-)->list[Tensor]:        # nats per token: the main loss, then one for each MTP depth
+def losses(
+    self: DeepSeekV3,
+    tokens: Tensor,  # windows (batch, seq + 1 + depths), int64
+    mtp_rows: int
+    | None = None,  # rows of the batch that MTP learns from: all by default, 0 for none
+    documents: Tensor
+    # changes where another document begins (batch, seq + 1 + depths): MTP predicts from within one
+    | None = None,
+    apart: bool = False,  # may tokens not look into other documents either?
+    learn: Tensor
+    | None = None,  # True for tokens to be predicted, all by default (batch, seq + 1 + depths)
+) -> list[Tensor]:  # nats per token: the main loss, then one for each MTP depth
     "Mean next-token loss, and that of each MTP module"
     D = len(self.mtp)
-    seq = tokens.shape[1]-1-D
-    if seq<1: raise ValueError(f'tokens of shape {tuple(tokens.shape)}: a window needs at least {2+D} tokens, one more than {1+D} predictions ahead')
-    if not len(tokens): raise ValueError(f'tokens of shape {tuple(tokens.shape)}: a mean loss needs at least one window')
-    for name,o in dict(documents=documents, learn=learn).items():
-        if o is not None and o.shape!=tokens.shape: raise ValueError(f'{name} of shape {tuple(o.shape)}: must be that of tokens, {tuple(tokens.shape)}')
-    if learn is not None and learn.dtype!=torch.bool: raise TypeError(f'learn of {learn.dtype}: must be boolean, True for tokens to be predicted')
-    seen = documents[:,:seq] if apart and documents is not None else None
-    head,h = self.lm_head,self.hidden(tokens[:,:seq], documents=seen)
-    if learn is None: out = [head_loss(h, head, tokens[:,1:seq+1])/tokens[:,:seq].numel()]
-    else: on = learn[:,1:seq+1]; out = [head_loss(h[on], head, tokens[:,1:seq+1][on])/on.sum().clamp(min=1)]
+    seq = tokens.shape[1] - 1 - D
+    if seq < 1:
+        raise ValueError(
+            f'tokens of shape {tuple(tokens.shape)}: a window needs at '
+            f'least {2 + D} tokens, one more than {1 + D} predictions ahead'
+        )
+    if not len(tokens):
+        raise ValueError(
+            f'tokens of shape {tuple(tokens.shape)}: a mean loss needs at least one window'
+        )
+    for name, o in dict(documents=documents, learn=learn).items():
+        if o is not None and o.shape != tokens.shape:
+            raise ValueError(
+                f'{name} of shape {tuple(o.shape)}: must be that of tokens, {tuple(tokens.shape)}'
+            )
+    if learn is not None and learn.dtype != torch.bool:
+        raise TypeError(f'learn of {learn.dtype}: must be boolean, True for tokens to be predicted')
+    seen = documents[:, :seq] if apart and documents is not None else None
+    head = self.lm_head
+    h = self.hidden(tokens[:, :seq], documents=seen)
+    if learn is None:
+        out = [head_loss(h, head, tokens[:, 1 : seq + 1]) / tokens[:, :seq].numel()]
+    else:
+        on = learn[:, 1 : seq + 1]
+        out = [head_loss(h[on], head, tokens[:, 1 : seq + 1][on]) / on.sum().clamp(min=1)]
     rows = len(tokens) if mtp_rows is None else min(mtp_rows, len(tokens))
-    if D==0 or rows==0: return out
-    h,tokens = h[:rows],tokens[:rows]
-    positions,mask = torch.arange(seq, device=h.device)[None],None
-    if seen is not None: positions,mask = sight(torch.ones_like(tokens[:,:seq], dtype=torch.bool), seq, seen[:rows])
+    if D == 0 or rows == 0:
+        return out
+    h = h[:rows]
+    tokens = tokens[:rows]
+    positions = torch.arange(seq, device=h.device)[None]
+    mask = None
+    if seen is not None:
+        positions, mask = sight(
+            torch.ones_like(tokens[:, :seq], dtype=torch.bool), seq, seen[:rows]
+        )
     rope = rope_tables(self.cfg, positions, h.dtype)
-    if documents is not None: run = F.pad((documents[:rows,1:]!=documents[:rows,:-1]).cumsum(1), (1, 0))
-    for k,module in enumerate(self.mtp, 1):
-        h = module.look_ahead(h, self.model['embed_tokens'](tokens[:,k:k+seq]), rope, mask)
-        said,label = h,tokens[:,k+1:k+1+seq]
-        within = None if documents is None else run[:,k:k+seq]==run[:,:seq]
-        if learn is not None: within = learn[:rows,k+1:k+1+seq] if within is None else within & learn[:rows,k+1:k+1+seq]
-        if within is not None: said,label = h[within],label[within]
-        out.append(head_loss(said, head, label)/(rows*seq if learn is None else on[:rows].sum().clamp(min=1)))
+    if documents is not None:
+        run = F.pad((documents[:rows, 1:] != documents[:rows, :-1]).cumsum(1), (1, 0))
+    for k, module in enumerate(self.mtp, 1):
+        h = module.look_ahead(h, self.model['embed_tokens'](tokens[:, k : k + seq]), rope, mask)
+        said = h
+        label = tokens[:, k + 1 : k + 1 + seq]
+        within = None if documents is None else run[:, k : k + seq] == run[:, :seq]
+        if learn is not None:
+            within = (
+                learn[:rows, k + 1 : k + 1 + seq]
+                if within is None
+                else within & learn[:rows, k + 1 : k + 1 + seq]
+            )
+        if within is not None:
+            said = h[within]
+            label = label[within]
+        out.append(
+            head_loss(said, head, label)
+            / (rows * seq if learn is None else on[:rows].sum().clamp(min=1))
+        )
     return out

@@ -10,99 +10,143 @@ __all__ = ['ACTIVATIONS', 'Routing', 'Gate', 'grouped_linear', 'WidenedGroups', 
 # %% ../nbs/05_moe.ipynb #c0bfecfb
 from functools import partial
 from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
 from .config import Config
 from .products import HEAVY, Linear, choosable, multiplies_slowly, multiply, product
 
 # %% ../nbs/05_moe.ipynb #19a5c9bb
 class Routing(NamedTuple):
     "What a router decided"
-    weights:Tensor # factor on each chosen expert's output (..., num_experts_per_tok)
-    indices:Tensor # the chosen experts (..., num_experts_per_tok)
-    scores:Tensor  # s of every expert, without bias (..., n_routed_experts)
+
+    weights: Tensor  # factor on each chosen expert's output (..., num_experts_per_tok)
+    indices: Tensor  # the chosen experts (..., num_experts_per_tok)
+    scores: Tensor  # s of every expert, without bias (..., n_routed_experts)
 
 # %% ../nbs/05_moe.ipynb #7f2f0bae
 class Gate(nn.Module):
     "The router of one layer"
-    def __init__(self,
-        cfg:Config, # expert counts, groups and the way of scoring
+
+    def __init__(
+        self,
+        cfg: Config,  # expert counts, groups and the way of scoring
     ):
         super().__init__()
-        self.cfg,self.weight = cfg,nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.hidden_size))
+        self.cfg = cfg
+        self.weight = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.hidden_size))
         nn.init.normal_(self.weight, std=cfg.initializer_range)
-        if cfg.topk_method=='noaux_tc': self.register_buffer('e_score_correction_bias', torch.zeros(cfg.n_routed_experts))
+        if cfg.topk_method == 'noaux_tc':
+            self.register_buffer('e_score_correction_bias', torch.zeros(cfg.n_routed_experts))
 
-    def forward(self,
-        h:Tensor, # hidden states (..., hidden_size)
-    )->Routing:   # weights, indices and scores
+    def forward(
+        self,
+        h: Tensor,  # hidden states (..., hidden_size)
+    ) -> Routing:  # weights, indices and scores
         "Choose experts and weigh them"
-        if h.shape[-1:]!=self.weight.shape[1:]: raise ValueError(
-            f'hidden states of shape {tuple(h.shape)}: must end in hidden_size={self.weight.shape[1]}, the width of this router')
+        if h.shape[-1:] != self.weight.shape[1:]:
+            raise ValueError(
+                f'hidden states of shape {tuple(h.shape)}: must end in '
+                f'hidden_size={self.weight.shape[1]}, the width of this router'
+            )
         wide = torch.promote_types(h.dtype, torch.float32)
         logits = product(h.to(wide), self.weight.to(wide))
-        if logits.device.type=='cpu': self.refuse_nan(h, logits) # on CUDA asking would wait for the device; NaN flows on into the weights
-        scores = logits.sigmoid() if self.cfg.scoring_func=='sigmoid' else logits.softmax(-1)
+        if logits.device.type == 'cpu':
+            self.refuse_nan(
+                h, logits
+            )  # on CUDA asking would wait for the device; NaN flows on into the weights
+        scores = logits.sigmoid() if self.cfg.scoring_func == 'sigmoid' else logits.softmax(-1)
         indices = self.choose(scores.detach())
         weights = scores.gather(-1, indices)
-        if self.cfg.norm_topk_prob: weights = weights/(weights.sum(-1, keepdim=True)+1e-20) # all chosen scores can underflow to 0
-        return Routing(weights*self.cfg.routed_scaling_factor, indices, scores)
+        if self.cfg.norm_topk_prob:
+            weights = weights / (
+                weights.sum(-1, keepdim=True) + 1e-20
+            )  # all chosen scores can underflow to 0
+        return Routing(weights * self.cfg.routed_scaling_factor, indices, scores)
 
     def _apply(self, fn, recurse=True):
         exact = self._buffers.get('e_score_correction_bias')
         super()._apply(fn, recurse)
-        if exact is not None and (now := self.e_score_correction_bias).dtype!=torch.float32: self.e_score_correction_bias = exact.to(now.device)
+        if exact is not None and (now := self.e_score_correction_bias).dtype != torch.float32:
+            self.e_score_correction_bias = exact.to(now.device)
         return self
 
 # %% ../nbs/05_moe.ipynb #d25ea5d3
 @patch
-def choose(self:Gate,
-    scores:Tensor, # of every expert (..., n_routed_experts)
-)->Tensor:         # the chosen experts (..., num_experts_per_tok)
+def choose(
+    self: Gate,
+    scores: Tensor,  # of every expert (..., n_routed_experts)
+) -> Tensor:  # the chosen experts (..., num_experts_per_tok)
     "The best experts of the best groups, by biased score"
     c = self.cfg
-    if c.topk_method=='noaux_tc': scores = scores + self.e_score_correction_bias
-    if c.topk_method!='greedy' and c.topk_group<c.n_group:
+    if c.topk_method == 'noaux_tc':
+        scores = scores + self.e_score_correction_bias
+    if c.topk_method != 'greedy' and c.topk_group < c.n_group:
         groups = scores.unflatten(-1, (c.n_group, -1))
-        rank = groups.topk(2, -1)[0].sum(-1) if c.topk_method=='noaux_tc' else groups.amax(-1)
-        shut = torch.ones_like(rank, dtype=torch.bool).scatter(-1, rank.topk(c.topk_group, -1)[1], False)
-        scores = groups.masked_fill(shut[...,None], float('-inf')).flatten(-2)
+        rank = groups.topk(2, -1)[0].sum(-1) if c.topk_method == 'noaux_tc' else groups.amax(-1)
+        shut = torch.ones_like(rank, dtype=torch.bool).scatter(
+            -1, rank.topk(c.topk_group, -1)[1], False
+        )
+        scores = groups.masked_fill(shut[..., None], float('-inf')).flatten(-2)
     return scores.topk(c.num_experts_per_tok, -1, sorted=False)[1]
 
 # %% ../nbs/05_moe.ipynb #fc6ab6fb
 @patch
-def refuse_nan(self:Gate,
-    h:Tensor,      # hidden states (..., hidden_size)
-    logits:Tensor, # their products with the router's rows (..., n_routed_experts)
+def refuse_nan(
+    self: Gate,
+    h: Tensor,  # hidden states (..., hidden_size)
+    logits: Tensor,  # their products with the router's rows (..., n_routed_experts)
 ):
     "Raise a `FloatingPointError` where a choice would be an accident"
     bias = self._buffers.get('e_score_correction_bias')
-    usable = logits.detach() if bias is None else logits.detach()+bias
-    if usable.sum().isfinite() or usable.isfinite().all(): return # one pass over the numbers where all is well
+    usable = logits.detach() if bias is None else logits.detach() + bias
+    if usable.sum().isfinite() or usable.isfinite().all():
+        return  # one pass over the numbers where all is well
     bad = (~usable.isfinite().all(-1)).sum().item()
-    culprit = next((name for name,p in [('weight', self.weight), ('e_score_correction_bias', bias)] if p is not None and not p.isfinite().all()), None)
-    raise FloatingPointError(f'{bad} of {logits[...,0].numel()} tokens: their router logits are not finite, because of '
-        + (f"the router's {culprit}" if culprit else 'their hidden states') + '; look for the first step or layer that gives NaN or infinity')
+    culprit = next(
+        (
+            name
+            for name, p in [('weight', self.weight), ('e_score_correction_bias', bias)]
+            if p is not None and not p.isfinite().all()
+        ),
+        None,
+    )
+    raise FloatingPointError(
+        f'{bad} of {logits[..., 0].numel()} tokens: their router logits are not finite, because of '
+        + (f"the router's {culprit}" if culprit else 'their hidden states')
+        + '; look for the first step or layer that gives NaN or infinity'
+    )
 
 # %% ../nbs/05_moe.ipynb #2c781cfb
 def grouped_linear(
-    x:Tensor,    # rows sorted by expert (rows, in)
-    W:Tensor,    # stacked weights (experts, out, in)
-    ends:Tensor, # where each expert's rows end (experts,), int32
-)->Tensor:       # each row times its expert's weights (rows, out)
+    x: Tensor,  # rows sorted by expert (rows, in)
+    W: Tensor,  # stacked weights (experts, out, in)
+    ends: Tensor,  # where each expert's rows end (experts,), int32
+) -> Tensor:  # each row times its expert's weights (rows, out)
     "One product per stretch of rows, all at once where PyTorch can"
-    if torch.is_autocast_enabled(x.device.type): x,W = (o.to(torch.get_autocast_dtype(x.device.type)) for o in (x, W)) # PyTorch's would stay in float32
-    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(o*x.element_size()%16==0 for o in W.shape[1:])
-    if torch.compiler.is_compiling() and not (fits and x.dtype==torch.bfloat16): return grouped_rows(x, W, ends) # traced, PyTorch's takes bfloat16 only
-    apart = choosable(x, W, 4*HEAVY)                   # there PyTorch's is a loop too, over a slower library
-    if fits and multiplies_slowly(x): return WidenedGroups.apply(x, W, ends)
-    if fits and not apart: return F.grouped_mm(x, W.mT, offs=ends)
+    if torch.is_autocast_enabled(x.device.type):
+        x, W = (
+            o.to(torch.get_autocast_dtype(x.device.type)) for o in (x, W)
+        )  # PyTorch's would stay in float32
+    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
+        o * x.element_size() % 16 == 0 for o in W.shape[1:]
+    )
+    if torch.compiler.is_compiling() and not (fits and x.dtype == torch.bfloat16):
+        return grouped_rows(x, W, ends)  # traced, PyTorch's takes bfloat16 only
+    apart = choosable(x, W, 4 * HEAVY)  # there PyTorch's is a loop too, over a slower library
+    if fits and multiplies_slowly(x):
+        return WidenedGroups.apply(x, W, ends)
+    if fits and not apart:
+        return F.grouped_mm(x, W.mT, offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    if apart: return Apart.apply(x, W, sizes)
-    return torch.cat([F.linear(rows, w) for rows,w in zip(x.split(sizes), W.unbind(0))])
+    if apart:
+        return Apart.apply(x, W, sizes)
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.split(sizes), W.unbind(0))])
+
 
 class WidenedGroups(torch.autograd.Function):
     "Products in float32, stretch by stretch, of what is kept in fewer bits"
@@ -123,23 +167,31 @@ class WidenedGroups(torch.autograd.Function):
         return dx, F.grouped_mm(g.mT, x.float(), offs=ends).to(W.dtype), None
 
 
-def stretches(x, W, sizes): return torch.cat([multiply(rows, W[e]) for e,rows in enumerate(x.split(sizes)) if len(rows)] or [x.new_empty(0, W.shape[1])])
+def stretches(x, W, sizes):
+    return torch.cat(
+        [multiply(rows, W[e]) for e, rows in enumerate(x.split(sizes)) if len(rows)]
+        or [x.new_empty(0, W.shape[1])]
+    )
+
 
 class Apart(torch.autograd.Function):
     "One product per stretch of rows, by the library that `multiply` chooses"
+
     @staticmethod
     def forward(ctx, x, W, sizes):
         ctx.save_for_backward(x, W)
         ctx.sizes = sizes
         return stretches(x, W, sizes)
+
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x,W = ctx.saved_tensors
+        x, W = ctx.saved_tensors
         dW = torch.zeros_like(W)
-        for e,(rows,out) in enumerate(zip(x.split(ctx.sizes), g.split(ctx.sizes))):
-            if len(rows): dW[e] = multiply(out.mT, rows.mT)
-        return stretches(g, W.mT, ctx.sizes),dW,None
+        for e, (rows, out) in enumerate(zip(x.split(ctx.sizes), g.split(ctx.sizes))):
+            if len(rows):
+                dW[e] = multiply(out.mT, rows.mT)
+        return stretches(g, W.mT, ctx.sizes), dW, None
 
 # %% ../nbs/05_moe.ipynb #5a92e1ab
 def stretches_of(ends: Tensor) -> list[tuple[int, int, int]]:  # expert, first row, end
@@ -148,7 +200,7 @@ def stretches_of(ends: Tensor) -> list[tuple[int, int, int]]:  # expert, first r
     return [(e, a, b) for e, (a, b) in enumerate(zip(limits, limits[1:])) if a < b]
 
 
-@torch.library.custom_op("eva::grouped_rows", mutates_args=())
+@torch.library.custom_op('eva::grouped_rows', mutates_args=())
 def grouped_rows(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
     "Each row times its expert's weights, as one operator: (rows, in), (experts, out, in) to (rows, out)"
     y = x.new_zeros(len(x), W.shape[1])
@@ -157,7 +209,7 @@ def grouped_rows(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("eva::grouped_outer", mutates_args=())
+@torch.library.custom_op('eva::grouped_outer', mutates_args=())
 def grouped_outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     "Gradient of the weights: (rows, out), (rows, in) to (experts, out, in)"
     dW = x.new_zeros(len(ends), g.shape[1], x.shape[1])
@@ -190,167 +242,266 @@ def grouped_rows_backward(ctx, g):
 grouped_rows.register_autograd(grouped_rows_backward, setup_context=grouped_rows_setup)
 
 # %% ../nbs/05_moe.ipynb #7bd9e512
-def fetch_and_add(rows, place): return F.embedding_bag(place, rows.contiguous(), mode='sum')
+def fetch_and_add(rows, place):
+    return F.embedding_bag(place, rows.contiguous(), mode='sum')
+
 
 class Dispatch(torch.autograd.Function):
     "Copy tokens to their places"
+
     @staticmethod
     def forward(ctx, x, source, place):
         ctx.save_for_backward(place)
         return x.index_select(0, source)
+
     @staticmethod
     def backward(ctx, g):
-        return fetch_and_add(g, *ctx.saved_tensors),None,None
+        return fetch_and_add(g, *ctx.saved_tensors), None, None
+
 
 class Combine(torch.autograd.Function):
     "Fetch each token's results from their places and add them up"
+
     @staticmethod
     def forward(ctx, y, source, place):
         ctx.save_for_backward(source)
         return fetch_and_add(y, place)
+
     @staticmethod
     def backward(ctx, g):
-        return g.index_select(0, *ctx.saved_tensors),None,None # rows that fill gaps get a gradient too: their factor is 0
+        return (
+            g.index_select(0, *ctx.saved_tensors),
+            None,
+            None,
+        )  # rows that fill gaps get a gradient too: their factor is 0
+
 
 class Collect(torch.autograd.Function):
     "Fetch each token's results from their places"
+
     @staticmethod
     def forward(ctx, y, place):
         ctx.save_for_backward(place)
         ctx.rows = len(y)
         return y.index_select(0, place.flatten()).unflatten(0, place.shape)
+
     @staticmethod
     def backward(ctx, g):
-        place, = ctx.saved_tensors
-        return g.new_zeros(ctx.rows, g.shape[-1]).index_copy_(0, place.flatten(), g.flatten(0, 1)),None
+        (place,) = ctx.saved_tensors
+        return g.new_zeros(ctx.rows, g.shape[-1]).index_copy_(
+            0, place.flatten(), g.flatten(0, 1)
+        ), None
 
 # %% ../nbs/05_moe.ipynb #09bd9bd7
 def layout(
-    indices:Tensor, # chosen experts (tokens, num_experts_per_tok)
-    experts:int,    # how many there are
-    multiple:int=1, # round every expert's rows up to this
-)->tuple[Tensor,Tensor,Tensor]: # token of each row (rows,), row of each choice (tokens, k), end of each expert (experts,)
+    indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
+    experts: int,  # how many there are
+    multiple: int = 1,  # round every expert's rows up to this
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # token of each row (rows,), row of each choice (tokens, k), end of each expert (experts,)
     "Where every (token, expert) pair goes when sorted by expert"
-    k,flat = indices.shape[1],indices.flatten()
-    if flat.device.type=='cpu' and len(flat) and not 0<=flat.min()<=flat.max()<experts: raise ValueError( # on CUDA asking would wait
-        f'indices from {flat.min()} to {flat.max()}: must lie in 0..{experts-1}, the experts there are')
-    order,count = flat.argsort(stable=True),torch.bincount(flat, minlength=experts)
-    room = (count+multiple-1)//multiple*multiple
+    k = indices.shape[1]
+    flat = indices.flatten()
+    if flat.device.type == 'cpu' and len(flat) and not 0 <= flat.min() <= flat.max() < experts:
+        raise ValueError(  # on CUDA asking would wait
+            f'indices from {flat.min()} to {flat.max()}: must '
+            f'lie in 0..{experts - 1}, the experts there are'
+        )
+    order = flat.argsort(stable=True)
+    count = torch.bincount(flat, minlength=experts)
+    room = (count + multiple - 1) // multiple * multiple
     ends = room.cumsum(0)
-    shift = (ends-room) - (count.cumsum(0)-count)          # by how much rounding moves each expert's rows
+    shift = (ends - room) - (
+        count.cumsum(0) - count
+    )  # by how much rounding moves each expert's rows
     rows = torch.arange(len(order), device=flat.device) + shift[flat[order]]
-    source = order.new_zeros(len(order) if multiple==1 else int(ends[-1])).index_copy_(0, rows, order//k)
-    return source,torch.empty_like(order).index_copy_(0, order, rows).view_as(indices),ends.int()
+    source = order.new_zeros(len(order) if multiple == 1 else int(ends[-1])).index_copy_(
+        0, rows, order // k
+    )
+    return source, torch.empty_like(order).index_copy_(0, order, rows).view_as(indices), ends.int()
 
 # %% ../nbs/05_moe.ipynb #df95dda7
-def relu2(x): return F.relu(x).square()
-ACTIVATIONS = dict(silu=F.silu, gelu=F.gelu, gelu_pytorch_tanh=partial(F.gelu, approximate='tanh'), relu=F.relu, relu2=relu2)
+def relu2(x):
+    return F.relu(x).square()
+
+
+ACTIVATIONS = dict(
+    silu=F.silu,
+    gelu=F.gelu,
+    gelu_pytorch_tanh=partial(F.gelu, approximate='tanh'),
+    relu=F.relu,
+    relu2=relu2,
+)
 
 # %% ../nbs/05_moe.ipynb #6d74ff3d
 class Gated(torch.autograd.Function):
     "Activated gate times up part times factor"
+
     @staticmethod
     def forward(ctx, both, factor, act):
         ctx.save_for_backward(both, factor)
         ctx.act = act
-        gate,up = both.chunk(2, -1)
+        gate, up = both.chunk(2, -1)
         return act(gate).mul_(up).mul_(factor)
+
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        both,factor = ctx.saved_tensors
-        gate,up = both.chunk(2, -1)
-        with torch.enable_grad(): leaf = gate.detach().requires_grad_(); active = ctx.act(leaf)
-        d,open = torch.empty_like(both),active.detach()
-        dgate,dup = d.chunk(2, -1)
-        dfactor = (g*up).mul_(open).sum(-1, keepdim=True)
-        torch.mul(g := g*factor, open, out=dup)
+        both, factor = ctx.saved_tensors
+        gate, up = both.chunk(2, -1)
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            active = ctx.act(leaf)
+        d = torch.empty_like(both)
+        open = active.detach()
+        dgate, dup = d.chunk(2, -1)
+        dfactor = (g * up).mul_(open).sum(-1, keepdim=True)
+        torch.mul(g := g * factor, open, out=dup)
         dgate.copy_(torch.autograd.grad(active, leaf, g.mul_(up))[0])
-        return d,dfactor,None
+        return d, dfactor, None
 
 # %% ../nbs/05_moe.ipynb #bd03a0bb
 class Experts(nn.Module):
     "The routed experts of one layer, stacked"
-    def __init__(self,
-        cfg:Config, # their number, widths and activation
-        init=None,  # fills a stack (experts, out, in) in place; None: normal, of deviation initializer_range
+
+    def __init__(
+        self,
+        cfg: Config,  # their number, widths and activation
+        # fills a stack (experts, out, in) in place; None: normal, of deviation initializer_range
+        init=None,
     ):
         super().__init__()
-        e,m,d = cfg.n_routed_experts,cfg.moe_intermediate_size,cfg.hidden_size
+        e = cfg.n_routed_experts
+        m = cfg.moe_intermediate_size
+        d = cfg.hidden_size
         self.act = ACTIVATIONS[cfg.hidden_act]
-        self.gate_up_proj,self.down_proj = nn.Parameter(torch.empty(e, 2*m, d)),nn.Parameter(torch.empty(e, d, m))
+        self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * m, d))
+        self.down_proj = nn.Parameter(torch.empty(e, d, m))
         init = init or partial(nn.init.normal_, std=cfg.initializer_range)
         with torch.no_grad():
-            for p in self.parameters(): init(p)
+            for p in self.parameters():
+                init(p)
 
-    def forward(self,
-        x:Tensor,       # tokens (tokens, hidden_size)
-        weights:Tensor, # factor on each choice (tokens, num_experts_per_tok)
-        indices:Tensor, # chosen experts (tokens, num_experts_per_tok)
-    )->Tensor:          # weighted sum over each token's experts (tokens, hidden_size)
+    def forward(
+        self,
+        x: Tensor,  # tokens (tokens, hidden_size)
+        weights: Tensor,  # factor on each choice (tokens, num_experts_per_tok)
+        indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
+    ) -> Tensor:  # weighted sum over each token's experts (tokens, hidden_size)
         "Every chosen expert on every token that chose it; none is dropped"
         self._check(x, weights, indices)
-        if indices.numel()<=8 and x.device.type=='cpu' and not torch.is_grad_enabled(): return self.few(x, weights, indices)
-        compiled_per_shape = x.device.type=='cpu' and (x.dtype==torch.bfloat16 or choosable(x, self.gate_up_proj, 4*HEAVY//indices.shape[1]))
-        source,place,ends = layout(indices, len(self.down_proj), (64 if indices.numel()>=64*len(self.down_proj) else 16) if compiled_per_shape else 1)
+        if indices.numel() <= 8 and x.device.type == 'cpu' and not torch.is_grad_enabled():
+            return self.few(x, weights, indices)
+        compiled_per_shape = x.device.type == 'cpu' and (
+            x.dtype == torch.bfloat16
+            or choosable(x, self.gate_up_proj, 4 * HEAVY // indices.shape[1])
+        )
+        source, place, ends = layout(
+            indices,
+            len(self.down_proj),
+            (64 if indices.numel() >= 64 * len(self.down_proj) else 16)
+            if compiled_per_shape
+            else 1,
+        )
         both = grouped_linear(Dispatch.apply(x, source, place), self.gate_up_proj, ends)
-        factor = weights.new_zeros(len(source)).index_copy(0, place.flatten(), weights.flatten()).to(both.dtype)
-        return Combine.apply(grouped_linear(Gated.apply(both, factor[:,None], self.act), self.down_proj, ends), source, place)
+        factor = (
+            weights.new_zeros(len(source))
+            .index_copy(0, place.flatten(), weights.flatten())
+            .to(both.dtype)
+        )
+        return Combine.apply(
+            grouped_linear(Gated.apply(both, factor[:, None], self.act), self.down_proj, ends),
+            source,
+            place,
+        )
 
-    def few(self,
-        x:Tensor,       # tokens (tokens, hidden_size)
-        weights:Tensor, # factor on each choice (tokens, num_experts_per_tok)
-        indices:Tensor, # chosen experts (tokens, num_experts_per_tok)
-    )->Tensor:          # (tokens, hidden_size)
+    def few(
+        self,
+        x: Tensor,  # tokens (tokens, hidden_size)
+        weights: Tensor,  # factor on each choice (tokens, num_experts_per_tok)
+        indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
+    ) -> Tensor:  # (tokens, hidden_size)
         "One choice after the other: for a step of generation, sorting takes longer than computing"
-        out,chosen = [],indices.tolist()
-        if bad := [e for es in chosen for e in es if not 0<=e<len(self.down_proj)]: raise ValueError(f'indices hold {bad[0]}: must lie in 0..{len(self.down_proj)-1}, the experts there are')
-        for row,ws,es in zip(x.split(1), weights.to(x.dtype).split(1), chosen):
+        out = []
+        chosen = indices.tolist()
+        if bad := [e for es in chosen for e in es if not 0 <= e < len(self.down_proj)]:
+            raise ValueError(
+                f'indices hold {bad[0]}: must lie in '
+                f'0..{len(self.down_proj) - 1}, the experts there are'
+            )
+        for row, ws, es in zip(x.split(1), weights.to(x.dtype).split(1), chosen):
             halves = [product(row, self.gate_up_proj[e]).chunk(2, -1) for e in es]
-            out.append(ws @ torch.cat([product(self.act(gate)*up, self.down_proj[e]) for (gate,up),e in zip(halves, es)]))
+            out.append(
+                ws
+                @ torch.cat(
+                    [
+                        product(self.act(gate) * up, self.down_proj[e])
+                        for (gate, up), e in zip(halves, es)
+                    ]
+                )
+            )
         return torch.cat(out) if out else torch.zeros_like(x)
 
 # %% ../nbs/05_moe.ipynb #a23921c0
 @patch
-def _check(self:Experts, x, weights, indices):
+def _check(self: Experts, x, weights, indices):
     "Refuse rows that do not belong together"
     d = self.down_proj.shape[1]
-    if x.dim()!=2 or x.shape[1]!=d: raise ValueError(
-        f'x of shape {tuple(x.shape)}: must be (tokens, hidden_size={d}); flatten batch and sequence into one')
-    if indices.dim()!=2 or len(indices)!=len(x) or weights.shape!=indices.shape: raise ValueError(
-        f'weights {tuple(weights.shape)} and indices {tuple(indices.shape)}: both must be (tokens={len(x)}, num_experts_per_tok)')
-    if indices.dtype not in (torch.int32, torch.int64): raise ValueError(
-        f'indices of {indices.dtype}: must be int64, numbers of experts; were weights and indices swapped?')
+    if x.dim() != 2 or x.shape[1] != d:
+        raise ValueError(
+            f'x of shape {tuple(x.shape)}: must be (tokens, '
+            f'hidden_size={d}); flatten batch and sequence into one'
+        )
+    if indices.dim() != 2 or len(indices) != len(x) or weights.shape != indices.shape:
+        raise ValueError(
+            f'weights {tuple(weights.shape)} and indices {tuple(indices.shape)}: '
+            f'both must be (tokens={len(x)}, num_experts_per_tok)'
+        )
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f'indices of {indices.dtype}: must be int64, numbers '
+            f'of experts; were weights and indices swapped?'
+        )
 
 # %% ../nbs/05_moe.ipynb #34a22026
 class MLP(nn.Module):
     "A gated feed-forward layer"
-    def __init__(self,
-        hidden_size:int, # features in and out
-        width:int,       # features between
-        act:str='silu',  # name of the activation
+
+    def __init__(
+        self,
+        hidden_size: int,  # features in and out
+        width: int,  # features between
+        act: str = 'silu',  # name of the activation
     ):
         super().__init__()
-        if act not in ACTIVATIONS: raise ValueError(f'act={act!r}: must be one of {", ".join(ACTIVATIONS)}')
+        if act not in ACTIVATIONS:
+            raise ValueError(f'act={act!r}: must be one of {", ".join(ACTIVATIONS)}')
         self.act = ACTIVATIONS[act]
-        self.gate_proj,self.up_proj = (Linear(hidden_size, width, bias=False) for _ in range(2))
+        self.gate_proj, self.up_proj = (Linear(hidden_size, width, bias=False) for _ in range(2))
         self.down_proj = Linear(width, hidden_size, bias=False)
 
-    def forward(self, x): return self.down_proj(self.act(self.gate_proj(x))*self.up_proj(x))
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
 
 class MoE(nn.Module):
     "Routed experts beside shared ones"
-    def __init__(self,
-        cfg:Config, # everything about experts
+
+    def __init__(
+        self,
+        cfg: Config,  # everything about experts
     ):
         super().__init__()
-        self.gate,self.experts = Gate(cfg),Experts(cfg)
-        width = cfg.n_shared_experts*cfg.moe_intermediate_size
+        self.gate = Gate(cfg)
+        self.experts = Experts(cfg)
+        width = cfg.n_shared_experts * cfg.moe_intermediate_size
         self.shared_experts = MLP(cfg.hidden_size, width, cfg.hidden_act) if width else None
 
-    def forward(self,
-        h:Tensor, # hidden states (batch, seq, hidden_size)
-    )->Tensor:    # same shape
+    def forward(
+        self,
+        h: Tensor,  # hidden states (batch, seq, hidden_size)
+    ) -> Tensor:  # same shape
         "Send every token to its experts and add what the shared ones say"
         r = self.gate(h)
         y = self.experts(*(o.flatten(0, -2) for o in (h, r.weights, r.indices))).view_as(h)

@@ -7,9 +7,11 @@ __all__ = ['orthogonal_dtype', 'orthogonalize', 'Muon', 'kind', 'halves', 'local
 
 # %% ../nbs/11a_optim.ipynb #de986330
 import math
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+
 from .products import computes_in_sixteen_bits
 
 # %% ../nbs/11a_optim.ipynb #cf5f7850
@@ -24,13 +26,15 @@ def orthogonal_dtype(
 
 
 def orthogonalize(
-    G:Tensor,    # a stack of gradients (matrices, rows, columns)
-    steps:int=5, # rounds of the polynomial
-)->Tensor:       # the same directions, all of length near 1, in the type of `orthogonal_dtype`
+    G: Tensor,  # a stack of gradients (matrices, rows, columns)
+    steps: int = 5,  # rounds of the polynomial
+) -> Tensor:  # the same directions, all of length near 1, in the type of `orthogonal_dtype`
     "Push every singular value of every matrix towards 1"
-    tall = G.shape[1]>G.shape[2]
+    tall = G.shape[1] > G.shape[2]
     X = (G.mT if tall else G).to(orthogonal_dtype(G))
-    X = X/X.to(torch.promote_types(X.dtype, torch.float32)).norm(dim=(1,2), keepdim=True).clamp(min=1e-7).to(X.dtype)
+    X = X / X.to(torch.promote_types(X.dtype, torch.float32)).norm(dim=(1, 2), keepdim=True).clamp(
+        min=1e-7
+    ).to(X.dtype)
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
@@ -39,189 +43,270 @@ def orthogonalize(
 # %% ../nbs/11a_optim.ipynb #54ec502e
 class Muon(torch.optim.Optimizer):
     "Momentum, orthogonalised; for matrices and for stacks of them"
-    def __init__(self,
-        params,                 # parameters of two dimensions, or three for stacks (matrices, rows, columns)
-        lr:float=0.02,          # length of a step per direction
-        momentum:float=0.95,    # of the averaged gradient
-        weight_decay:float=0.,  # share of the weights taken off per unit of lr
+
+    def __init__(
+        self,
+        params,  # parameters of two dimensions, or three for stacks (matrices, rows, columns)
+        lr: float = 0.02,  # length of a step per direction
+        momentum: float = 0.95,  # of the averaged gradient
+        weight_decay: float = 0.0,  # share of the weights taken off per unit of lr
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         for g in self.param_groups:
             for p in g['params']:
-                if p.dim() not in (2, 3): raise ValueError(f'a parameter of shape {tuple(p.shape)}: Muon is for matrices and stacks of them; give it to AdamW')
+                if p.dim() not in (2, 3):
+                    raise ValueError(
+                        f'a parameter of shape {tuple(p.shape)}: Muon is '
+                        f'for matrices and stacks of them; give it to AdamW'
+                    )
 
     @torch.no_grad()
-    def step(self,
-        closure=None, # makes the gradients anew and returns the loss, as for PyTorch's optimizers
-    )->Tensor|None:   # what the closure returned
+    def step(
+        self,
+        closure=None,  # makes the gradients anew and returns the loss, as for PyTorch's optimizers
+    ) -> Tensor | None:  # what the closure returned
         "One step for all parameters that have a gradient; same shapes go through one product"
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr,mu,ahead = group['lr'],group['momentum'],[]
+            lr = group['lr']
+            mu = group['momentum']
+            ahead = []
             for p in group['params']:
-                if p.grad is None: continue
+                if p.grad is None:
+                    continue
                 state = self.state[p]
-                if not state: state['momentum_buffer'] = torch.zeros_like(p)
-                m = state['momentum_buffer'].lerp_(p.grad, 1-mu)
-                ahead.append((p, p.grad.lerp(m, mu))) # Nesterov's look ahead
-            for p,O,(rows,columns) in self.directions(ahead):
-                p.mul_(1-lr*group['weight_decay']).add_(O.to(p.dtype).view_as(p)*(-lr*math.sqrt(max(1, rows/columns))))
+                if not state:
+                    state['momentum_buffer'] = torch.zeros_like(p)
+                m = state['momentum_buffer'].lerp_(p.grad, 1 - mu)
+                ahead.append((p, p.grad.lerp(m, mu)))  # Nesterov's look ahead
+            for p, O, (rows, columns) in self.directions(ahead):
+                p.mul_(1 - lr * group['weight_decay']).add_(
+                    O.to(p.dtype).view_as(p) * (-lr * math.sqrt(max(1, rows / columns)))
+                )
         return loss
 
-    def directions(self,
-        ahead:list, # parameters and what is to be orthogonalised
-    )->list:        # of parameters, their orthogonal matrices, and how many rows and columns these have
+    def directions(
+        self,
+        ahead: list,  # parameters and what is to be orthogonalised
+    ) -> list:  # of parameters, their orthogonal matrices, and how many rows and columns these have
         "Matrices of one shape together"
-        out,shapes = [],{}
-        for p,g in ahead: shapes.setdefault(p.shape[-2:], []).append((p, g.view(-1, *p.shape[-2:])))
-        for shape,members in shapes.items():
-            O = orthogonalize(torch.cat([g for _,g in members])).split([len(g) for _,g in members])
-            out += [(p, o, shape) for (p,_),o in zip(members, O)]
+        out = []
+        shapes = {}
+        for p, g in ahead:
+            shapes.setdefault(p.shape[-2:], []).append((p, g.view(-1, *p.shape[-2:])))
+        for shape, members in shapes.items():
+            O = orthogonalize(torch.cat([g for _, g in members])).split(
+                [len(g) for _, g in members]
+            )
+            out += [(p, o, shape) for (p, _), o in zip(members, O)]
         return out
 
 # %% ../nbs/11a_optim.ipynb #48dc866f
 def kind(
-    name:str, # of a parameter in the model
-    p:Tensor, # the parameter
-)->str:       # 'matrix', 'table', or 'vector'
+    name: str,  # of a parameter in the model
+    p: Tensor,  # the parameter
+) -> str:  # 'matrix', 'table', or 'vector'
     "Which treatment a parameter gets"
-    if p.dim()<2: return 'vector'
-    return 'table' if any(o in name for o in ('embed_tokens', 'lm_head', 'gate.weight')) else 'matrix'
+    if p.dim() < 2:
+        return 'vector'
+    return (
+        'table' if any(o in name for o in ('embed_tokens', 'lm_head', 'gate.weight')) else 'matrix'
+    )
+
 
 def halves(
-    name:str,       # of a parameter in the model
-    w:nn.Parameter, # its master, with a gradient
-)->nn.Parameter:    # the same memory as Muon should see it
+    name: str,  # of a parameter in the model
+    w: nn.Parameter,  # its master, with a gradient
+) -> nn.Parameter:  # the same memory as Muon should see it
     "The gate and up halves of stacked experts as matrices of their own"
-    if w.dim()<3 or 'gate_up' not in name: return w
-    view = nn.Parameter(w.data.view(-1, w.shape[1]//2, w.shape[2]))
+    if w.dim() < 3 or 'gate_up' not in name:
+        return w
+    view = nn.Parameter(w.data.view(-1, w.shape[1] // 2, w.shape[2]))
     view.grad = w.grad.view_as(view)
     return view
 
 # %% ../nbs/11a_optim.ipynb #d92aff93
 def local(
-    t:Tensor, # a parameter or gradient
-)->Tensor:    # itself, or what this process holds of it
+    t: Tensor,  # a parameter or gradient
+) -> Tensor:  # itself, or what this process holds of it
     "The part that is here, where a tensor is divided among processes"
     return t.to_local() if hasattr(t, 'to_local') else t
 
+
 class MasterOptimizer:
     "Muon and AdamW on float32 masters of a model's weights"
+
     muon = Muon
-    def __init__(self,
-        model:nn.Module,          # whose parameters are trained
-        lr:float=0.02,            # of AdamW
-        muon_lr:float=0.02,       # of Muon; 0 gives everything to AdamW
-        betas:tuple=(0.9, 0.95),  # of AdamW
-        momentum:float=0.95,      # of Muon
-        weight_decay:float=0.1,   # per unit of an optimizer's lr, on matrices and tables
-        muon_decay:float|None=None, # the same for Muon's matrices alone; None: `weight_decay`
-        moments:torch.dtype|None=None, # of what both remember between steps (V3: bfloat16); None: as the masters
+
+    def __init__(
+        self,
+        model: nn.Module,  # whose parameters are trained
+        lr: float = 0.02,  # of AdamW
+        muon_lr: float = 0.02,  # of Muon; 0 gives everything to AdamW
+        betas: tuple = (0.9, 0.95),  # of AdamW
+        momentum: float = 0.95,  # of Muon
+        weight_decay: float = 0.1,  # per unit of an optimizer's lr, on matrices and tables
+        muon_decay: float | None = None,  # the same for Muon's matrices alone; None: `weight_decay`
+        moments: torch.dtype
+        | None = None,  # of what both remember between steps (V3: bfloat16); None: as the masters
     ):
         self.moments = moments
         muon_decay = weight_decay if muon_decay is None else muon_decay
         self.params = dict(model.named_parameters())
-        wide = lambda p: local(p.detach()).to(torch.promote_types(p.dtype, torch.float32), copy=p.dtype.itemsize<4)
-        self.masters = {n: nn.Parameter(wide(p)) for n,p in self.params.items()}
-        for w in self.masters.values(): w.grad = torch.zeros_like(w)
-        split = {k: [n for n,p in self.params.items() if kind(n, p)==k] for k in ('matrix', 'table', 'vector')}
-        groups = [dict(params=[self.masters[n] for n in split['table']], weight_decay=weight_decay),
-                  dict(params=[self.masters[n] for n in split['vector']], weight_decay=0.)]
-        self.optimizers,stacks = [],[halves(n, self.masters[n]) for n in split['matrix']]
-        self.names = {w: n for n,w in self.masters.items()} | dict(zip(stacks, split['matrix']))
-        if muon_lr: self.optimizers.append(self.muon(stacks, muon_lr, momentum, muon_decay))
-        else: groups[0]['params'] += [self.masters[n] for n in split['matrix']]
-        self.optimizers.append(torch.optim.AdamW([g for g in groups if g['params']], lr=lr, betas=betas, eps=1e-10, fused=True))
+
+        def wide(p):
+            return local(p.detach()).to(
+                torch.promote_types(p.dtype, torch.float32), copy=p.dtype.itemsize < 4
+            )
+
+        self.masters = {n: nn.Parameter(wide(p)) for n, p in self.params.items()}
+        for w in self.masters.values():
+            w.grad = torch.zeros_like(w)
+        split = {
+            k: [n for n, p in self.params.items() if kind(n, p) == k]
+            for k in ('matrix', 'table', 'vector')
+        }
+        groups = [
+            dict(params=[self.masters[n] for n in split['table']], weight_decay=weight_decay),
+            dict(params=[self.masters[n] for n in split['vector']], weight_decay=0.0),
+        ]
+        self.optimizers = []
+        stacks = [halves(n, self.masters[n]) for n in split['matrix']]
+        self.names = {w: n for n, w in self.masters.items()} | dict(zip(stacks, split['matrix']))
+        if muon_lr:
+            self.optimizers.append(self.muon(stacks, muon_lr, momentum, muon_decay))
+        else:
+            groups[0]['params'] += [self.masters[n] for n in split['matrix']]
+        self.optimizers.append(
+            torch.optim.AdamW(
+                [g for g in groups if g['params']], lr=lr, betas=betas, eps=1e-10, fused=True
+            )
+        )
         for o in self.optimizers:
-            for g in o.param_groups: g['peak'] = g['lr']
+            for g in o.param_groups:
+                g['peak'] = g['lr']
 
 # %% ../nbs/11a_optim.ipynb #17ecb608
 @patch
 @torch.no_grad()
-def collect(self:MasterOptimizer):
+def collect(self: MasterOptimizer):
     "Add the model's gradients to the masters' and clear them"
-    for n,p in self.params.items():
-        if p.grad is not None: self.masters[n].grad.add_(local(p.grad))
+    for n, p in self.params.items():
+        if p.grad is not None:
+            self.masters[n].grad.add_(local(p.grad))
         p.grad = None
 
-@patch
-def _remember_in(self:MasterOptimizer, dtype):
-    "Keep what the optimizers remember of each weight in this dtype, or in the weight's own"
-    if self.moments is None: return
-    for o in self.optimizers:
-        for p,state in o.state.items(): state.update({k: v.to(dtype or p.dtype) for k,v in state.items() if v.dim()})
 
 @patch
-def forget(self:MasterOptimizer)->float: # not a number: there was no step
+def _remember_in(self: MasterOptimizer, dtype):
+    "Keep what the optimizers remember of each weight in this dtype, or in the weight's own"
+    if self.moments is None:
+        return
+    for o in self.optimizers:
+        for p, state in o.state.items():
+            state.update({k: v.to(dtype or p.dtype) for k, v in state.items() if v.dim()})
+
+
+@patch
+def forget(self: MasterOptimizer) -> float:  # not a number: there was no step
     "Drop the gradients collected so far"
     torch._foreach_zero_([w.grad for w in self.masters.values()])
     return math.nan
 
+
 @patch
-def norm(self:MasterOptimizer,
-    grads:list[Tensor], # of all masters
-)->float:               # their length together
+def norm(
+    self: MasterOptimizer,
+    grads: list[Tensor],  # of all masters
+) -> float:  # their length together
     "How long the gradient is"
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
 
+
 @patch
 @torch.no_grad()
-def step(self:MasterOptimizer,
-    scale:float=1.,      # of the learning rates, by the schedule
-    max_norm:float=1.,   # clip all gradients together to this norm
-)->float:                # norm before clipping; where it is not finite, nothing was changed
+def step(
+    self: MasterOptimizer,
+    scale: float = 1.0,  # of the learning rates, by the schedule
+    max_norm: float = 1.0,  # clip all gradients together to this norm
+) -> float:  # norm before clipping; where it is not finite, nothing was changed
     "Clip, step, hand rounded copies to the model, and start a new sum"
     grads = [w.grad for w in self.masters.values()]
     norm = self.norm(grads)
     if math.isfinite(norm):
-        if norm>max_norm: torch._foreach_mul_(grads, max_norm/norm)
+        if norm > max_norm:
+            torch._foreach_mul_(grads, max_norm / norm)
         self._remember_in(None)
         for o in self.optimizers:
-            for g in o.param_groups: g['lr'] = g['peak']*scale
+            for g in o.param_groups:
+                g['lr'] = g['peak'] * scale
             o.step()
         self._remember_in(self.moments)
         self.publish()
     torch._foreach_zero_(grads)
     return norm
 
+
 @patch
 @torch.no_grad()
-def publish(self:MasterOptimizer):
+def publish(self: MasterOptimizer):
     "Round the masters into the model"
-    for n,p in self.params.items():
-        if (here := local(p)).data_ptr()!=self.masters[n].data_ptr(): here.copy_(self.masters[n])
+    for n, p in self.params.items():
+        if (here := local(p)).data_ptr() != self.masters[n].data_ptr():
+            here.copy_(self.masters[n])
 
 # %% ../nbs/11a_optim.ipynb #8751ff5e
 @patch
-def state_dict(self:MasterOptimizer)->dict[str,Tensor]: # masters by name, and what the optimizers remember of each
+def state_dict(
+    self: MasterOptimizer,
+) -> dict[str, Tensor]:  # masters by name, and what the optimizers remember of each
     "Everything needed to go on"
-    out,names = {f'master.{n}': w.data for n,w in self.masters.items()},self.names
+    out = {f'master.{n}': w.data for n, w in self.masters.items()}
+    names = self.names
     for o in self.optimizers:
-        for p,state in o.state.items():
-            out.update({f'{k}.{names[p]}': torch.as_tensor(v) for k,v in state.items()})
+        for p, state in o.state.items():
+            out.update({f'{k}.{names[p]}': torch.as_tensor(v) for k, v in state.items()})
     return out
+
 
 @patch
 @torch.no_grad()
-def load_state_dict(self:MasterOptimizer,
-    state:dict[str,Tensor], # from `state_dict`
+def load_state_dict(
+    self: MasterOptimizer,
+    state: dict[str, Tensor],  # from `state_dict`
 ):
     "Take up masters and memory, keep no other memory, and round the masters into the model"
     names = self.names
-    for n,w in self.masters.items():
+    for n, w in self.masters.items():
         saved = state.get(f'master.{n}')
-        if saved is None or saved.shape!=w.shape: raise ValueError(
-            f'{n}: the checkpoint has {"nothing" if saved is None else tuple(saved.shape)}, the model {tuple(w.shape)}; resume with the config of the run')
+        if saved is None or saved.shape != w.shape:
+            raise ValueError(
+                f'{n}: the checkpoint has {"nothing" if saved is None else tuple(saved.shape)}, '
+                f'the model {tuple(w.shape)}; resume with the config of the run'
+            )
         w.data.copy_(saved)
     for o in self.optimizers:
         for g in o.param_groups:
             for p in g['params']:
-                keys = ('momentum_buffer',) if isinstance(o, Muon) else ('step', 'exp_avg', 'exp_avg_sq')
-                found = {k: state[f'{k}.{names[p]}'].to(p.device, copy=True) for k in keys if f'{k}.{names[p]}' in state}
-                if found and len(found)<len(keys): raise ValueError(f'{names[p]}: the checkpoint has only {", ".join(found)} of {", ".join(keys)}')
-                o.state.pop(p, None) # a checkpoint of step 0 has no memory, and none must stay
-                if found: o.state[p] = {k: v.view_as(p) if v.dim() else v for k,v in found.items()}
+                keys = (
+                    ('momentum_buffer',)
+                    if isinstance(o, Muon)
+                    else ('step', 'exp_avg', 'exp_avg_sq')
+                )
+                found = {
+                    k: state[f'{k}.{names[p]}'].to(p.device, copy=True)
+                    for k in keys
+                    if f'{k}.{names[p]}' in state
+                }
+                if found and len(found) < len(keys):
+                    raise ValueError(
+                        f'{names[p]}: the checkpoint has only '
+                        f'{", ".join(found)} of {", ".join(keys)}'
+                    )
+                o.state.pop(p, None)  # a checkpoint of step 0 has no memory, and none must stay
+                if found:
+                    o.state[p] = {k: v.view_as(p) if v.dim() else v for k, v in found.items()}
     self.publish()

@@ -10,104 +10,174 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.distributed.pipelining.schedules import ScheduleDualPipeV
+
 from .balance import BALANCE_LOSSES
 from .model import DeepSeekV3, head_loss
 from .rope import rope_tables
 
 # %% ../nbs/14c_pipeline.ipynb #e0abb651
-SCHEDULES = {'1f1b': Schedule1F1B, 'zero_bubble': ScheduleInterleavedZeroBubble, 'zbv': ScheduleZBVZeroBubble, 'dualpipev': ScheduleDualPipeV}
+SCHEDULES = {
+    '1f1b': Schedule1F1B,
+    'zero_bubble': ScheduleInterleavedZeroBubble,
+    'zbv': ScheduleZBVZeroBubble,
+    'dualpipev': ScheduleDualPipeV,
+}
+
 
 def owners(
-    schedule:str, # one of SCHEDULES
-    ranks:int,    # that share the layers
-)->list[int]:     # rank of each stage
+    schedule: str,  # one of SCHEDULES
+    ranks: int,  # that share the layers
+) -> list[int]:  # rank of each stage
     "Who has which stage: one each, two each in a circle, or two each in a V"
-    if schedule not in SCHEDULES: raise ValueError(f'schedule={schedule!r}: must be one of {", ".join(SCHEDULES)}')
+    if schedule not in SCHEDULES:
+        raise ValueError(f'schedule={schedule!r}: must be one of {", ".join(SCHEDULES)}')
     there = list(range(ranks))
-    return there if schedule=='1f1b' else there+there if schedule=='zero_bubble' else there+there[::-1]
+    return (
+        there
+        if schedule == '1f1b'
+        else there + there
+        if schedule == 'zero_bubble'
+        else there + there[::-1]
+    )
+
 
 def split_layers(
-    layers:int, # main blocks
-    stages:int, # to divide them among
-    mtp:int=0,  # modules that come after, in the last stage
-)->list[range]: # blocks of each stage
+    layers: int,  # main blocks
+    stages: int,  # to divide them among
+    mtp: int = 0,  # modules that come after, in the last stage
+) -> list[range]:  # blocks of each stage
     "Stretches of about the same length; MTP modules and the head count in the last one, the embedding is free"
-    if layers<stages: raise ValueError(f'{stages} stages for num_hidden_layers={layers}: every stage needs a layer; use fewer ranks, or a schedule with one stage on each')
-    sizes = [layers//stages + (i<layers%stages) for i in range(stages)]
-    spare = min(mtp, sizes[-1]-1)
+    if layers < stages:
+        raise ValueError(
+            f'{stages} stages for num_hidden_layers={layers}: every stage needs '
+            f'a layer; use fewer ranks, or a schedule with one stage on each'
+        )
+    sizes = [layers // stages + (i < layers % stages) for i in range(stages)]
+    spare = min(mtp, sizes[-1] - 1)
     sizes[-1] -= spare
-    for _ in range(spare): sizes[min(range(max(1, stages-1)), key=lambda i: sizes[i])] += 1 # to the shortest
-    ends = [sum(sizes[:i+1]) for i in range(stages)]
-    return [range(e-n, e) for e,n in zip(ends, sizes)]
+    for _ in range(spare):
+        sizes[min(range(max(1, stages - 1)), key=lambda i: sizes[i])] += 1  # to the shortest
+    ends = [sum(sizes[: i + 1]) for i in range(stages)]
+    return [range(e - n, e) for e, n in zip(ends, sizes)]
 
 # %% ../nbs/14c_pipeline.ipynb #ca57b7da
 class Inject(torch.autograd.Function):
     "Pass states on, and let a loss of this stage have its gradient when theirs comes back"
+
     @staticmethod
     def forward(ctx, h, loss):
         ctx.save_for_backward(loss)
-        return h.clone() # schedules that split the backward pass detach it in place
+        return h.clone()  # schedules that split the backward pass detach it in place
+
     @staticmethod
-    def backward(ctx, g): return g,torch.ones_like(ctx.saved_tensors[0])
+    def backward(ctx, g):
+        return g, torch.ones_like(ctx.saved_tensors[0])
 
 # %% ../nbs/14c_pipeline.ipynb #9a110c35
 class Stage(nn.Module):
     "Some blocks of a model, the first with its embedding, the last with head, loss and MTP modules"
-    def __init__(self,
-        model:DeepSeekV3, # whose modules are used, not copied
-        index:int,        # of this stage
-        layers:list,      # blocks of each stage
+
+    def __init__(
+        self,
+        model: DeepSeekV3,  # whose modules are used, not copied
+        index: int,  # of this stage
+        layers: list,  # blocks of each stage
     ):
         super().__init__()
-        self.cfg,self.first,self.last = model.cfg,index==0,index==len(layers)-1
+        self.cfg = model.cfg
+        self.first = index == 0
+        self.last = index == len(layers) - 1
         self.blocks = nn.ModuleList([model.model['layers'][i] for i in layers[index]])
-        if self.first or self.last: self.embed_tokens = model.model['embed_tokens']
-        if self.last: self.norm,self.lm_head,self.mtp,self.model = model.model['norm'],model.lm_head,model.mtp,[model] # in a list: not a part of this one
-        self.rules = None # of the step at hand
+        if self.first or self.last:
+            self.embed_tokens = model.model['embed_tokens']
+        if self.last:
+            self.norm = model.model['norm']
+            self.lm_head = model.lm_head
+            self.mtp = model.mtp
+            self.model = [model]  # in a list: not a part of this one
+        self.rules = None  # of the step at hand
 
-    def forward(self,
-        x:Tensor,       # windows for the first stage (batch, seq + 1 + depths), states for the others (batch, seq, hidden_size)
-        tokens:Tensor,  # the windows, for all
-        counted:Tensor, # does MTP learn from this sequence? (batch,)
-    )->Tensor:          # states, or the loss
+    def forward(
+        self,
+        # windows for the first stage (batch, seq + 1 + depths), states for the others (batch, seq,
+        # hidden_size)
+        x: Tensor,
+        tokens: Tensor,  # the windows, for all
+        counted: Tensor,  # does MTP learn from this sequence? (batch,)
+    ) -> Tensor:  # states, or the loss
         "What enters the next stage"
-        seq = tokens.shape[1]-1-self.cfg.num_nextn_predict_layers
-        h = self.embed_tokens(tokens[:,:seq]) if self.first else x
+        seq = tokens.shape[1] - 1 - self.cfg.num_nextn_predict_layers
+        h = self.embed_tokens(tokens[:, :seq]) if self.first else x
         rope = rope_tables(self.cfg, torch.arange(seq, device=h.device)[None], h.dtype)
-        for b in self.blocks: h = b(h, rope)
-        if not self.last: return h if self.rules is None else self.rules.balanced(h)
+        for b in self.blocks:
+            h = b(h, rope)
+        if not self.last:
+            return h if self.rules is None else self.rules.balanced(h)
         losses = self.losses(self.norm(h), tokens, int(counted.sum()))
-        return losses[0] if self.rules is None else self.rules.total(losses, len(tokens), int(counted.sum()))
+        return (
+            losses[0]
+            if self.rules is None
+            else self.rules.total(losses, len(tokens), int(counted.sum()))
+        )
 
 # %% ../nbs/14c_pipeline.ipynb #81de32e5
 @patch
-def losses(self:Stage,
-    h:Tensor,      # normalised states of the last main layer (batch, seq, hidden_size)
-    tokens:Tensor, # windows (batch, seq + 1 + depths)
-    rows:int,      # that MTP learns from
-)->list[Tensor]:   # mean over these tokens: the main loss, then one for each MTP depth
+def losses(
+    self: Stage,
+    h: Tensor,  # normalised states of the last main layer (batch, seq, hidden_size)
+    tokens: Tensor,  # windows (batch, seq + 1 + depths)
+    rows: int,  # that MTP learns from
+) -> list[Tensor]:  # mean over these tokens: the main loss, then one for each MTP depth
     "The model's own losses, its states being given"
-    model, = self.model
+    (model,) = self.model
     model.hidden = lambda *args, **kw: h
-    try: return model.losses(tokens, mtp_rows=rows, documents=(tokens==self.cfg.bos_token_id).cumsum(1))
-    finally: del model.hidden
+    try:
+        return model.losses(
+            tokens, mtp_rows=rows, documents=(tokens == self.cfg.bos_token_id).cumsum(1)
+        )
+    finally:
+        del model.hidden
 
 # %% ../nbs/14c_pipeline.ipynb #27acebdc
 class Rules:
     "How one step weighs its losses, and what it saw of them"
-    def __init__(self,
-        trainer,          # with cfg and meter
-        micro_batches:int, # in the step, of all data ranks
-        ahead:int,        # sequences that MTP learns from, of all data ranks
-        mtp_weight:float, # lambda
+
+    def __init__(
+        self,
+        trainer,  # with cfg and meter
+        micro_batches: int,  # in the step, of all data ranks
+        ahead: int,  # sequences that MTP learns from, of all data ranks
+        mtp_weight: float,  # lambda
     ):
-        self.cfg,self.meter,self.n,self.ahead,self.mtp_weight,self.seen = trainer.cfg,trainer.meter,micro_batches,ahead,mtp_weight,[]
+        self.cfg = trainer.cfg
+        self.meter = trainer.meter
+        self.n = micro_batches
+        self.ahead = ahead
+        self.mtp_weight = mtp_weight
+        self.seen = []
 
     def balance(self, sequences):
-        seen,self.meter.routings = self.meter.routings,[]
-        return self.cfg.balance_weight/self.n*sum(len(r.scores)/sequences*BALANCE_LOSSES[self.cfg.balance_over](r.scores, r.indices) for r in seen) if seen else None
+        seen = self.meter.routings
+        self.meter.routings = []
+        return (
+            self.cfg.balance_weight
+            / self.n
+            * sum(
+                len(r.scores)
+                / sequences
+                * BALANCE_LOSSES[self.cfg.balance_over](r.scores, r.indices)
+                for r in seen
+            )
+            if seen
+            else None
+        )
 
     def balanced(self, h):
         loss = self.balance(len(h))
@@ -115,100 +185,175 @@ class Rules:
 
     def total(self, losses, sequences, rows):
         "The loss of a micro-batch as its share of the step's"
-        loss,balance = losses[0]/self.n,self.balance(sequences)
+        loss = losses[0] / self.n
+        balance = self.balance(sequences)
         row = torch.zeros(len(losses) if rows else 1, dtype=loss.dtype)
-        row[0] = losses[0].item()/self.n
+        row[0] = losses[0].item() / self.n
         if rows:
-            share = rows/self.ahead
-            loss = loss + self.mtp_weight/(len(losses)-1)*share*sum(losses[1:])
-            row[1:] = share*torch.stack([o.detach() for o in losses[1:]])
+            share = rows / self.ahead
+            loss = loss + self.mtp_weight / (len(losses) - 1) * share * sum(losses[1:])
+            row[1:] = share * torch.stack([o.detach() for o in losses[1:]])
         self.seen.append(row)
-        return loss if balance is None else loss+balance
+        return loss if balance is None else loss + balance
 
 # %% ../nbs/14c_pipeline.ipynb #dd5db6e7
 class Pipeline:
     "The stages of one rank, and the schedules that run them"
-    def __init__(self,
-        model:DeepSeekV3, # whole; blocks of other ranks are dropped from it
-        mesh,             # ranks that share the layers, one dimension
-        schedule:str,     # one of SCHEDULES
+
+    def __init__(
+        self,
+        model: DeepSeekV3,  # whole; blocks of other ranks are dropped from it
+        mesh,  # ranks that share the layers, one dimension
+        schedule: str,  # one of SCHEDULES
     ):
-        cfg,here = model.cfg,mesh.get_local_rank()
-        self.kind,self.mesh,self.group,self.owners = schedule,mesh,mesh.get_group(),owners(schedule, mesh.size())
-        self.layers = split_layers(cfg.num_hidden_layers, len(self.owners), cfg.num_nextn_predict_layers)
-        self.mine = [s for s,o in enumerate(self.owners) if o==here]
+        cfg = model.cfg
+        here = mesh.get_local_rank()
+        self.kind = schedule
+        self.mesh = mesh
+        self.group = mesh.get_group()
+        self.owners = owners(schedule, mesh.size())
+        self.layers = split_layers(
+            cfg.num_hidden_layers, len(self.owners), cfg.num_nextn_predict_layers
+        )
+        self.mine = [s for s, o in enumerate(self.owners) if o == here]
         needs = cfg.num_nextn_predict_layers or cfg.tie_word_embeddings
-        self.shares = bool(needs) and self.owners[0]!=self.owners[-1] # first and last stage each keep a copy of the embedding
-        last = len(self.owners)-1
-        keep = {i for s in self.mine for i in self.layers[s]} | (set(range(cfg.num_hidden_layers, len(model.model['layers']))) if last in self.mine else set())
+        self.shares = (
+            bool(needs) and self.owners[0] != self.owners[-1]
+        )  # first and last stage each keep a copy of the embedding
+        last = len(self.owners) - 1
+        keep = {i for s in self.mine for i in self.layers[s]} | (
+            set(range(cfg.num_hidden_layers, len(model.model['layers'])))
+            if last in self.mine
+            else set()
+        )
         for i in range(len(model.model['layers'])):
-            if i not in keep: model.model['layers'][i] = nn.Identity() # the others keep their names
-        if 0 not in self.mine and not (last in self.mine and needs): model.model['embed_tokens'] = nn.Identity()
-        if last not in self.mine: model.model['norm'],model.lm_head = nn.Identity(),nn.Identity()
+            if i not in keep:
+                model.model['layers'][i] = nn.Identity()  # the others keep their names
+        if 0 not in self.mine and not (last in self.mine and needs):
+            model.model['embed_tokens'] = nn.Identity()
+        if last not in self.mine:
+            model.model['norm'], model.lm_head = nn.Identity(), nn.Identity()
         self.device = next(model.parameters()).device
-        self.model,self.stages,self.made = model,{s: Stage(model, s, self.layers) for s in self.mine},{}
+        self.model = model
+        self.stages = {s: Stage(model, s, self.layers) for s in self.mine}
+        self.made = {}
 
 # %% ../nbs/14c_pipeline.ipynb #6b3e06d9
 @patch
-def schedule(self:Pipeline,
-    windows:Tensor, # of one micro-batch (batch, seq + 1 + depths)
-    n:int,          # micro-batches
+def schedule(
+    self: Pipeline,
+    windows: Tensor,  # of one micro-batch (batch, seq + 1 + depths)
+    n: int,  # micro-batches
 ):
     "PyTorch's schedule for this shape, made once"
-    key = tuple(windows.shape),n
-    if key in self.made: return self.made[key]
-    last,cfg = len(self.owners)-1,self.model.cfg
-    p = next(self.model.parameters()) # of the dtype that is computed in
-    state = torch.empty(len(windows), windows.shape[1]-1-cfg.num_nextn_predict_layers, cfg.hidden_size, dtype=p.dtype, device='meta')
-    make = lambda s: PipelineStage(self.stages[s], s, last+1, p.device, group=self.group,
-        input_args=windows.to('meta') if s==0 else state.clone().requires_grad_(), output_args=(state.new_empty(()) if s==last else state.clone()).requires_grad_())
-    stages,kind = [make(s) for s in self.mine],SCHEDULES[self.kind]
-    try: self.made[key] = kind(stages[0] if self.kind=='1f1b' else stages, n, loss_fn=lambda loss,_: loss, scale_grads=False)
-    except ValueError as e: raise ValueError(f'{n} micro-batches: too few or too many for {self.kind} on {self.mesh.size()} ranks ({e}); change batch_size or micro_batch') from None
+    key = tuple(windows.shape), n
+    if key in self.made:
+        return self.made[key]
+    last = len(self.owners) - 1
+    cfg = self.model.cfg
+    p = next(self.model.parameters())  # of the dtype that is computed in
+    state = torch.empty(
+        len(windows),
+        windows.shape[1] - 1 - cfg.num_nextn_predict_layers,
+        cfg.hidden_size,
+        dtype=p.dtype,
+        device='meta',
+    )
+
+    def make(s):
+        return PipelineStage(
+            self.stages[s],
+            s,
+            last + 1,
+            p.device,
+            group=self.group,
+            input_args=windows.to('meta') if s == 0 else state.clone().requires_grad_(),
+            output_args=(state.new_empty(()) if s == last else state.clone()).requires_grad_(),
+        )
+
+    stages = [make(s) for s in self.mine]
+    kind = SCHEDULES[self.kind]
+    try:
+        self.made[key] = kind(
+            stages[0] if self.kind == '1f1b' else stages,
+            n,
+            loss_fn=lambda loss, _: loss,
+            scale_grads=False,
+        )
+    except ValueError as e:
+        raise ValueError(
+            f'{n} micro-batches: too few or too many for {self.kind} on '
+            f'{self.mesh.size()} ranks ({e}); change batch_size or micro_batch'
+        ) from None
     return self.made[key]
 
+
 @patch
-def gradients(self:Pipeline,
-    trainer,        # whose batch it is
-    batch:Tensor,   # windows of this data rank (sequences, seq + 1 + depths)
-    ahead:int,      # of which MTP learns from the first
-    mtp_weight:float, # lambda
-)->Tensor:          # this data rank's shares of the losses, on every rank of the pipeline
+def gradients(
+    self: Pipeline,
+    trainer,  # whose batch it is
+    batch: Tensor,  # windows of this data rank (sequences, seq + 1 + depths)
+    ahead: int,  # of which MTP learns from the first
+    mtp_weight: float,  # lambda
+) -> Tensor:  # this data rank's shares of the losses, on every rank of the pipeline
     "Forward and backward of all micro-batches, as the schedule orders them"
-    n,W = len(batch)//trainer.cfg.micro_batch,trainer.parallel.ranks
-    rules = Rules(trainer, n*W, ahead*W, mtp_weight)
-    for s in self.stages.values(): s.rules = rules
-    run,last = self.schedule(batch[:trainer.cfg.micro_batch], n),len(self.owners)-1
-    counted = torch.arange(len(batch), device=batch.device)<ahead
-    run.step(*([batch] if 0 in self.mine else []), target=batch if last in self.mine else None, tokens=batch, counted=counted, return_outputs=False)
+    n = len(batch) // trainer.cfg.micro_batch
+    W = trainer.parallel.ranks
+    rules = Rules(trainer, n * W, ahead * W, mtp_weight)
+    for s in self.stages.values():
+        s.rules = rules
+    run = self.schedule(batch[: trainer.cfg.micro_batch], n)
+    last = len(self.owners) - 1
+    counted = torch.arange(len(batch), device=batch.device) < ahead
+    run.step(
+        *([batch] if 0 in self.mine else []),
+        target=batch if last in self.mine else None,
+        tokens=batch,
+        counted=counted,
+        return_outputs=False,
+    )
     trainer.opt.collect()
-    for s in self.stages.values(): s.rules = None
+    for s in self.stages.values():
+        s.rules = None
     wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
-    total = torch.zeros(1+self.model.cfg.num_nextn_predict_layers, dtype=wide, device=batch.device)
-    for row in rules.seen: total[:len(row)] += row.to(total)
-    dist.all_reduce(total, group=self.group) # only the last stage saw losses
+    total = torch.zeros(
+        1 + self.model.cfg.num_nextn_predict_layers, dtype=wide, device=batch.device
+    )
+    for row in rules.seen:
+        total[: len(row)] += row.to(total)
+    dist.all_reduce(total, group=self.group)  # only the last stage saw losses
     return total
 
 # %% ../nbs/14c_pipeline.ipynb #d5903b8a
 @patch
 @torch.no_grad()
-def judge(self:Pipeline,
-    rows:Tensor, # windows (batch, seq + 1)
-)->float:        # nats
+def judge(
+    self: Pipeline,
+    rows: Tensor,  # windows (batch, seq + 1)
+) -> float:  # nats
     "Summed loss of some windows, one stage after the other"
-    cfg,seq = self.model.cfg,rows.shape[1]-1
-    p,h,last,whole = next(self.model.parameters()),None,len(self.owners)-1,dist.get_process_group_ranks(self.group)
+    cfg = self.model.cfg
+    seq = rows.shape[1] - 1
+    p = next(self.model.parameters())
+    h = None
+    last = len(self.owners) - 1
+    whole = dist.get_process_group_ranks(self.group)
     loss = torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-    for s,o in enumerate(self.owners):
-        if s not in self.mine: continue
-        if s and self.owners[s-1]!=o:
+    for s, o in enumerate(self.owners):
+        if s not in self.mine:
+            continue
+        if s and self.owners[s - 1] != o:
             h = torch.empty(len(rows), seq, cfg.hidden_size, dtype=p.dtype, device=p.device)
-            dist.recv(h, whole[self.owners[s-1]], group=self.group)
+            dist.recv(h, whole[self.owners[s - 1]], group=self.group)
         stage = self.stages[s]
-        if s==0: h = stage.embed_tokens(rows[:,:-1])
+        if s == 0:
+            h = stage.embed_tokens(rows[:, :-1])
         rope = rope_tables(cfg, torch.arange(seq, device=h.device)[None], h.dtype)
-        for b in stage.blocks: h = b(h, rope)
-        if s==last: loss = head_loss(stage.norm(h), stage.lm_head, rows[:,1:])
-        elif self.owners[s+1]!=o: dist.send(h.contiguous(), whole[self.owners[s+1]], group=self.group)
+        for b in stage.blocks:
+            h = b(h, rope)
+        if s == last:
+            loss = head_loss(stage.norm(h), stage.lm_head, rows[:, 1:])
+        elif self.owners[s + 1] != o:
+            dist.send(h.contiguous(), whole[self.owners[s + 1]], group=self.group)
     dist.broadcast(loss, whole[self.owners[-1]], group=self.group)
     return loss.item()

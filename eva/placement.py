@@ -8,6 +8,7 @@ __all__ = ['Placement', 'replicate', 'deal', 'improve', 'fullest', 'place_copies
 
 # %% ../nbs/15a_placement.ipynb #8587d179
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,63 +17,79 @@ from torch import Tensor
 @dataclass
 class Placement:
     "The expert in every slot of every rank, layer by layer"
-    experts:Tensor   # which expert (layers, ranks, slots)
-    n_experts:int    # of a layer
+
+    experts: Tensor  # which expert (layers, ranks, slots)
+    n_experts: int  # of a layer
 
     @property
-    def copies(self)->Tensor: # how many there are of each expert (layers, n_experts)
-        return torch.stack([torch.bincount(o.flatten(), minlength=self.n_experts) for o in self.experts])
+    def copies(self) -> Tensor:  # how many there are of each expert (layers, n_experts)
+        return torch.stack(
+            [torch.bincount(o.flatten(), minlength=self.n_experts) for o in self.experts]
+        )
 
-    def rank_load(self,
-        load:Tensor, # tokens per expert (layers, n_experts)
-    )->Tensor:       # tokens per rank, each expert's spread evenly over its copies (layers, ranks)
+    def rank_load(
+        self,
+        load: Tensor,  # tokens per expert (layers, n_experts)
+    ) -> Tensor:  # tokens per rank, each expert's spread evenly over its copies (layers, ranks)
         "What each rank has to do"
-        if load.shape!=(len(self.experts), self.n_experts): raise ValueError(
-            f'load of shape {tuple(load.shape)}: must be (layers, experts)={(len(self.experts), self.n_experts)}, as the placement')
-        share = load.double()/self.copies
+        if load.shape != (len(self.experts), self.n_experts):
+            raise ValueError(
+                f'load of shape {tuple(load.shape)}: must be (layers, '
+                f'experts)={(len(self.experts), self.n_experts)}, as the placement'
+            )
+        share = load.double() / self.copies
         return share.gather(1, self.experts.flatten(1)).view_as(self.experts).sum(-1)
 
-    def imbalance(self,
-        load:Tensor, # tokens per expert (layers, n_experts)
-    )->Tensor:       # 1 when even (layers,)
+    def imbalance(
+        self,
+        load: Tensor,  # tokens per expert (layers, n_experts)
+    ) -> Tensor:  # 1 when even (layers,)
         "Load of the fullest rank over the mean"
         at = self.rank_load(load)
-        return at.amax(-1)/at.mean(-1)
+        return at.amax(-1) / at.mean(-1)
 
 # %% ../nbs/15a_placement.ipynb #412042db
 def replicate(
-    load:np.ndarray, # tokens per expert (experts,)
-    slots:int,       # to be filled altogether
-    most:int,        # copies of one expert at most: the ranks it can be on
-)->np.ndarray:       # copies of each expert (experts,)
+    load: np.ndarray,  # tokens per expert (experts,)
+    slots: int,  # to be filled altogether
+    most: int,  # copies of one expert at most: the ranks it can be on
+) -> np.ndarray:  # copies of each expert (experts,)
     "Copies for whoever has the largest share, one at a time"
     copies = np.ones(len(load), np.int64)
-    for _ in range(slots-len(load)): copies[np.where(copies<most, load/copies, -1.).argmax()] += 1
+    for _ in range(slots - len(load)):
+        copies[np.where(copies < most, load / copies, -1.0).argmax()] += 1
     return copies
 
 # %% ../nbs/15a_placement.ipynb #44a2cdd0
 def deal(
-    share:np.ndarray,  # tokens of one copy of each expert (experts,)
-    copies:np.ndarray, # of each expert, at most as many as ranks (experts,)
-    ranks:int,         # to be filled
-)->np.ndarray:         # the expert in each slot (ranks, slots)
+    share: np.ndarray,  # tokens of one copy of each expert (experts,)
+    copies: np.ndarray,  # of each expert, at most as many as ranks (experts,)
+    ranks: int,  # to be filled
+) -> np.ndarray:  # the expert in each slot (ranks, slots)
     "Heaviest first, to the lightest rank that has room and no copy yet"
-    slots = copies.sum()//ranks
-    where,filled,load = np.full((ranks, slots), -1),np.zeros(ranks, np.int64),np.zeros(ranks)
+    slots = copies.sum() // ranks
+    where = np.full((ranks, slots), -1)
+    filled = np.zeros(ranks, np.int64)
+    load = np.zeros(ranks)
     holds = np.zeros((ranks, len(share)), bool)
+
     def put(e, r, slot):
-        where[r,slot] = e; holds[r,e] = True; load[r] += share[e]
+        where[r, slot] = e
+        holds[r, e] = True
+        load[r] += share[e]
+
     for e in np.argsort(-share, kind='stable'):
         for _ in range(copies[e]):
-            room = filled<slots
-            fits = room & ~holds[:,e]
+            room = filled < slots
+            fits = room & ~holds[:, e]
             r = np.where(fits if fits.any() else room, load, np.inf).argmin()
             item = e
-            if not fits.any(): # exchange with a full rank that lacks it
-                q = np.where(holds[:,e], np.inf, load).argmin()
-                slot = int((~holds[r,where[q]]).argmax())
-                item = where[q,slot]
-                holds[q,item] = False; load[q] -= share[item]
+            if not fits.any():  # exchange with a full rank that lacks it
+                q = np.where(holds[:, e], np.inf, load).argmin()
+                slot = int((~holds[r, where[q]]).argmax())
+                item = where[q, slot]
+                holds[q, item] = False
+                load[q] -= share[item]
                 put(e, q, slot)
             put(item, r, filled[r])
             filled[r] += 1
@@ -80,104 +97,147 @@ def deal(
 
 # %% ../nbs/15a_placement.ipynb #81cafa55
 def improve(
-    where:np.ndarray, # the expert in each slot (ranks, slots)
-    share:np.ndarray, # tokens of one copy of each expert (experts,)
-)->np.ndarray:        # the same items, the fullest rank no fuller
+    where: np.ndarray,  # the expert in each slot (ranks, slots)
+    share: np.ndarray,  # tokens of one copy of each expert (experts,)
+) -> np.ndarray:  # the same items, the fullest rank no fuller
     "Exchange items of the fullest rank as long as that helps"
-    where,ranks = where.copy(),np.arange(len(where))[:,None]
+    where, ranks = where.copy(), np.arange(len(where))[:, None]
     while True:
         load = share[where].sum(1)
         r = load.argmax()
         holds = np.zeros((len(where), len(share)), bool)
-        holds[ranks,where] = True
-        less = share[where[r]][:,None,None]-share[where]                    # (slot of r, rank, slot there)
-        fuller = np.maximum(load[r]-less, load[:,None]+less)
-        twice = holds[:,where[r]].T[:,:,None] | holds[r][where]
+        holds[ranks, where] = True
+        less = share[where[r]][:, None, None] - share[where]  # (slot of r, rank, slot there)
+        fuller = np.maximum(load[r] - less, load[:, None] + less)
+        twice = holds[:, where[r]].T[:, :, None] | holds[r][where]
         fuller = np.where(twice, np.inf, fuller)
-        a,q,b = np.unravel_index(fuller.argmin(), fuller.shape)
-        if not fuller[a,q,b]<load[r]*(1-1e-12): return where                # rounding is no progress
-        where[r,a],where[q,b] = where[q,b],where[r,a]
+        a, q, b = np.unravel_index(fuller.argmin(), fuller.shape)
+        if not fuller[a, q, b] < load[r] * (1 - 1e-12):
+            return where  # rounding is no progress
+        where[r, a], where[q, b] = where[q, b], where[r, a]
 
 # %% ../nbs/15a_placement.ipynb #b97203e1
 def fullest(where, load):
     "Tokens of the fullest rank"
-    share = load/np.maximum(np.bincount(where.flatten(), minlength=len(load)), 1)
+    share = load / np.maximum(np.bincount(where.flatten(), minlength=len(load)), 1)
     return share[where].sum(1).max()
 
+
 def place_copies(
-    load:np.ndarray, # tokens per expert (experts,)
-    ranks:int,       # to be filled
-    slots:int,       # of a rank
-    tries:int=6,     # givers and takers of a copy that are tried in each round
-)->np.ndarray:       # the expert in each slot (ranks, slots)
+    load: np.ndarray,  # tokens per expert (experts,)
+    ranks: int,  # to be filled
+    slots: int,  # of a rank
+    tries: int = 6,  # givers and takers of a copy that are tried in each round
+) -> np.ndarray:  # the expert in each slot (ranks, slots)
     "Copies of hot experts, dealt, with counts that pack well"
-    def build(c): return improve(deal(load/c, c, ranks), load/c)
-    copies = replicate(load, ranks*slots, ranks)
+
+    def build(c):
+        return improve(deal(load / c, c, ranks), load / c)
+
+    copies = replicate(load, ranks * slots, ranks)
     where = build(copies)
-    while fullest(where, load)>1.01*max(load.sum()/ranks, (load/copies).max()):
-        share = load/copies
+    while fullest(where, load) > 1.01 * max(load.sum() / ranks, (load / copies).max()):
+        share = load / copies
         on = np.isin(np.arange(len(load)), where[share[where].sum(1).argmax()])
-        takers = [e for e in np.lexsort((-share, ~on)) if copies[e]<ranks][:tries] # those of the fullest rank first
-        givers = [f for f in np.argsort(load/np.maximum(copies-1, .5)) if copies[f]>1][:tries]
-        trials = [copies+(np.arange(len(load))==e)-(np.arange(len(load))==f) for e in takers for f in givers if e!=f]
-        best = min(((fullest(w := build(c), load), i, w) for i,c in enumerate(trials)), default=None)
-        if best is None or not best[0]<fullest(where, load)*(1-1e-9): break
-        where,copies = best[2],trials[best[1]]
+        takers = [e for e in np.lexsort((-share, ~on)) if copies[e] < ranks][
+            :tries
+        ]  # those of the fullest rank first
+        givers = [f for f in np.argsort(load / np.maximum(copies - 1, 0.5)) if copies[f] > 1][
+            :tries
+        ]
+        trials = [
+            copies + (np.arange(len(load)) == e) - (np.arange(len(load)) == f)
+            for e in takers
+            for f in givers
+            if e != f
+        ]
+        best = min(
+            ((fullest(w := build(c), load), i, w) for i, c in enumerate(trials)), default=None
+        )
+        if best is None or not best[0] < fullest(where, load) * (1 - 1e-9):
+            break
+        where = best[2]
+        copies = trials[best[1]]
     return where
 
 # %% ../nbs/15a_placement.ipynb #10bd2ebc
 def place_layer(
-    load:np.ndarray, # tokens per expert (experts,)
-    ranks:int,       # to be filled
-    slots:int,       # of a rank, no more than there are experts
-)->np.ndarray:       # the expert in each slot (ranks, slots)
+    load: np.ndarray,  # tokens per expert (experts,)
+    ranks: int,  # to be filled
+    slots: int,  # of a rank, no more than there are experts
+) -> np.ndarray:  # the expert in each slot (ranks, slots)
     "The best of a few placements of one layer"
-    E,found = len(load),[place_copies(load, ranks, slots)]
-    if E%ranks==0: # without copies
+    E = len(load)
+    found = [place_copies(load, ranks, slots)]
+    if E % ranks == 0:  # without copies
         for where in (deal(load, np.ones(E, np.int64), ranks), np.arange(E).reshape(ranks, -1)):
-            found.append(np.pad(improve(where, load), ((0, 0), (0, slots-E//ranks)), mode='edge'))
+            found.append(
+                np.pad(improve(where, load), ((0, 0), (0, slots - E // ranks)), mode='edge')
+            )
     return min(found, key=lambda where: fullest(where, load))
 
 # %% ../nbs/15a_placement.ipynb #2266c08e
 def place(
-    load:Tensor,   # measured tokens per expert (layers, experts), or of one layer (experts,)
-    ranks:int,     # GPUs that share the experts of a layer
-    slots:int,     # experts that each of them holds
-    nodes:int=1,   # machines these ranks are on, the same number on each
-    n_group:int=1, # groups of experts; they are kept on one node each if they can be dealt evenly to the nodes
-)->Placement:      # of every layer
+    load: Tensor,  # measured tokens per expert (layers, experts), or of one layer (experts,)
+    ranks: int,  # GPUs that share the experts of a layer
+    slots: int,  # experts that each of them holds
+    nodes: int = 1,  # machines these ranks are on, the same number on each
+    # groups of experts; they are kept on one node each if they can be dealt evenly to the nodes
+    n_group: int = 1,
+) -> Placement:  # of every layer
     "Copies of hot experts, and places for all"
     check_place(load, ranks, slots, nodes, n_group)
     loads = load.detach().cpu().double().numpy().reshape(-1, load.shape[-1])
     E = loads.shape[1]
-    together = nodes>1 and n_group%nodes==0 and E//nodes<=ranks//nodes*slots
-    if not together: return Placement(torch.from_numpy(np.stack([place_layer(n, ranks, slots) for n in loads])), E)
+    together = nodes > 1 and n_group % nodes == 0 and E // nodes <= ranks // nodes * slots
+    if not together:
+        return Placement(
+            torch.from_numpy(np.stack([place_layer(n, ranks, slots) for n in loads])), E
+        )
     out = []
     for n in loads:
         per_group = n.reshape(n_group, -1)
-        groups = improve(deal(per_group.sum(1), np.ones(n_group, np.int64), nodes), per_group.sum(1)) # (nodes, groups of a node)
+        groups = improve(
+            deal(per_group.sum(1), np.ones(n_group, np.int64), nodes), per_group.sum(1)
+        )  # (nodes, groups of a node)
         members = np.arange(E).reshape(n_group, -1)[groups].reshape(nodes, -1)
-        out.append(np.concatenate([m[place_layer(n[m], ranks//nodes, slots)] for m in members]))
+        out.append(np.concatenate([m[place_layer(n[m], ranks // nodes, slots)] for m in members]))
     return Placement(torch.from_numpy(np.stack(out)), E)
+
 
 def check_place(load, ranks, slots, nodes, n_group):
     "Refuse what cannot be placed"
     E = load.shape[-1]
-    if load.dim() not in (1, 2) or not load.isfinite().all() or (load<0).any(): raise ValueError(
-        f'load of shape {tuple(load.shape)}: must be (layers, experts) of finite counts, 0 or more')
-    for name,v in dict(ranks=ranks, slots=slots, nodes=nodes, n_group=n_group).items():
-        if not isinstance(v, int) or v<1: raise ValueError(f'{name}={v!r}: must be a positive integer')
-    if ranks*slots<E: raise ValueError(f'{ranks} ranks of {slots} slots: hold {ranks*slots} of {E} experts; use at least {-(-E//ranks)} slots')
-    if slots>E: raise ValueError(f'slots={slots}: a rank would hold some of the {E} experts twice; use at most {E}')
-    if ranks%nodes: raise ValueError(f'ranks={ranks}: must divide evenly over nodes={nodes}')
-    if E%n_group: raise ValueError(f'n_group={n_group}: must divide the {E} experts')
+    if load.dim() not in (1, 2) or not load.isfinite().all() or (load < 0).any():
+        raise ValueError(
+            f'load of shape {tuple(load.shape)}: must be '
+            f'(layers, experts) of finite counts, 0 or more'
+        )
+    for name, v in dict(ranks=ranks, slots=slots, nodes=nodes, n_group=n_group).items():
+        if not isinstance(v, int) or v < 1:
+            raise ValueError(f'{name}={v!r}: must be a positive integer')
+    if ranks * slots < E:
+        raise ValueError(
+            f'{ranks} ranks of {slots} slots: hold {ranks * slots} '
+            f'of {E} experts; use at least {-(-E // ranks)} slots'
+        )
+    if slots > E:
+        raise ValueError(
+            f'slots={slots}: a rank would hold some of the {E} experts twice; use at most {E}'
+        )
+    if ranks % nodes:
+        raise ValueError(f'ranks={ranks}: must divide evenly over nodes={nodes}')
+    if E % n_group:
+        raise ValueError(f'n_group={n_group}: must divide the {E} experts')
 
 # %% ../nbs/15a_placement.ipynb #ed0a207d
 def least_imbalance(
-    load:Tensor, # tokens per expert (layers, experts)
-    ranks:int,   # GPUs that share a layer
-    slots:int,   # experts that each of them holds
-)->Tensor:       # no placement is below this (layers,)
+    load: Tensor,  # tokens per expert (layers, experts)
+    ranks: int,  # GPUs that share a layer
+    slots: int,  # experts that each of them holds
+) -> Tensor:  # no placement is below this (layers,)
     "A lower bound on the fullest rank over the mean"
     loads = load.double().numpy()
-    return torch.tensor([max(1., (n/replicate(n, ranks*slots, ranks)).max()*ranks/n.sum()) for n in loads])
+    return torch.tensor(
+        [max(1.0, (n / replicate(n, ranks * slots, ranks)).max() * ranks / n.sum()) for n in loads]
+    )

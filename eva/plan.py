@@ -10,272 +10,484 @@ __all__ = ['GPUS', 'SCHEDULES', 'RECOMPUTE', 'SCALE', 'GPU', 'Layout', 'divisors
 # %% ../nbs/15b_plan.ipynb #63bb74cf
 import math
 from dataclasses import dataclass
+
 from fastcore.basics import patch
 from torch import Tensor
+
 from .config import Config
 
 # %% ../nbs/15b_plan.ipynb #ff69fe67
 @dataclass(frozen=True)
 class GPU:
     "Published peaks of one GPU in a machine of eight"
-    bf16:float    # FLOPs per second
-    fp8:float     # FLOPs per second, 0 if it has no such products
-    memory:float  # bytes
-    hbm:float     # bytes per second from and to its memory
-    nvlink:float  # bytes per second to its neighbours, one direction
-    network:float # bytes per second to other machines, one direction
+
+    bf16: float  # FLOPs per second
+    fp8: float  # FLOPs per second, 0 if it has no such products
+    memory: float  # bytes
+    hbm: float  # bytes per second from and to its memory
+    nvlink: float  # bytes per second to its neighbours, one direction
+    network: float  # bytes per second to other machines, one direction
+
 
 GPUS = dict(
     a100=GPU(312e12, 0, 80e9, 2.039e12, 300e9, 25e9),
     h800=GPU(989.4e12, 1978.9e12, 80e9, 3.35e12, 160e9, 50e9),
     h100=GPU(989.4e12, 1978.9e12, 80e9, 3.35e12, 450e9, 50e9),
     h200=GPU(989.4e12, 1978.9e12, 141e9, 4.8e12, 450e9, 50e9),
-    b200=GPU(2250e12, 4500e12, 180e9, 8e12, 900e9, 50e9))
+    b200=GPU(2250e12, 4500e12, 180e9, 8e12, 900e9, 50e9),
+)
 
 # %% ../nbs/15b_plan.ipynb #486890ac
 SCHEDULES = ('1f1b', 'zb', 'dualpipe')
 RECOMPUTE = ('none', 'selective', 'full')
 
+
 @dataclass
 class Layout:
     "How a model and its batch are spread over GPUs; defaults are DeepSeek-V3's run"
-    gpus:int = 2048          # altogether
-    pp:int = 16              # pipeline stages
-    ep:int = 64              # GPUs that share the routed experts of a stage
-    tp:int = 1               # GPUs that share every other matrix of a stage
-    batch:int = 15360        # sequences per step
-    seq:int = 4096           # tokens per sequence
-    micro_batch:int = 1      # sequences per pass
-    schedule:str = 'dualpipe' # of the pipeline: 1f1b, zb (ZB1P) or dualpipe
-    recompute:str = 'selective' # in the backward pass: none, selective (as V3) or full
-    precision:str = 'fp8'    # of the products: bf16 or fp8
-    moments:str = 'bf16'     # of AdamW: bf16 (V3) or fp32
-    per_node:int = 8         # GPUs of a machine
+
+    gpus: int = 2048  # altogether
+    pp: int = 16  # pipeline stages
+    ep: int = 64  # GPUs that share the routed experts of a stage
+    tp: int = 1  # GPUs that share every other matrix of a stage
+    batch: int = 15360  # sequences per step
+    seq: int = 4096  # tokens per sequence
+    micro_batch: int = 1  # sequences per pass
+    schedule: str = 'dualpipe'  # of the pipeline: 1f1b, zb (ZB1P) or dualpipe
+    recompute: str = 'selective'  # in the backward pass: none, selective (as V3) or full
+    precision: str = 'fp8'  # of the products: bf16 or fp8
+    moments: str = 'bf16'  # of AdamW: bf16 (V3) or fp32
+    per_node: int = 8  # GPUs of a machine
 
     @property
-    def dp(self)->int: return self.gpus//(self.pp*self.tp) # replicas of each stage
+    def dp(self) -> int:
+        return self.gpus // (self.pp * self.tp)  # replicas of each stage
+
     @property
-    def micro_batches(self)->int: return self.batch//(self.dp*self.micro_batch) # per replica and step
+    def micro_batches(self) -> int:
+        return self.batch // (self.dp * self.micro_batch)  # per replica and step
+
     @property
-    def tokens(self)->float: return self.micro_batch*self.seq/self.tp # of a micro-batch on one GPU
+    def tokens(self) -> float:
+        return self.micro_batch * self.seq / self.tp  # of a micro-batch on one GPU
+
     @property
-    def copies(self)->int: return 2 if self.schedule=='dualpipe' else 1 # of each stage: DualPipe runs the pipeline from both ends
+    def copies(self) -> int:
+        return (
+            2 if self.schedule == 'dualpipe' else 1
+        )  # of each stage: DualPipe runs the pipeline from both ends
 
 # %% ../nbs/15b_plan.ipynb #1cc9a364
-def divisors(n): return [o for o in range(1, n+1) if n%o==0]
+def divisors(n):
+    return [o for o in range(1, n + 1) if n % o == 0]
+
 
 def near(v, ok):
     "The numbers of `ok` around `v`, for a message"
-    return ', '.join(map(str, ([o for o in ok if o<=v][-2:] + [o for o in ok if o>v][:2])))
+    return ', '.join(map(str, ([o for o in ok if o <= v][-2:] + [o for o in ok if o > v][:2])))
 
-def multiples(v, of): return near(v, [o for o in (v//of*of, (v//of+1)*of) if o])
+
+def multiples(v, of):
+    return near(v, [o for o in (v // of * of, (v // of + 1) * of) if o])
+
 
 @patch
-def check(self:Layout,
-    cfg:Config, # the model
+def check(
+    self: Layout,
+    cfg: Config,  # the model
 ):
     "Raise a `ValueError` that names the first number which does not divide, and some that do"
+
     def need(ok, name, text):
-        if not ok: raise ValueError(f'{name}={getattr(self, name)!r}: {text}')
-    for o in 'gpus pp ep tp batch seq micro_batch per_node'.split():
+        if not ok:
+            raise ValueError(f'{name}={getattr(self, name)!r}: {text}')
+
+    for o in ['gpus', 'pp', 'ep', 'tp', 'batch', 'seq', 'micro_batch', 'per_node']:
         v = getattr(self, o)
-        need(isinstance(v, int) and not isinstance(v, bool) and v>0, o, 'must be a positive integer')
-    for o,ok in dict(schedule=SCHEDULES, recompute=RECOMPUTE, precision=('bf16', 'fp8'), moments=('bf16', 'fp32')).items():
+        need(
+            isinstance(v, int) and not isinstance(v, bool) and v > 0,
+            o,
+            'must be a positive integer',
+        )
+    for o, ok in dict(
+        schedule=SCHEDULES, recompute=RECOMPUTE, precision=('bf16', 'fp8'), moments=('bf16', 'fp32')
+    ).items():
         need(getattr(self, o) in ok, o, f'must be one of {", ".join(ok)}')
-    blocks,part = cfg.num_hidden_layers+cfg.num_nextn_predict_layers,self.pp*self.tp
-    need(self.pp<=blocks, 'pp', f'each stage needs a layer, and the model has {blocks}; use at most {blocks}')
-    need(self.gpus%part==0, 'gpus', f'must be a multiple of pp·tp={part}, such as {multiples(self.gpus, part)}')
-    need(self.schedule!='dualpipe' or self.pp%2==0, 'pp', f'dualpipe runs from both ends and needs an even number of stages, such as {self.pp+1}')
+    blocks = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
+    part = self.pp * self.tp
+    need(
+        self.pp <= blocks,
+        'pp',
+        f'each stage needs a layer, and the model has {blocks}; use at most {blocks}',
+    )
+    need(
+        self.gpus % part == 0,
+        'gpus',
+        f'must be a multiple of pp·tp={part}, such as {multiples(self.gpus, part)}',
+    )
+    need(
+        self.schedule != 'dualpipe' or self.pp % 2 == 0,
+        'pp',
+        f'dualpipe runs from both ends and needs an even number of stages, such as {self.pp + 1}',
+    )
     heads = cfg.num_attention_heads
-    need(heads%self.tp==0 and self.seq%self.tp==0, 'tp',
-         f'must divide {heads} heads and {self.seq} positions, as {near(self.tp, divisors(math.gcd(heads, self.seq)))} do')
-    both = divisors(math.gcd(self.dp*self.tp, cfg.n_routed_experts))
-    need(self.ep in both, 'ep', f'must divide the {self.dp*self.tp} GPUs of a stage and {cfg.n_routed_experts} experts, as {near(self.ep, both)} do')
-    need(self.ep<=self.per_node or self.ep%self.per_node==0, 'ep', f'fills no whole machines of {self.per_node} GPUs; use a multiple of {self.per_node}')
-    unit = self.dp*self.micro_batch
-    need(self.batch%unit==0 and self.batch>=unit, 'batch', f'must be a multiple of dp·micro_batch={unit}, such as {multiples(self.batch, unit)}')
-    some = 'an even number, ' if self.schedule=='dualpipe' else ''
-    least = {'1f1b': 1, 'zb': self.pp, 'dualpipe': 2*self.pp}[self.schedule]
-    need(self.micro_batches>=least and (self.schedule!='dualpipe' or self.micro_batches%2==0), 'batch',
-         f'gives {self.micro_batches} micro-batches to a replica, and {self.schedule} with {self.pp} stages needs '
-         f'{some}at least {least}; use a multiple of {unit*2 if some else unit} from {unit*least} on')
+    need(
+        heads % self.tp == 0 and self.seq % self.tp == 0,
+        'tp',
+        f'must divide {heads} heads and {self.seq} positions, as '
+        f'{near(self.tp, divisors(math.gcd(heads, self.seq)))} do',
+    )
+    both = divisors(math.gcd(self.dp * self.tp, cfg.n_routed_experts))
+    need(
+        self.ep in both,
+        'ep',
+        f'must divide the {self.dp * self.tp} GPUs of a stage and '
+        f'{cfg.n_routed_experts} experts, as {near(self.ep, both)} do',
+    )
+    need(
+        self.ep <= self.per_node or self.ep % self.per_node == 0,
+        'ep',
+        f'fills no whole machines of {self.per_node} GPUs; use a multiple of {self.per_node}',
+    )
+    unit = self.dp * self.micro_batch
+    need(
+        self.batch % unit == 0 and self.batch >= unit,
+        'batch',
+        f'must be a multiple of dp·micro_batch={unit}, such as {multiples(self.batch, unit)}',
+    )
+    some = 'an even number, ' if self.schedule == 'dualpipe' else ''
+    least = {'1f1b': 1, 'zb': self.pp, 'dualpipe': 2 * self.pp}[self.schedule]
+    need(
+        self.micro_batches >= least
+        and (self.schedule != 'dualpipe' or self.micro_batches % 2 == 0),
+        'batch',
+        f'gives {self.micro_batches} micro-batches to a replica, '
+        f'and {self.schedule} with {self.pp} stages needs '
+        f'{some}at least {least}; use a multiple of '
+        f'{unit * 2 if some else unit} from {unit * least} on',
+    )
 
 # %% ../nbs/15b_plan.ipynb #23001269
 def pieces(
-    cfg:Config, # the model
-)->dict:        # kind of block, 'embedding' or 'head' -> parameters and products of one
+    cfg: Config,  # the model
+) -> dict:  # kind of block, 'embedding' or 'head' -> parameters and products of one
     "One block of each kind: parameters by how they are spread, and multiply-adds per token"
-    p,L,K,D = cfg.param_parts(),cfg.num_hidden_layers,cfg.first_k_dense_replace,cfg.num_nextn_predict_layers
-    one = lambda name,n,i=0: p[name][i]//n if n else 0
-    d,down = cfg.hidden_size,cfg.hidden_size*((cfg.q_lora_rank or 0)+cfg.kv_lora_rank+cfg.qk_rope_head_dim)
-    attn,norms = one('attention', L),(p['norms'][0]-d)//L
-    core = (cfg.flops_per_token(2)-cfg.flops_per_token(1))//(2*L)           # multiply-adds of attention per position looked at
-    block = dict(split=attn-down, whole=down+norms, routed=0, low=attn, products=attn, low_products=attn, core=core)
-    def add(a, **b): return a | {k: a.get(k, 0)+v for k,v in b.items()}
+    p = cfg.param_parts()
+    L = cfg.num_hidden_layers
+    K = cfg.first_k_dense_replace
+    D = cfg.num_nextn_predict_layers
+
+    def one(name, n, i=0):
+        return p[name][i] // n if n else 0
+
+    d = cfg.hidden_size
+    down = cfg.hidden_size * ((cfg.q_lora_rank or 0) + cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+    attn = one('attention', L)
+    norms = (p['norms'][0] - d) // L
+    core = (cfg.flops_per_token(2) - cfg.flops_per_token(1)) // (
+        2 * L
+    )  # multiply-adds of attention per position looked at
+    block = dict(
+        split=attn - down,
+        whole=down + norms,
+        routed=0,
+        low=attn,
+        products=attn,
+        low_products=attn,
+        core=core,
+    )
+
+    def add(a, **b):
+        return a | {k: a.get(k, 0) + v for k, v in b.items()}
+
     dense = one('dense', K)
-    shared,router,routed,used = (one(*o) for o in (('shared', L-K), ('router', L-K), ('routed', L-K), ('routed', L-K, 2)))
-    out = dict(dense=add(block, split=dense, low=dense, products=dense, low_products=dense),
-               moe=add(block, split=shared, whole=router, routed=routed, low=shared+routed, products=shared+router+used, low_products=shared+used),
-               embedding=dict(split=p['embedding'][0]), head=dict(split=p['head'][0], whole=d, products=p['head'][2])) # with the last norm
-    if D: out['mtp'] = add(out['moe' if L>K else 'dense'], whole=(m := cfg.param_parts(True)['mtp'])[0]//D, products=m[2]//D)
+    shared, router, routed, used = (
+        one(*o)
+        for o in (('shared', L - K), ('router', L - K), ('routed', L - K), ('routed', L - K, 2))
+    )
+    out = dict(
+        dense=add(block, split=dense, low=dense, products=dense, low_products=dense),
+        moe=add(
+            block,
+            split=shared,
+            whole=router,
+            routed=routed,
+            low=shared + routed,
+            products=shared + router + used,
+            low_products=shared + used,
+        ),
+        embedding=dict(split=p['embedding'][0]),
+        head=dict(split=p['head'][0], whole=d, products=p['head'][2]),
+    )  # with the last norm
+    if D:
+        out['mtp'] = add(
+            out['moe' if L > K else 'dense'],
+            whole=(m := cfg.param_parts(True)['mtp'])[0] // D,
+            products=m[2] // D,
+        )
     return out
 
 # %% ../nbs/15b_plan.ipynb #26fd5d67
 def stages(
-    cfg:Config, # the model
-    pp:int,     # how many
-    seq:int=4096, # tokens per sequence, which attention sees half of on average
-)->list[list[str]]: # the pieces of each stage, in order
+    cfg: Config,  # the model
+    pp: int,  # how many
+    seq: int = 4096,  # tokens per sequence, which attention sees half of on average
+) -> list[list[str]]:  # the pieces of each stage, in order
     "Cut the chain of layers where the slowest stage is fastest, then as evenly as possible"
-    p,L,K,D = pieces(cfg),cfg.num_hidden_layers,cfg.first_k_dense_replace,cfg.num_nextn_predict_layers
-    kinds = ['dense']*K+['moe']*(L-K)+['mtp']*D
-    cost = [p[o]['products']+p[o]['core']*(seq+1)/2 for o in kinds]
-    cost[-1] += p['head']['products']*(1+D)                                 # the last block and the head stay together
-    total = [0.]
-    for c in cost: total.append(total[-1]+c)
-    best = {(0, 0): (0., 0., [])}                                           # stages, blocks -> slowest, sum of squares, cuts
-    for s in range(1, pp+1):
-        for n in range(s, len(kinds)-(pp-s)+1):
-            best[s,n] = min((max(best[s-1,m][0], c := total[n]-total[m]), best[s-1,m][1]+c*c, best[s-1,m][2]+[n])
-                            for m in range(s-1, n) if (s-1,m) in best)
-    cuts = [0]+best[pp,len(kinds)][2]
-    out = [kinds[a:b] for a,b in zip(cuts, cuts[1:])]
-    out[0] = ['embedding']+out[0]
-    out[-1] = out[-1]+['head']                                              # which may be the same stage
+    p = pieces(cfg)
+    L = cfg.num_hidden_layers
+    K = cfg.first_k_dense_replace
+    D = cfg.num_nextn_predict_layers
+    kinds = ['dense'] * K + ['moe'] * (L - K) + ['mtp'] * D
+    cost = [p[o]['products'] + p[o]['core'] * (seq + 1) / 2 for o in kinds]
+    cost[-1] += p['head']['products'] * (1 + D)  # the last block and the head stay together
+    total = [0.0]
+    for c in cost:
+        total.append(total[-1] + c)
+    best = {(0, 0): (0.0, 0.0, [])}  # stages, blocks -> slowest, sum of squares, cuts
+    for s in range(1, pp + 1):
+        for n in range(s, len(kinds) - (pp - s) + 1):
+            best[s, n] = min(
+                (
+                    max(best[s - 1, m][0], c := total[n] - total[m]),
+                    best[s - 1, m][1] + c * c,
+                    best[s - 1, m][2] + [n],
+                )
+                for m in range(s - 1, n)
+                if (s - 1, m) in best
+            )
+    cuts = [0] + best[pp, len(kinds)][2]
+    out = [kinds[a:b] for a, b in zip(cuts, cuts[1:])]
+    out[0] = ['embedding'] + out[0]
+    out[-1] = out[-1] + ['head']  # which may be the same stage
     return out
 
 # %% ../nbs/15b_plan.ipynb #63d31227
-SCALE = 4/128**2 # bytes per weight for the float32 scale of a block
+SCALE = 4 / 128**2  # bytes per weight for the float32 scale of a block
+
 
 def state_bytes(
-    n:float,            # parameters on this GPU
-    low:float=0,        # of these, kept in FP8 where the precision is fp8
-    precision:str='bf16', # fp32, bf16 or fp8
-    moments:str='bf16', # of AdamW: bf16 or fp32
-    shards:int=1,       # GPUs over which ZeRO-1 spreads the optimizer
-)->dict:                # part -> bytes
+    n: float,  # parameters on this GPU
+    low: float = 0,  # of these, kept in FP8 where the precision is fp8
+    precision: str = 'bf16',  # fp32, bf16 or fp8
+    moments: str = 'bf16',  # of AdamW: bf16 or fp32
+    shards: int = 1,  # GPUs over which ZeRO-1 spreads the optimizer
+) -> dict:  # part -> bytes
     "Weights, gradients and optimizer of some parameters"
-    weights = dict(fp32=4*n, bf16=2*n, fp8=2*n-low*(1-SCALE))[precision]
-    masters = 0 if precision=='fp32' else 4*n                               # weights in float32 are their own masters
-    return dict(weights=weights, gradients=4*n, optimizer=(masters+2*n*dict(bf16=2, fp32=4)[moments])/shards)
+    weights = dict(fp32=4 * n, bf16=2 * n, fp8=2 * n - low * (1 - SCALE))[precision]
+    masters = 0 if precision == 'fp32' else 4 * n  # weights in float32 are their own masters
+    return dict(
+        weights=weights,
+        gradients=4 * n,
+        optimizer=(masters + 2 * n * dict(bf16=2, fp32=4)[moments]) / shards,
+    )
 
 # %% ../nbs/15b_plan.ipynb #cb26a09f
 def block_activations(
-    cfg:Config,           # the model
-    kind:str,             # dense or moe
-    precision:str='bf16', # fp32, bf16 or fp8
-    recompute:str='none', # none, selective or full
-    fused:bool=True,      # norms in one kernel, as on CUDA?
-)->dict:                  # part -> bytes per token
+    cfg: Config,  # the model
+    kind: str,  # dense or moe
+    precision: str = 'bf16',  # fp32, bf16 or fp8
+    recompute: str = 'none',  # none, selective or full
+    fused: bool = True,  # norms in one kernel, as on CUDA?
+) -> dict:  # part -> bytes per token
     "What one block keeps of a token until its backward pass"
-    d,r,c = cfg.hidden_size,cfg.q_lora_rank or 0,cfg.kv_lora_rank+cfg.qk_rope_head_dim
-    n,k,m = cfg.num_attention_heads,cfg.num_experts_per_tok,cfg.moe_intermediate_size
-    w,v = max(cfg.qk_nope_head_dim+cfg.qk_rope_head_dim, cfg.v_head_dim),cfg.v_head_dim
-    b = 4 if precision=='fp32' else 2
-    a = 1+4/128 if precision=='fp8' else b
-    if recompute=='full': return dict(stream=d*b)
-    wide = (2 if b==2 else 1)*4                                             # float32 copies of a norm's input, unless it is one itself
-    def norm(width, kept): return kept*b+4 if fused else (wide*width if b==2 else kept*b+wide*width)+4
-    s = cfg.n_shared_experts*m if kind=='moe' else cfg.intermediate_size
-    router = 4*cfg.n_routed_experts+k*(20+b)+4 if kind=='moe' else 0
-    if recompute=='selective':
-        out = dict(stream=2*d*b, attention=r*b+c*b+n*v*b+4*n, shared=2*s*a)
-        return out | (dict(router=router, experts=k*(d*a+2*m*a)) if kind=='moe' else {})
-    latents = (norm(r, r)+r*a if r else 0)+norm(cfg.kv_lora_rank, c)+c*a
-    out = dict(stream=2*norm(d, d)+d*a+(d*a if s else 0), attention=latents+4*n*w*b+4*n+n*v*a, shared=s*(3*b+a))
-    if kind=='moe': out |= dict(router=router+(4*d if b==2 else d*b*(not s)), experts=k*(d*a+3*m*b+m*a+d*b))
+    d = cfg.hidden_size
+    r = cfg.q_lora_rank or 0
+    c = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    n = cfg.num_attention_heads
+    k = cfg.num_experts_per_tok
+    m = cfg.moe_intermediate_size
+    w = max(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim, cfg.v_head_dim)
+    v = cfg.v_head_dim
+    b = 4 if precision == 'fp32' else 2
+    a = 1 + 4 / 128 if precision == 'fp8' else b
+    if recompute == 'full':
+        return dict(stream=d * b)
+    wide = (2 if b == 2 else 1) * 4  # float32 copies of a norm's input, unless it is one itself
+
+    def norm(width, kept):
+        return kept * b + 4 if fused else (wide * width if b == 2 else kept * b + wide * width) + 4
+
+    s = cfg.n_shared_experts * m if kind == 'moe' else cfg.intermediate_size
+    router = 4 * cfg.n_routed_experts + k * (20 + b) + 4 if kind == 'moe' else 0
+    if recompute == 'selective':
+        out = dict(stream=2 * d * b, attention=r * b + c * b + n * v * b + 4 * n, shared=2 * s * a)
+        return out | (dict(router=router, experts=k * (d * a + 2 * m * a)) if kind == 'moe' else {})
+    latents = (norm(r, r) + r * a if r else 0) + norm(cfg.kv_lora_rank, c) + c * a
+    out = dict(
+        stream=2 * norm(d, d) + d * a + (d * a if s else 0),
+        attention=latents + 4 * n * w * b + 4 * n + n * v * a,
+        shared=s * (3 * b + a),
+    )
+    if kind == 'moe':
+        out |= dict(
+            router=router + (4 * d if b == 2 else d * b * (not s)),
+            experts=k * (d * a + 3 * m * b + m * a + d * b),
+        )
     return out
 
 # %% ../nbs/15b_plan.ipynb #0f8eff94
 def blocks_of(
-    cfg:Config, # the model
-    stage:list, # pieces
-)->list[str]:   # dense or moe for each
+    cfg: Config,  # the model
+    stage: list,  # pieces
+) -> list[str]:  # dense or moe for each
     "The blocks of a stage; that of an MTP module is as the last of the model"
-    last = 'moe' if cfg.first_k_dense_replace<cfg.num_hidden_layers else 'dense'
-    return [last if o=='mtp' else o for o in stage if o not in ('embedding', 'head')]
+    last = 'moe' if cfg.first_k_dense_replace < cfg.num_hidden_layers else 'dense'
+    return [last if o == 'mtp' else o for o in stage if o not in ('embedding', 'head')]
+
 
 def stage_memory(
-    cfg:Config,   # the model
-    lay:Layout,   # checked
-    stage:list,   # its pieces
-    in_flight:float, # micro-batches whose activations are kept
-)->dict:          # part -> bytes on one GPU
+    cfg: Config,  # the model
+    lay: Layout,  # checked
+    stage: list,  # its pieces
+    in_flight: float,  # micro-batches whose activations are kept
+) -> dict:  # part -> bytes on one GPU
     "What one stage takes"
-    p,out = pieces(cfg),{k: 0. for k in ('dense weights', 'expert weights', 'dense gradients', 'expert gradients', 'optimizer', 'activations')}
-    held = stage+['embedding']*('mtp' in stage and lay.copies==1 and 'embedding' not in stage)
+    p = pieces(cfg)
+    out = dict.fromkeys(
+        (
+            'dense weights',
+            'expert weights',
+            'dense gradients',
+            'expert gradients',
+            'optimizer',
+            'activations',
+        ),
+        0.0,
+    )
+    held = stage + ['embedding'] * ('mtp' in stage and lay.copies == 1 and 'embedding' not in stage)
     for o in (p[o] for o in held):
-        whole,routed,low = o.get('whole', 0),o.get('routed', 0),o.get('low', 0)
-        dense = o.get('split', 0)/lay.tp+whole
-        group = lay.dp*lay.tp*lay.copies
-        low_dense = (low-routed)*dense/(o.get('split', 0)+whole)
-        for name,n,eight,shards in (('dense', dense, low_dense, lay.dp*lay.copies), ('expert', routed/lay.ep, routed/lay.ep, group/lay.ep)):
+        whole = o.get('whole', 0)
+        routed = o.get('routed', 0)
+        low = o.get('low', 0)
+        dense = o.get('split', 0) / lay.tp + whole
+        group = lay.dp * lay.tp * lay.copies
+        low_dense = (low - routed) * dense / (o.get('split', 0) + whole)
+        for name, n, eight, shards in (
+            ('dense', dense, low_dense, lay.dp * lay.copies),
+            ('expert', routed / lay.ep, routed / lay.ep, group / lay.ep),
+        ):
             b = state_bytes(n, eight, lay.precision, lay.moments, shards)
-            out[f'{name} weights'] += b['weights']; out[f'{name} gradients'] += b['gradients']; out['optimizer'] += b['optimizer']
-    d,extra = cfg.hidden_size,{'head': 4*cfg.hidden_size*(1+cfg.num_nextn_predict_layers), 'mtp': 8*cfg.hidden_size, 'embedding': 8}
-    kept = sum(sum(block_activations(cfg, o, lay.precision, lay.recompute).values()) for o in blocks_of(cfg, stage)) + sum(extra.get(o, 0) for o in stage)
-    return out | dict(activations=kept*lay.tokens*in_flight)
+            out[f'{name} weights'] += b['weights']
+            out[f'{name} gradients'] += b['gradients']
+            out['optimizer'] += b['optimizer']
+    d = cfg.hidden_size
+    extra = {
+        'head': 4 * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers),
+        'mtp': 8 * cfg.hidden_size,
+        'embedding': 8,
+    }
+    kept = sum(
+        sum(block_activations(cfg, o, lay.precision, lay.recompute).values())
+        for o in blocks_of(cfg, stage)
+    ) + sum(extra.get(o, 0) for o in stage)
+    return out | dict(activations=kept * lay.tokens * in_flight)
 
 # %% ../nbs/15b_plan.ipynb #be3b3c07
 def memory(
-    cfg:Config, # the model
-    lay:Layout, # how it is spread
-)->list[dict]:  # for each pipeline rank: part -> bytes on each of its GPUs
+    cfg: Config,  # the model
+    lay: Layout,  # how it is spread
+) -> list[dict]:  # for each pipeline rank: part -> bytes on each of its GPUs
     "Memory of every GPU of a pipeline"
     lay.check(cfg)
-    cut,pp,m = stages(cfg, lay.pp, lay.seq),lay.pp,lay.micro_batches
-    block = lambda how: max(sum(block_activations(cfg, o, lay.precision, how).values()) for o in set(sum(cut, []))&{'dense', 'moe'})
-    working = (block('none')-block(lay.recompute))*lay.tokens
-    both = lambda r: [(r, (pp+1)/2), (pp-1-r, (pp+1)/2)] if lay.schedule=='dualpipe' else [(r, min(m, pp-r))]
+    cut = stages(cfg, lay.pp, lay.seq)
+    pp = lay.pp
+    m = lay.micro_batches
+
+    def block(how):
+        return max(
+            sum(block_activations(cfg, o, lay.precision, how).values())
+            for o in set(sum(cut, [])) & {'dense', 'moe'}
+        )
+
+    working = (block('none') - block(lay.recompute)) * lay.tokens
+
+    def both(r):
+        return (
+            [(r, (pp + 1) / 2), (pp - 1 - r, (pp + 1) / 2)]
+            if lay.schedule == 'dualpipe'
+            else [(r, min(m, pp - r))]
+        )
+
     out = []
     for r in range(pp):
-        parts = [stage_memory(cfg, lay, cut[s], n) for s,n in both(r)]
+        parts = [stage_memory(cfg, lay, cut[s], n) for s, n in both(r)]
         out.append({k: sum(o[k] for o in parts) for k in parts[0]} | dict(recomputed=working))
     return out
 
 # %% ../nbs/15b_plan.ipynb #0d9ea11b
 def expected_places(
-    cfg:Config, # experts, groups and choices
-    places:int, # GPUs or machines that share the experts evenly
-)->float:       # of them, visited by a token on average
+    cfg: Config,  # experts, groups and choices
+    places: int,  # GPUs or machines that share the experts evenly
+) -> float:  # of them, visited by a token on average
     "How many places a token visits, if all choices are equally likely"
-    E,K = cfg.n_routed_experts,cfg.num_experts_per_tok
-    G,M = (1, 1) if cfg.topk_method=='greedy' else (cfg.n_group, cfg.topk_group)
-    if E%places or places%G and G%places: raise ValueError(f'{places} places: must divide {E} experts, and {G} groups or be a multiple of them')
-    open_,C = M*E//G,math.comb
-    if places%G==0: return places*M/G*(1-C(open_-E//places, K)/C(open_, K))
-    g = G//places
-    return places*sum(C(g, j)*C(G-g, M-j)/C(G, M)*(1-C((M-j)*E//G, K)/C(open_, K)) for j in range(1, min(g, M)+1))
+    E = cfg.n_routed_experts
+    K = cfg.num_experts_per_tok
+    G, M = (1, 1) if cfg.topk_method == 'greedy' else (cfg.n_group, cfg.topk_group)
+    if E % places or places % G and G % places:
+        raise ValueError(
+            f'{places} places: must divide {E} experts, and {G} groups or be a multiple of them'
+        )
+    open_ = M * E // G
+    C = math.comb
+    if places % G == 0:
+        return places * M / G * (1 - C(open_ - E // places, K) / C(open_, K))
+    g = G // places
+    return places * sum(
+        C(g, j) * C(G - g, M - j) / C(G, M) * (1 - C((M - j) * E // G, K) / C(open_, K))
+        for j in range(1, min(g, M) + 1)
+    )
+
 
 def places_visited(
-    indices:Tensor, # chosen experts (tokens, num_experts_per_tok)
-    experts:int,    # of the layer
-    places:int,     # that share them evenly, in order
-)->Tensor:          # True where a token visits a place (tokens, places)
+    indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
+    experts: int,  # of the layer
+    places: int,  # that share them evenly, in order
+) -> Tensor:  # True where a token visits a place (tokens, places)
     "Where routing sends each token"
-    return indices.new_zeros(len(indices), places).scatter_(1, indices//(experts//places), 1).bool()
+    return (
+        indices.new_zeros(len(indices), places)
+        .scatter_(1, indices // (experts // places), 1)
+        .bool()
+    )
 
 # %% ../nbs/15b_plan.ipynb #c746c993
 def traffic(
-    cfg:Config, # the model
-    lay:Layout, # checked
-)->dict:        # what -> bytes that one GPU sends
+    cfg: Config,  # the model
+    lay: Layout,  # checked
+) -> dict:  # what -> bytes that one GPU sends
     "Bytes: of one MoE layer and micro-batch forward, of a stage boundary, of tensor parallelism per block, and of ZeRO-1 per step"
-    d,T,b = cfg.hidden_size,lay.tokens,2
-    machines = max(1, lay.ep//lay.per_node)
-    near_by = lay.ep//machines
-    out_row,back_row = d*(1+4/128) if lay.precision=='fp8' else d*b,d*b
-    away = expected_places(cfg, machines)*(machines-1)/machines if machines>1 else 0.
-    beside = expected_places(cfg, lay.ep)*(near_by-1)/near_by if lay.ep>1 else 0.
-    out = dict(dispatch_network=T*away*out_row, combine_network=T*away*back_row, dispatch_nvlink=T*beside*out_row, combine_nvlink=T*beside*back_row)
-    out['boundary'] = T*d*b if lay.pp>1 else 0.
-    out['tensor'] = 4*(lay.tp-1)*T*d*b
+    d = cfg.hidden_size
+    T = lay.tokens
+    b = 2
+    machines = max(1, lay.ep // lay.per_node)
+    near_by = lay.ep // machines
+    out_row = d * (1 + 4 / 128) if lay.precision == 'fp8' else d * b
+    back_row = d * b
+    away = expected_places(cfg, machines) * (machines - 1) / machines if machines > 1 else 0.0
+    beside = expected_places(cfg, lay.ep) * (near_by - 1) / near_by if lay.ep > 1 else 0.0
+    out = dict(
+        dispatch_network=T * away * out_row,
+        combine_network=T * away * back_row,
+        dispatch_nvlink=T * beside * out_row,
+        combine_nvlink=T * beside * back_row,
+    )
+    out['boundary'] = T * d * b if lay.pp > 1 else 0.0
+    out['tensor'] = 4 * (lay.tp - 1) * T * d * b
     states = [stage_memory(cfg, lay, o, 0) for o in stages(cfg, lay.pp, lay.seq)]
-    if lay.copies==2: states = [{k: a[k]+b[k] for k in a} for a,b in zip(states, states[::-1])]
-    dense = max(o['dense weights']+o['dense gradients'] for o in states)
-    expert = max(o['expert weights']+o['expert gradients'] for o in states)
-    holders,g = lay.dp*lay.copies,math.gcd(lay.dp*lay.tp, lay.per_node)//math.gcd(lay.tp, lay.per_node)
-    ring = lambda n: (n-1)/n if n>1 else 0.
-    again = lay.dp*lay.tp*lay.copies/lay.ep                                 # GPUs with the same experts
-    inside = lay.ep<lay.per_node                                            # some of them in the same machine
-    return out | dict(zero_nvlink=dense*ring(g)+expert*ring(again)*inside, zero_network=dense/g*ring(holders/g)+expert*ring(again)*(not inside))
+    if lay.copies == 2:
+        states = [{k: a[k] + b[k] for k in a} for a, b in zip(states, states[::-1])]
+    dense = max(o['dense weights'] + o['dense gradients'] for o in states)
+    expert = max(o['expert weights'] + o['expert gradients'] for o in states)
+    holders = lay.dp * lay.copies
+    g = math.gcd(lay.dp * lay.tp, lay.per_node) // math.gcd(lay.tp, lay.per_node)
+
+    def ring(n):
+        return (n - 1) / n if n > 1 else 0.0
+
+    again = lay.dp * lay.tp * lay.copies / lay.ep  # GPUs with the same experts
+    inside = lay.ep < lay.per_node  # some of them in the same machine
+    return out | dict(
+        zero_nvlink=dense * ring(g) + expert * ring(again) * inside,
+        zero_network=dense / g * ring(holders / g) + expert * ring(again) * (not inside),
+    )

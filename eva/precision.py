@@ -10,57 +10,78 @@ __all__ = ['TE_STATE', 'PRODUCTS', 'KINDS', 'Rounding', 'RoundedProduct', 'multi
 
 # %% ../nbs/08_precision.ipynb #7c5efe59
 import importlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
 from .cache import LatentCache
 from .config import Config
 from .fp8 import RECIPES, DelayedScale, Recipe, dequantize, fake_quantize, quantize, scale_shape
 from .moe import Collect, Dispatch, Experts, Gate, grouped_linear, layout
 from .products import Linear, multiplies_slowly, product
 from .stability import StabilityMonitor
-_all_ = ['StabilityMonitor'] # made by the chapter before, used from here too
+
+_all_ = ['StabilityMonitor']  # made by the chapter before, used from here too
 
 # %% ../nbs/08_precision.ipynb #c3524fd8
 class Rounding:
     "Rounds the tensors of one layer's products by a recipe"
-    def __init__(self,
-        recipe:Recipe, # blocks, formats, scales
+
+    def __init__(
+        self,
+        recipe: Recipe,  # blocks, formats, scales
     ):
         self.recipe = recipe
         formats = dict(x=recipe.fmt, w=recipe.fmt, g=recipe.grad_fmt)
-        self.delayed = {k: DelayedScale(recipe.history, f) for k,f in formats.items()} if recipe.history else {}
+        self.delayed = (
+            {k: DelayedScale(recipe.history, f) for k, f in formats.items()}
+            if recipe.history
+            else {}
+        )
 
-    def __call__(self,
-        t:Tensor,        # activations, weights, or gradients (..., rows, columns)
-        kind:str,        # x, w or g
-        rows:bool=False, # does the product sum over rows, not columns?
-        update:bool=True, # may delayed scales remember this call?
-    )->Tensor:           # what eight bits keep of it, float32, or bfloat16 where that is exact
+    def __call__(
+        self,
+        t: Tensor,  # activations, weights, or gradients (..., rows, columns)
+        kind: str,  # x, w or g
+        rows: bool = False,  # does the product sum over rows, not columns?
+        update: bool = True,  # may delayed scales remember this call?
+    ) -> Tensor:  # what eight bits keep of it, float32, or bfloat16 where that is exact
         "Blocks along the sum"
-        r,block = self.recipe,getattr(self.recipe, kind)
-        fmt = r.grad_fmt if kind=='g' else r.fmt
-        if self.delayed: rounded = self.delayed[kind].round(t, update)
-        else: rounded = fake_quantize(t, block[::-1] if block and rows else block, fmt, r.pow2)
-        return rounded.double() if t.dtype==torch.float64 else rounded # so that sums are as exact as the layer
+        r = self.recipe
+        block = getattr(self.recipe, kind)
+        fmt = r.grad_fmt if kind == 'g' else r.fmt
+        if self.delayed:
+            rounded = self.delayed[kind].round(t, update)
+        else:
+            rounded = fake_quantize(t, block[::-1] if block and rows else block, fmt, r.pow2)
+        return (
+            rounded.double() if t.dtype == torch.float64 else rounded
+        )  # so that sums are as exact as the layer
 
-    def again(self,
-        t:Tensor,  # as was given before
-        kept:Tensor, # what that call returned
-        kind:str,  # x, w or g
-    )->Tensor:     # cut along rows
+    def again(
+        self,
+        t: Tensor,  # as was given before
+        kept: Tensor,  # what that call returned
+        kind: str,  # x, w or g
+    ) -> Tensor:  # cut along rows
         "For another product of the same tensor, whose sum runs over rows"
         block = getattr(self.recipe, kind)
-        if block is None or block[0]==block[1]: return kept      # one scale for both directions
-        return self(kept if kind=='x' else t, kind, rows=True)
+        if block is None or block[0] == block[1]:
+            return kept  # one scale for both directions
+        return self(kept if kind == 'x' else t, kind, rows=True)
 
 # %% ../nbs/08_precision.ipynb #0ae3bf32
 class RoundedProduct(torch.autograd.Function):
     "A linear layer's product and its two gradients, each of rounded tensors"
+
     @staticmethod
-    def forward(ctx, x, W, rounding, ends, update=True): # (rows, in), (out, in) or (experts, out, in)
-        xq,Wq = rounding(x, 'x', update=update),rounding(W, 'w', update=update)
+    def forward(
+        ctx, x, W, rounding, ends, update=True
+    ):  # (rows, in), (out, in) or (experts, out, in)
+        xq = rounding(x, 'x', update=update)
+        Wq = rounding(W, 'w', update=update)
         ctx.update = update
         ctx.save_for_backward(xq, Wq, W, ends)
         ctx.rounding = rounding
@@ -69,29 +90,45 @@ class RoundedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (xq,Wq,W,ends),r,dx,dW = ctx.saved_tensors,ctx.rounding,None,None
+        (xq, Wq, W, ends), r, dx, dW = ctx.saved_tensors, ctx.rounding, None, None
         g = g.contiguous()
         gq = r(g, 'g', update=ctx.update)
-        if ctx.needs_input_grad[0]: dx = multiply(gq, r.again(W, Wq, 'w').mT, ends).to(g.dtype)
+        if ctx.needs_input_grad[0]:
+            dx = multiply(gq, r.again(W, Wq, 'w').mT, ends).to(g.dtype)
         if ctx.needs_input_grad[1]:
-            gq,xq = r.again(g, gq, 'g'),r.again(xq, xq, 'x')
-            if ends is None: dW = product(gq.mT, xq.mT) if multiplies_slowly(gq) else gq.mT @ xq
-            elif not fits(gq, xq): dW = torch.stack([a.mT @ b for a,b in zip(*(o.split(sizes_of(ends)) for o in (gq, xq)))])
-            elif multiplies_slowly(gq): dW = F.grouped_mm(gq.float().mT, xq.float(), offs=ends)
-            else: dW = F.grouped_mm(gq.mT, xq, offs=ends)
+            gq = r.again(g, gq, 'g')
+            xq = r.again(xq, xq, 'x')
+            if ends is None:
+                dW = product(gq.mT, xq.mT) if multiplies_slowly(gq) else gq.mT @ xq
+            elif not fits(gq, xq):
+                dW = torch.stack(
+                    [a.mT @ b for a, b in zip(*(o.split(sizes_of(ends)) for o in (gq, xq)))]
+                )
+            elif multiplies_slowly(gq):
+                dW = F.grouped_mm(gq.float().mT, xq.float(), offs=ends)
+            else:
+                dW = F.grouped_mm(gq.mT, xq, offs=ends)
             dW = dW.to(W.dtype)
-        return dx,dW,None,None,None
+        return dx, dW, None, None, None
+
 
 def multiply(
-    x:Tensor, # (rows, in)
-    W:Tensor, # (out, in), or a stack of them (experts, out, in)
-    ends:Tensor|None=None, # where each expert's rows end (experts,), int32
-)->Tensor:    # (rows, out)
+    x: Tensor,  # (rows, in)
+    W: Tensor,  # (out, in), or a stack of them (experts, out, in)
+    ends: Tensor | None = None,  # where each expert's rows end (experts,), int32
+) -> Tensor:  # (rows, out)
     "Plain or grouped"
     return product(x, W) if ends is None else grouped_linear(x, W, ends)
 
-def fits(*matrices): return all(m.shape[-1]*m.element_size()%16==0 and m.dtype!=torch.float64 for m in matrices) # PyTorch's grouped products ask for it
-def sizes_of(ends): return ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+def fits(*matrices):
+    return all(
+        m.shape[-1] * m.element_size() % 16 == 0 and m.dtype != torch.float64 for m in matrices
+    )  # PyTorch's grouped products ask for it
+
+
+def sizes_of(ends):
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 # %% ../nbs/08_precision.ipynb #5b0b340a
 def learning(
@@ -103,25 +140,44 @@ def learning(
 
 class FP8Linear(nn.Linear):
     "A linear layer that multiplies in eight bits"
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None,
-        recipe:str='block',    # one of `RECIPES`, or a `Recipe`
-        backend:str='auto',    # emulate, native, te, or auto: the best there is
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        device=None,
+        dtype=None,
+        recipe: str = 'block',  # one of `RECIPES`, or a `Recipe`
+        backend: str = 'auto',  # emulate, native, te, or auto: the best there is
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        equip(self, products_of(self, recipe, usable(backend, self.weight.device, recipe)), f'{recipe}, {backend}')
+        equip(
+            self,
+            products_of(self, recipe, usable(backend, self.weight.device, recipe)),
+            f'{recipe}, {backend}',
+        )
 
-    def forward(self,
-        x:Tensor, # (..., in_features)
-    )->Tensor:    # (..., out_features)
+    def forward(
+        self,
+        x: Tensor,  # (..., in_features)
+    ) -> Tensor:  # (..., out_features)
         "Multiply in eight bits, add the bias as it is"
-        if x.shape[-1]!=self.in_features: raise ValueError(f'x of shape {tuple(x.shape)}: must end in in_features={self.in_features}')
-        y = self.product(x.reshape(-1, self.in_features), self.weight, update=learning(self)).view(*x.shape[:-1], self.out_features)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f'x of shape {tuple(x.shape)}: must end in in_features={self.in_features}'
+            )
+        y = self.product(x.reshape(-1, self.in_features), self.weight, update=learning(self)).view(
+            *x.shape[:-1], self.out_features
+        )
         return y if self.bias is None else y + self.bias
 
     def operands(
         self,
         x: Tensor,  # (..., in_features)
-    ) -> tuple[Tensor, Tensor] | None:  # what eight bits keep of x (..., in_features) and of the weight
+    ) -> (
+        tuple[Tensor, Tensor] | None
+    ):  # what eight bits keep of x (..., in_features) and of the weight
         "Return what is really multiplied; None in training and where a backend does not show it"
         if torch.is_grad_enabled():
             return None
@@ -131,72 +187,121 @@ class FP8Linear(nn.Linear):
 
 class FP8Experts(Experts):
     "Stacked experts that multiply in eight bits"
-    def forward(self,
-        x:Tensor,       # tokens (tokens, hidden_size)
-        weights:Tensor, # factor on each choice (tokens, num_experts_per_tok)
-        indices:Tensor, # chosen experts (tokens, num_experts_per_tok)
-    )->Tensor:          # weighted sum over each token's experts (tokens, hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,  # tokens (tokens, hidden_size)
+        weights: Tensor,  # factor on each choice (tokens, num_experts_per_tok)
+        indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
+    ) -> Tensor:  # weighted sum over each token's experts (tokens, hidden_size)
         "As `Experts.forward`, with rows in tiles of 128"
         self._check(x, weights, indices)
-        source,place,ends = layout(indices, len(self.down_proj), 128)
-        filler = torch.ones(len(source), 1, dtype=torch.bool, device=x.device).index_fill_(0, place.flatten(), False)
-        gate,up = self.product(Dispatch.apply(x, source, place).masked_fill(filler, 0), self.gate_up_proj, ends, learning(self)).chunk(2, -1)
-        y = self.product2(self.act(gate)*up, self.down_proj, ends, learning(self))
-        return (Collect.apply(y, place)*weights.to(y.dtype)[...,None]).sum(1)
+        source, place, ends = layout(indices, len(self.down_proj), 128)
+        filler = torch.ones(len(source), 1, dtype=torch.bool, device=x.device).index_fill_(
+            0, place.flatten(), False
+        )
+        gate, up = self.product(
+            Dispatch.apply(x, source, place).masked_fill(filler, 0),
+            self.gate_up_proj,
+            ends,
+            learning(self),
+        ).chunk(2, -1)
+        y = self.product2(self.act(gate) * up, self.down_proj, ends, learning(self))
+        return (Collect.apply(y, place) * weights.to(y.dtype)[..., None]).sum(1)
 
 # %% ../nbs/08_precision.ipynb #a19dfbcc
 def native_matmul(
-    a:Tensor,     # sum along its columns (rows of a, k)
-    b:Tensor,     # sum along its columns (rows of b, k)
-    recipe:Recipe, # for the scales
-    kinds:str,    # what a and b are, such as 'xw' or 'gx'
-    dtype:torch.dtype, # of the result
-)->Tensor:        # (rows of a, rows of b)
+    a: Tensor,  # sum along its columns (rows of a, k)
+    b: Tensor,  # sum along its columns (rows of b, k)
+    recipe: Recipe,  # for the scales
+    kinds: str,  # what a and b are, such as 'xw' or 'gx'
+    dtype: torch.dtype,  # of the result
+) -> Tensor:  # (rows of a, rows of b)
     "a times b transposed by PyTorch's scaled product"
-    T,rows,columns = F.ScalingType,len(a),len(b)
-    block_a,block_b = (getattr(recipe, k) for k in kinds)
+    T = F.ScalingType
+    rows = len(a)
+    columns = len(b)
+    block_a, block_b = (getattr(recipe, k) for k in kinds)
     fill = 16 if block_a is None else 128
-    a,b = (F.pad(o, (0, -o.shape[1]%fill, 0, -len(o)%fill)) for o in (a, b))
-    (qa,sa),(qb,sb) = (quantize(o, block, recipe.grad_fmt if k=='g' else recipe.fmt, recipe.pow2) for o,block,k in zip((a, b), (block_a, block_b), kinds))
+    a, b = (F.pad(o, (0, -o.shape[1] % fill, 0, -len(o) % fill)) for o in (a, b))
+    (qa, sa), (qb, sb) = (
+        quantize(o, block, recipe.grad_fmt if k == 'g' else recipe.fmt, recipe.pow2)
+        for o, block, k in zip((a, b), (block_a, block_b), kinds)
+    )
     kind = {None: T.TensorWise, (1, 128): T.BlockWise1x128, (128, 128): T.BlockWise128x128}
-    if block_a is not None: sa = sa.T.contiguous().T
-    if block_b==(1, 128): sb = sb.T.contiguous().T
-    if block_b==(128, 128): sb = F.pad(sb, (0, -sb.shape[1]%4)).T
-    return F.scaled_mm(qa, qb.T, scale_a=sa, scale_recipe_a=kind[block_a], scale_b=sb, scale_recipe_b=kind[block_b], output_dtype=dtype)[:rows,:columns]
+    if block_a is not None:
+        sa = sa.T.contiguous().T
+    if block_b == (1, 128):
+        sb = sb.T.contiguous().T
+    if block_b == (128, 128):
+        sb = F.pad(sb, (0, -sb.shape[1] % 4)).T
+    return F.scaled_mm(
+        qa,
+        qb.T,
+        scale_a=sa,
+        scale_recipe_a=kind[block_a],
+        scale_b=sb,
+        scale_recipe_b=kind[block_b],
+        output_dtype=dtype,
+    )[:rows, :columns]
+
 
 class NativeProduct(torch.autograd.Function):
     "A linear layer's product and its two gradients by PyTorch's scaled product"
+
     @staticmethod
     def forward(ctx, x, W, recipe):
-        ctx.save_for_backward(x, W); ctx.recipe = recipe
+        ctx.save_for_backward(x, W)
+        ctx.recipe = recipe
         return native_matmul(x, W, recipe, 'xw', x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (x,W),r,dx,dW = ctx.saved_tensors,ctx.recipe,None,None
-        if ctx.needs_input_grad[0]: dx = native_matmul(g, W.T.contiguous(), r, 'gw', g.dtype)
-        if ctx.needs_input_grad[1]: dW = native_matmul(g.T.contiguous(), fake_quantize(x, r.x, r.fmt, r.pow2).T.contiguous(), r, 'gx', W.dtype)
-        return dx,dW,None
+        (x, W), r, dx, dW = ctx.saved_tensors, ctx.recipe, None, None
+        if ctx.needs_input_grad[0]:
+            dx = native_matmul(g, W.T.contiguous(), r, 'gw', g.dtype)
+        if ctx.needs_input_grad[1]:
+            dW = native_matmul(
+                g.T.contiguous(),
+                fake_quantize(x, r.x, r.fmt, r.pow2).T.contiguous(),
+                r,
+                'gx',
+                W.dtype,
+            )
+        return dx, dW, None
 
 # %% ../nbs/08_precision.ipynb #7022e25a
 def transformer_engine():
     "Its two modules, or one sentence on why not"
-    try: return importlib.import_module('transformer_engine.pytorch'),importlib.import_module('transformer_engine.common.recipe')
-    except Exception as e: # RuntimeError and OSError where libraries are missing
-        raise RuntimeError(f"Transformer Engine cannot be used here ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason given'}); "
-                           "on a machine with CUDA install eva[te], or use backend='emulate'") from None
+    try:
+        return importlib.import_module('transformer_engine.pytorch'), importlib.import_module(
+            'transformer_engine.common.recipe'
+        )
+    except Exception as e:  # RuntimeError and OSError where libraries are missing
+        raise RuntimeError(
+            f'Transformer Engine cannot be used here ({type(e).__name__}: '
+            f'{str(e).splitlines()[0] if str(e) else "no reason given"}); '
+            "on a machine with CUDA install eva[te], or use backend='emulate'"
+        ) from None
+
 
 def te_recipe(
-    recipe:Recipe, # ours
-    module,        # transformer_engine.common.recipe
-):                 # theirs
+    recipe: Recipe,  # ours
+    module,  # transformer_engine.common.recipe
+):  # theirs
     "The recipe of Transformer Engine that comes nearest"
-    if recipe.history: return module.DelayedScaling(amax_history_len=recipe.history, fp8_format=module.Format.HYBRID)
-    if recipe.x is None: return module.Float8CurrentScaling(fp8_format=module.Format.HYBRID)
-    if recipe.x==(1, 32): return module.MXFP8BlockScaling(fp8_format=module.Format.E4M3)
+    if recipe.history:
+        return module.DelayedScaling(
+            amax_history_len=recipe.history, fp8_format=module.Format.HYBRID
+        )
+    if recipe.x is None:
+        return module.Float8CurrentScaling(fp8_format=module.Format.HYBRID)
+    if recipe.x == (1, 32):
+        return module.MXFP8BlockScaling(fp8_format=module.Format.E4M3)
     out = module.Float8BlockScaling(fp8_format=module.Format.E4M3)
-    for o in ('fp8_quant_fwd_inp', 'fp8_quant_fwd_weight', 'fp8_quant_bwd_grad'): setattr(out, o, module.QParams(power_2_scale=recipe.pow2, amax_epsilon=0.))
+    for o in ('fp8_quant_fwd_inp', 'fp8_quant_fwd_weight', 'fp8_quant_bwd_grad'):
+        setattr(out, o, module.QParams(power_2_scale=recipe.pow2, amax_epsilon=0.0))
     return out
 
 # %% ../nbs/08_precision.ipynb #1c1f5bd3
@@ -212,17 +317,17 @@ class Emulate:
 
     def operands(self, x, W):
         "What is multiplied, without a trace in the history"
-        return self.rounding(x, "x", update=False), self.rounding(W, "w", update=False)
+        return self.rounding(x, 'x', update=False), self.rounding(W, 'w', update=False)
 
     def state(self) -> dict[str, Tensor]:
         "The history of delayed scales, by x, w, g and what `DelayedScale.state` names"
         scales = self.rounding.delayed.items()
-        return {f"{kind}.{name}": t for kind, s in scales for name, t in s.state().items()}
+        return {f'{kind}.{name}': t for kind, s in scales for name, t in s.state().items()}
 
     def load_state(self, state):
         "Take such a history over"
         for kind, scale in self.rounding.delayed.items():
-            scale.load_state({name: state[f"{kind}.{name}"] for name in ("seen", "overflow")})
+            scale.load_state({name: state[f'{kind}.{name}'] for name in ('seen', 'overflow')})
 
 
 class Native:
@@ -241,7 +346,7 @@ class Native:
     def operands(self, x, W):
         "What the eight bits stand for"
         rounding = Rounding(self.recipe)
-        return rounding(x, "x"), rounding(W, "w")
+        return rounding(x, 'x'), rounding(W, 'w')
 
     def state(self) -> dict[str, Tensor]:
         "Nothing: each call is scaled by itself"
@@ -258,10 +363,10 @@ class Engine:
         rest = dict(bias=False, params_dtype=W.dtype, device=W.device)
         if W.dim() == 2:
             self.layer = self.te.Linear(W.shape[1], W.shape[0], **rest)
-            self.names = ["weight"]
+            self.names = ['weight']
         else:
             self.layer = self.te.GroupedLinear(len(W), W.shape[2], W.shape[1], **rest)
-            self.names = [f"weight{i}" for i in range(len(W))]
+            self.names = [f'weight{i}' for i in range(len(W))]
         for name in self.names:
             del self.layer._parameters[name]  # ours are lent at each call
 
@@ -284,8 +389,10 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         "Scales and magnitudes of delayed scaling, as Transformer Engine keeps them; empty before the first call"
         meta = self.layer.fp8_meta if self.remembers else {}
-        sides = [side for side in ("scaling_fwd", "scaling_bwd") if side in meta]
-        tensors = {f"{side}.{name}": getattr(meta[side], name) for side in sides for name in TE_STATE}
+        sides = [side for side in ('scaling_fwd', 'scaling_bwd') if side in meta]
+        tensors = {
+            f'{side}.{name}': getattr(meta[side], name) for side in sides for name in TE_STATE
+        }
         return {name: t.detach().cpu().clone() for name, t in tensors.items()}
 
     def load_state(self, state):
@@ -293,98 +400,160 @@ class Engine:
         if not state:
             return
         meta = self.layer.fp8_meta
-        meta["num_gemms"] = len(self.names)
+        meta['num_gemms'] = len(self.names)
         self.layer.init_fp8_meta_tensors(self.recipe)
         for name, value in state.items():
-            side, _, kind = name.partition(".")
+            side, _, kind = name.partition('.')
             getattr(meta[side], kind).copy_(value)
 
 
-TE_STATE = ("scale", "amax_history")  # tensors that Transformer Engine's own checkpoints hold too
+TE_STATE = ('scale', 'amax_history')  # tensors that Transformer Engine's own checkpoints hold too
 PRODUCTS = dict(emulate=Emulate, native=Native, te=Engine)
 
 # %% ../nbs/08_precision.ipynb #8e0d4387
 KINDS = {nn.Linear: FP8Linear, Linear: FP8Linear, Experts: FP8Experts}
 
+
 def named_recipe(recipe):
     "A recipe by its name, or as it is"
-    if isinstance(recipe, Recipe): return recipe
-    if recipe not in RECIPES: raise ValueError(f'recipe={recipe!r}: must be one of {", ".join(RECIPES)}, a Recipe, or None to undo')
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(
+            f'recipe={recipe!r}: must be one of {", ".join(RECIPES)}, a Recipe, or None to undo'
+        )
     return RECIPES[recipe]
+
 
 def usable(backend, device, recipe):
     "The name of a backend that runs on a device, or an error that says why it does not"
     named_recipe(recipe)
-    if backend=='auto': return best_backend(device, recipe)[0]
-    if backend not in PRODUCTS: raise ValueError(f'backend={backend!r}: must be one of auto, {", ".join(PRODUCTS)}')
-    if why := why_not(backend, device, recipe): raise RuntimeError(f'backend={backend!r}: {why}')
+    if backend == 'auto':
+        return best_backend(device, recipe)[0]
+    if backend not in PRODUCTS:
+        raise ValueError(f'backend={backend!r}: must be one of auto, {", ".join(PRODUCTS)}')
+    if why := why_not(backend, device, recipe):
+        raise RuntimeError(f'backend={backend!r}: {why}')
     return backend
+
 
 def products_of(module, recipe, backend):
     "One product for each weight of a layer"
-    weights = [module.weight] if isinstance(module, nn.Linear) else [module.gate_up_proj, module.down_proj]
+    weights = (
+        [module.weight]
+        if isinstance(module, nn.Linear)
+        else [module.gate_up_proj, module.down_proj]
+    )
     return [PRODUCTS[backend](named_recipe(recipe), w) for w in weights]
 
-def equip(module, made, about): module.__dict__.update(zip(('product', 'product2'), made), fp8=about) # not registered: state_dict stays as it is
+
+def equip(module, made, about):
+    module.__dict__.update(
+        zip(('product', 'product2'), made), fp8=about
+    )  # not registered: state_dict stays as it is
+
 
 def convert(
-    model:nn.Module,      # changed in place
-    recipe='block',       # one of `RECIPES`, a `Recipe`, or None to undo
-    backend:str='auto',   # emulate, native, te, or auto: the best there is
-    keep:tuple=('lm_head', 'eh_proj'), # last parts of the names of layers left alone
-)->nn.Module:             # the model itself
+    model: nn.Module,  # changed in place
+    recipe='block',  # one of `RECIPES`, a `Recipe`, or None to undo
+    backend: str = 'auto',  # emulate, native, te, or auto: the best there is
+    keep: tuple = ('lm_head', 'eh_proj'),  # last parts of the names of layers left alone
+) -> nn.Module:  # the model itself
     "Let linear layers and experts multiply in eight bits, or no longer"
     back = {FP8Linear: Linear, FP8Experts: Experts}
-    chosen = [m for n,m in model.named_modules() if (type(m) in KINDS or type(m) in back) and n.rpartition('.')[2] not in keep]
-    if recipe is not None: # whatever can go wrong goes wrong here, before anything is changed
-        if not chosen: raise ValueError(f'{type(model).__name__}: has no linear layer or stack of experts to convert')
+    chosen = [
+        m
+        for n, m in model.named_modules()
+        if (type(m) in KINDS or type(m) in back) and n.rpartition('.')[2] not in keep
+    ]
+    if recipe is not None:  # whatever can go wrong goes wrong here, before anything is changed
+        if not chosen:
+            raise ValueError(
+                f'{type(model).__name__}: has no linear layer or stack of experts to convert'
+            )
         backend = usable(backend, next(chosen[0].parameters()).device, recipe)
         made = [products_of(m, recipe, backend) for m in chosen]
     for m in model.modules():
-        if type(m) not in back: continue
+        if type(m) not in back:
+            continue
         m.__class__ = m.__dict__.pop('was', back[type(m)])
-        for o in ('product', 'product2', 'fp8'): m.__dict__.pop(o, None)
-    for m,products in zip(chosen, made if recipe is not None else ()):
-        m.__dict__['was'],m.__class__ = type(m),KINDS[type(m)]
+        for o in ('product', 'product2', 'fp8'):
+            m.__dict__.pop(o, None)
+    for m, products in zip(chosen, made if recipe is not None else ()):
+        m.__dict__['was'], m.__class__ = type(m), KINDS[type(m)]
         equip(m, products, f'{recipe}, {backend}')
     return model
 
 # %% ../nbs/08_precision.ipynb #2c7a3508
 def why_not(
-    backend:str, # native or te; emulate runs everywhere
-    device:torch.device, # where the layers are
-    recipe='block',      # one of `RECIPES`, or a `Recipe`
-)->str:          # empty where it can be used
+    backend: str,  # native or te; emulate runs everywhere
+    device: torch.device,  # where the layers are
+    recipe='block',  # one of `RECIPES`, or a `Recipe`
+) -> str:  # empty where it can be used
     "What stands against a backend on a device"
-    r,device = named_recipe(recipe),torch.device(device)
-    if backend=='emulate': return ''
-    known = [RECIPES[o]._replace(history=0) for o in ('block', 'block_pow2', 'tensor') + (('mx',) if backend=='te' else ())]
-    if r._replace(history=0) not in known or r.history and backend=='native': return (
-        f"{recipe if isinstance(recipe, str) else 'this recipe'} is none that it carries out; use backend='emulate'")
-    capability = torch.cuda.get_device_capability(device) if device.type=='cuda' else None
-    if backend=='te':
-        if capability is None: return f'Transformer Engine needs a CUDA device, the layers are on {device}; use backend=\'emulate\''
-        try: te,_ = transformer_engine()
-        except RuntimeError as e: return str(e)
-        check = 'is_fp8_available' if r.x is None else 'is_mxfp8_available' if r.x==(1, 32) else 'is_fp8_block_scaling_available'
-        ok,reason = getattr(te, check)(return_reason=True)
+    r = named_recipe(recipe)
+    device = torch.device(device)
+    if backend == 'emulate':
+        return ''
+    known = [
+        RECIPES[o]._replace(history=0)
+        for o in ('block', 'block_pow2', 'tensor') + (('mx',) if backend == 'te' else ())
+    ]
+    if r._replace(history=0) not in known or r.history and backend == 'native':
+        return (
+            f'{recipe if isinstance(recipe, str) else "this recipe"} '
+            f"is none that it carries out; use backend='emulate'"
+        )
+    capability = torch.cuda.get_device_capability(device) if device.type == 'cuda' else None
+    if backend == 'te':
+        if capability is None:
+            return (
+                f'Transformer Engine needs a CUDA device, the '
+                f"layers are on {device}; use backend='emulate'"
+            )
+        try:
+            te, _ = transformer_engine()
+        except RuntimeError as e:
+            return str(e)
+        check = (
+            'is_fp8_available'
+            if r.x is None
+            else 'is_mxfp8_available'
+            if r.x == (1, 32)
+            else 'is_fp8_block_scaling_available'
+        )
+        ok, reason = getattr(te, check)(return_reason=True)
         return '' if ok else f"{reason}; use backend='emulate'"
-    if r.x is None: return '' if capability is None or capability>=(8, 9) else f'capability {capability} has no FP8: it began with 8.9; use backend=\'emulate\''
-    if capability!=(9, 0) or tuple(map(int, torch.version.cuda.split('.')))<(12, 9): return (
-        f"blocks of 128 need a Hopper GPU (capability 9.0) and CUDA 12.9, here is {'no GPU' if capability is None else capability}; use backend='emulate'")
+    if r.x is None:
+        return (
+            ''
+            if capability is None or capability >= (8, 9)
+            else f"capability {capability} has no FP8: it began with 8.9; use backend='emulate'"
+        )
+    if capability != (9, 0) or tuple(map(int, torch.version.cuda.split('.'))) < (12, 9):
+        return (
+            f'blocks of 128 need a Hopper GPU (capability 9.0) and CUDA 12.9, here is '
+            f"{'no GPU' if capability is None else capability}; use backend='emulate'"
+        )
     return ''
 
+
 def best_backend(
-    device:torch.device, # where the layers are
-    recipe='block',      # one of `RECIPES`, or a `Recipe`
-)->tuple[str,str]:       # its name, and why none before it
+    device: torch.device,  # where the layers are
+    recipe='block',  # one of `RECIPES`, or a `Recipe`
+) -> tuple[str, str]:  # its name, and why none before it
     "Transformer Engine, else PyTorch's own products, else emulation"
-    if torch.device(device).type!='cuda': return 'emulate','no GPU, so eight bits are emulated: the arithmetic is right, the speed is not'
+    if torch.device(device).type != 'cuda':
+        return (
+            'emulate',
+            'no GPU, so eight bits are emulated: the arithmetic is right, the speed is not',
+        )
     reasons = []
     for b in ('te', 'native'):
-        if not (why := why_not(b, torch.device(device), recipe)): return b,'; '.join(reasons)
+        if not (why := why_not(b, torch.device(device), recipe)):
+            return b, '; '.join(reasons)
         reasons.append(f'not {b}: {why}')
-    return 'emulate','; '.join(reasons)
+    return 'emulate', '; '.join(reasons)
 
 # %% ../nbs/08_precision.ipynb #f86a083d
 def fp8_products(
@@ -393,19 +562,21 @@ def fp8_products(
     "Return the products of all layers in eight bits by name"
     made = {}
     for name, module in model.named_modules():
-        for attribute in ("product", "product2"):
-            if "fp8" in vars(module) and attribute in vars(module):
-                made[f"{name}.{attribute}".lstrip(".")] = vars(module)[attribute]
+        for attribute in ('product', 'product2'):
+            if 'fp8' in vars(module) and attribute in vars(module):
+                made[f'{name}.{attribute}'.lstrip('.')] = vars(module)[attribute]
     return made
 
 
 def fp8_state(
     model: nn.Module,  # a model that `convert` may have changed
-) -> dict[str, Tensor]:  # such as "model.layers.0.mlp.up_proj.product.x.seen" to a tensor on the CPU
+) -> dict[
+    str, Tensor
+]:  # such as "model.layers.0.mlp.up_proj.product.x.seen" to a tensor on the CPU
     "Return what the recipe remembers from call to call; empty for recipes that do not"
     state = {}
     for name, made in fp8_products(model).items():
-        state |= {f"{name}.{key}": value for key, value in made.state().items()}
+        state |= {f'{name}.{key}': value for key, value in made.state().items()}
     return state
 
 
@@ -414,18 +585,19 @@ def load_fp8_state(
     state: dict[str, Tensor],  # from `fp8_state`
 ):
     "Put back what the recipe remembered; refuse what belongs to other layers or another recipe"
-    found, unknown = {}, set(state)
+    found = {}
+    unknown = set(state)
     remember = {name: made for name, made in fp8_products(model).items() if made.remembers}
     for name in remember:
-        keys = [key for key in state if key.startswith(f"{name}.")]
-        found[name] = {key.removeprefix(f"{name}."): state[key] for key in keys}
+        keys = [key for key in state if key.startswith(f'{name}.')]
+        found[name] = {key.removeprefix(f'{name}.'): state[key] for key in keys}
         unknown -= set(keys)
     wrong = sorted(unknown) + sorted(set(fp8_state(model)) - set(state))
     if wrong:
         raise ValueError(
-            f"FP8 state: {wrong[0]} and {len(wrong) - 1} others are "
-            f"{'not in the model' if unknown else 'missing'}; "
-            "convert the model with the recipe and backend that the state was made with"
+            f'FP8 state: {wrong[0]} and {len(wrong) - 1} others are '
+            f'{"not in the model" if unknown else "missing"}; '
+            'convert the model with the recipe and backend that the state was made with'
         )
     for name, made in remember.items():
         made.load_state(found[name])
@@ -433,48 +605,89 @@ def load_fp8_state(
 # %% ../nbs/08_precision.ipynb #3d718f0b
 class FP8LatentCache(LatentCache):
     "Latents in E4M3 with a scale for each 128 values, rotated keys in bfloat16"
-    def __init__(self,
-        cfg:Config,   # sizes of the model
-        batch:int,    # sequences side by side
-        max_len:int,  # positions it can hold
-        device:str|torch.device|None=None, # where it lives
-        mtp:bool=False, # layers for the MTP modules too?
-        spare:int=0,  # slots beyond max_len
-    ):
-        super().__init__(cfg, batch, max_len, device='meta', mtp=mtp, spare=spare) # checks the sizes
-        self.scales,self.width = scale_shape((cfg.kv_lora_rank,), (1, 128))[0],cfg.kv_lora_rank+cfg.qk_rope_head_dim
-        self.rows = torch.zeros(*self.rows.shape[:3], cfg.kv_lora_rank + 4*self.scales + 2*cfg.qk_rope_head_dim, dtype=torch.uint8, device=device)
 
-    def write(self,
-        layer:int,   # which layer writes
-        rows:Tensor, # latents and rotated keys side by side (batch, seq, kv_lora_rank + qk_rope_head_dim)
-    )->Tensor:       # everything so far, as the eight bits have it, float32
+    def __init__(
+        self,
+        cfg: Config,  # sizes of the model
+        batch: int,  # sequences side by side
+        max_len: int,  # positions it can hold
+        device: str | torch.device | None = None,  # where it lives
+        mtp: bool = False,  # layers for the MTP modules too?
+        spare: int = 0,  # slots beyond max_len
+    ):
+        super().__init__(
+            cfg, batch, max_len, device='meta', mtp=mtp, spare=spare
+        )  # checks the sizes
+        self.scales = scale_shape((cfg.kv_lora_rank,), (1, 128))[0]
+        self.width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
+        self.rows = torch.zeros(
+            *self.rows.shape[:3],
+            cfg.kv_lora_rank + 4 * self.scales + 2 * cfg.qk_rope_head_dim,
+            dtype=torch.uint8,
+            device=device,
+        )
+
+    def write(
+        self,
+        layer: int,  # which layer writes
+        # latents and rotated keys side by side (batch, seq, kv_lora_rank + qk_rope_head_dim)
+        rows: Tensor,
+    ) -> Tensor:  # everything so far, as the eight bits have it, float32
         "Round new rows, put them after the old ones, read all"
-        if rows.shape[2]!=self.width: raise ValueError(f'rows of width {rows.shape[2]}: this cache keeps kv_lora_rank + qk_rope_head_dim = {self.width} values')
-        latent,rotated = rows.detach().split((self.rank, rows.shape[2]-self.rank), -1)
-        q,scale = quantize(latent)
-        packed = torch.cat([o.contiguous().view(torch.uint8) for o in (q, scale, rotated.bfloat16())], -1)
+        if rows.shape[2] != self.width:
+            raise ValueError(
+                f'rows of width {rows.shape[2]}: this cache keeps '
+                f'kv_lora_rank + qk_rope_head_dim = {self.width} values'
+            )
+        latent, rotated = rows.detach().split((self.rank, rows.shape[2] - self.rank), -1)
+        q, scale = quantize(latent)
+        packed = torch.cat(
+            [o.contiguous().view(torch.uint8) for o in (q, scale, rotated.bfloat16())], -1
+        )
         kept = super().write(layer, packed)
-        q,scale,rotated = kept.split((self.rank, 4*self.scales, kept.shape[2]-self.rank-4*self.scales), -1)
-        latent = dequantize(q.contiguous().view(torch.float8_e4m3fn), scale.contiguous().view(torch.float32))
+        q, scale, rotated = kept.split(
+            (self.rank, 4 * self.scales, kept.shape[2] - self.rank - 4 * self.scales), -1
+        )
+        latent = dequantize(
+            q.contiguous().view(torch.float8_e4m3fn), scale.contiguous().view(torch.float32)
+        )
         return torch.cat((latent, rotated.contiguous().view(torch.bfloat16).float()), -1)
 
 # %% ../nbs/08_precision.ipynb #dc70e930
 def choices(
-    model:nn.Module, # anything with routers inside; left as it was found
-    run,             # a function that calls it
+    model: nn.Module,  # anything with routers inside; left as it was found
+    run,  # a function that calls it
     recipe='block',  # one of `RECIPES`, or a `Recipe`
-)->dict:             # changed: share of (token, expert) choices; loads with and without (layers, experts)
+) -> dict:  # changed: share of (token, expert) choices; loads with and without (layers, experts)
     "Which experts are chosen with and without eight bits"
-    gates,seen = [m for m in model.modules() if isinstance(m, Gate)],[]
-    if any(type(m) in KINDS.values() for m in model.modules()): raise ValueError('the model is in eight bits already; convert(model, None) first')
-    hooks = [g.register_forward_hook(lambda m, args, r: seen.append(torch.zeros_like(r.scores, dtype=torch.bool).scatter_(-1, r.indices, True).flatten(0, -2))) for g in gates]
+    gates = [m for m in model.modules() if isinstance(m, Gate)]
+    seen = []
+    if any(type(m) in KINDS.values() for m in model.modules()):
+        raise ValueError('the model is in eight bits already; convert(model, None) first')
+    hooks = [
+        g.register_forward_hook(
+            lambda m, args, r: seen.append(
+                torch.zeros_like(r.scores, dtype=torch.bool)
+                .scatter_(-1, r.indices, True)
+                .flatten(0, -2)
+            )
+        )
+        for g in gates
+    ]
     try:
         with torch.no_grad():
-            run(); without,seen[:] = list(seen),[]
-            try: convert(model, recipe, 'emulate'); run()
-            finally: convert(model, None)
+            run()
+            without, seen[:] = list(seen), []
+            try:
+                convert(model, recipe, 'emulate')
+                run()
+            finally:
+                convert(model, None)
     finally:
-        for h in hooks: h.remove()
-    changed = [(a & ~b).sum().item()/a.sum().item() for a,b in zip(without, seen)]
-    return dict(changed=torch.tensor(changed), loads=[torch.stack([o.sum(0) for o in s]) for s in (without, seen)])
+        for h in hooks:
+            h.remove()
+    changed = [(a & ~b).sum().item() / a.sum().item() for a, b in zip(without, seen)]
+    return dict(
+        changed=torch.tensor(changed),
+        loads=[torch.stack([o.sum(0) for o in s]) for s in (without, seen)],
+    )

@@ -8,9 +8,11 @@ __all__ = ['HEAVY', 'BF16_IS_SLOW', 'prefers_onednn', 'onednn_pays', 'by_onednn'
            'is_untouched', 'is_plain_linear', 'linear_operands']
 
 # %% ../nbs/01b_products.ipynb #c0587c09
-import platform, re
+import platform
+import re
 from functools import cache
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,58 +20,93 @@ from torch.autograd.function import once_differentiable
 
 # %% ../nbs/01b_products.ipynb #6538cf87
 @cache
-def prefers_onednn()->bool: # this machine
+def prefers_onednn() -> bool:  # this machine
     "Is oneDNN there, and the processor one that MKL does not know well?"
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')): return False
-    try: vendor = re.search(r'vendor_id\s*:\s*(\S+)', Path('/proc/cpuinfo').read_text())[1]
-    except (OSError, TypeError): vendor = platform.processor()
-    return 'AMD' in vendor and torch.backends.cpu.get_cpu_capability()=='AVX512'
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    ):
+        return False
+    try:
+        vendor = re.search(r'vendor_id\s*:\s*(\S+)', Path('/proc/cpuinfo').read_text())[1]
+    except (OSError, TypeError):
+        vendor = platform.processor()
+    return 'AMD' in vendor and torch.backends.cpu.get_cpu_capability() == 'AVX512'
+
 
 def onednn_pays() -> bool:  # on this machine, outside of torch.compile
     "May float32 products go to oneDNN? Not where a compiler traces them: it has its own choice"
     return not torch.compiler.is_compiling() and prefers_onednn()
 
 
-def by_onednn(x, W): return torch.ops.mkldnn._linear_pointwise(x, W, None, 'none', [], '')
+def by_onednn(x, W):
+    return torch.ops.mkldnn._linear_pointwise(x, W, None, 'none', [], '')
+
 
 def multiply(
-    x:Tensor, # rows (..., in), float32
-    W:Tensor, # weights (out, in), float32
-)->Tensor:    # x Wᵀ (..., out)
+    x: Tensor,  # rows (..., in), float32
+    W: Tensor,  # weights (out, in), float32
+) -> Tensor:  # x Wᵀ (..., out)
     "The product in float32, by the route that suits its shape"
-    rows = x.numel()//max(1, x.shape[-1])
-    if rows==0 or W.numel()==0 or rows==1 and W.numel()<2**17: return F.linear(x, W)
-    if 1<rows<5 and W.numel()<2**21: return (W @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], len(W)) # few rows as columns: MKL's better side
-    if not (W.is_contiguous() or W.mT.is_contiguous()): W = W.contiguous() # cut out of something wider: oneDNN would take it element by element
-    step = 8 if rows<64 else 16 if rows<256 else 64
-    if rows<5 or rows%step==0: return by_onednn(x.contiguous(), W)
-    filled = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows%step))             # oneDNN compiles for each number of rows, and few numbers are enough
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows == 0 or W.numel() == 0 or rows == 1 and W.numel() < 2**17:
+        return F.linear(x, W)
+    if 1 < rows < 5 and W.numel() < 2**21:
+        return (W @ x.reshape(rows, -1).T).T.reshape(
+            *x.shape[:-1], len(W)
+        )  # few rows as columns: MKL's better side
+    if not (W.is_contiguous() or W.mT.is_contiguous()):
+        W = W.contiguous()  # cut out of something wider: oneDNN would take it element by element
+    step = 8 if rows < 64 else 16 if rows < 256 else 64
+    if rows < 5 or rows % step == 0:
+        return by_onednn(x.contiguous(), W)
+    filled = F.pad(
+        x.reshape(rows, -1), (0, 0, 0, -rows % step)
+    )  # oneDNN compiles for each number of rows, and few numbers are enough
     return by_onednn(filled, W)[:rows].reshape(*x.shape[:-1], len(W))
 
 # %% ../nbs/01b_products.ipynb #7678e5e9
-HEAVY = 2**27 # multiply-adds
+HEAVY = 2**27  # multiply-adds
+
 
 class Product(torch.autograd.Function):
     "`multiply`, forward and backward"
+
     @staticmethod
     def forward(ctx, x, W):
         ctx.save_for_backward(x, W)
         return multiply(x, W)
+
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x,W = ctx.saved_tensors
+        x, W = ctx.saved_tensors
         dx = multiply(g, W.mT) if ctx.needs_input_grad[0] else None
-        return dx,multiply(g.flatten(0, -2).mT, x.flatten(0, -2).mT) if ctx.needs_input_grad[1] else None
+        return dx, multiply(g.flatten(0, -2).mT, x.flatten(0, -2).mT) if ctx.needs_input_grad[
+            1
+        ] else None
+
 
 def choosable(
-    x:Tensor, # rows (..., in)
-    W:Tensor, # weights (..., out, in), one matrix or a stack
-    heavy:int=HEAVY, # multiply-adds from which training chooses
-)->bool:      # may another library than PyTorch's choice multiply them?
+    x: Tensor,  # rows (..., in)
+    W: Tensor,  # weights (..., out, in), one matrix or a stack
+    heavy: int = HEAVY,  # multiply-adds from which training chooses
+) -> bool:  # may another library than PyTorch's choice multiply them?
     "Are these float32 on a processor where it pays, and nobody rewrites the graph?"
-    if x.dtype!=torch.float32 or W.dtype!=torch.float32 or x.device.type!='cpu' or not onednn_pays() or torch.is_autocast_enabled('cpu') or torch.compiler.is_compiling(): return False
-    return not torch.is_grad_enabled() or x.numel()*W.shape[-2]>=heavy or not (x.requires_grad or W.requires_grad)
+    if (
+        x.dtype != torch.float32
+        or W.dtype != torch.float32
+        or x.device.type != 'cpu'
+        or not onednn_pays()
+        or torch.is_autocast_enabled('cpu')
+        or torch.compiler.is_compiling()
+    ):
+        return False
+    return (
+        not torch.is_grad_enabled()
+        or x.numel() * W.shape[-2] >= heavy
+        or not (x.requires_grad or W.requires_grad)
+    )
+
 
 BF16_IS_SLOW = not (torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported())
 
@@ -106,31 +143,55 @@ class WidenedProduct(torch.autograd.Function):
 
 
 def product(
-    x:Tensor, # rows (..., in)
-    W:Tensor, # weights (out, in)
-)->Tensor:    # x Wᵀ (..., out)
+    x: Tensor,  # rows (..., in)
+    W: Tensor,  # weights (out, in)
+) -> Tensor:  # x Wᵀ (..., out)
     "A linear map without bias, by the fastest library"
-    if multiplies_slowly(x): return WidenedProduct.apply(x, W)
-    if not choosable(x, W): return F.linear(x, W)
+    if multiplies_slowly(x):
+        return WidenedProduct.apply(x, W)
+    if not choosable(x, W):
+        return F.linear(x, W)
     return Product.apply(x, W) if torch.is_grad_enabled() else multiply(x, W)
+
 
 class Linear(nn.Linear):
     "A linear layer that asks who multiplies best"
+
     def forward(self, x):
         return product(x, self.weight) if self.bias is None else super().forward(x)
 
+
 def product_each(
-    x:Tensor, # rows of each sequence (batch, m, width)
-    y:Tensor, # rows of each sequence, or their transpose (batch, n, width)
-)->Tensor:    # x yᵀ of each (batch, m, n)
+    x: Tensor,  # rows of each sequence (batch, m, width)
+    y: Tensor,  # rows of each sequence, or their transpose (batch, n, width)
+) -> Tensor:  # x yᵀ of each (batch, m, n)
     "A product for each sequence of a batch"
-    n,k = y.shape[1:]
-    if multiplies_slowly(x): return (x.float() @ y.float().mT).to(x.dtype)
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad) or x.dtype!=torch.float32 or x.device.type!='cpu' or not onednn_pays() or x.shape[1]*n*k<2**20: return x @ y.mT
-    by_rows = y.stride(-1)==1                                      # lengths change from step to step and are cut; widths stay, and cutting them would copy all rows
-    if by_rows and (rest := n%64): return torch.cat((product_each(x, y[:,:-rest]), x @ y[:,-rest:].mT), 2)
-    if not by_rows and (rest := k%64): return product_each(x[...,:-rest], y[...,:-rest]).baddbmm_(x[...,-rest:], y[...,-rest:].mT)
-    return torch.stack([multiply(a, b) for a,b in zip(x, y)]) if len(x)>1 else multiply(x[0], y[0])[None]
+    n, k = y.shape[1:]
+    if multiplies_slowly(x):
+        return (x.float() @ y.float().mT).to(x.dtype)
+    if (
+        torch.is_grad_enabled()
+        and (x.requires_grad or y.requires_grad)
+        or x.dtype != torch.float32
+        or x.device.type != 'cpu'
+        or not onednn_pays()
+        or x.shape[1] * n * k < 2**20
+    ):
+        return x @ y.mT
+    # lengths change from step to step and are cut; widths stay, and cutting them would copy all
+    # rows
+    by_rows = y.stride(-1) == 1
+    if by_rows and (rest := n % 64):
+        return torch.cat((product_each(x, y[:, :-rest]), x @ y[:, -rest:].mT), 2)
+    if not by_rows and (rest := k % 64):
+        return product_each(x[..., :-rest], y[..., :-rest]).baddbmm_(
+            x[..., -rest:], y[..., -rest:].mT
+        )
+    return (
+        torch.stack([multiply(a, b) for a, b in zip(x, y)])
+        if len(x) > 1
+        else multiply(x[0], y[0])[None]
+    )
 
 # %% ../nbs/01b_products.ipynb #0075b582
 def is_untouched(
@@ -143,7 +204,7 @@ def is_untouched(
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    return "forward" not in vars(module) and not any(hooks)
+    return 'forward' not in vars(module) and not any(hooks)
 
 
 def is_plain_linear(
@@ -152,19 +213,23 @@ def is_plain_linear(
     "Say whether a layer is its weight matrix and nothing else"
     if type(module) not in (nn.Linear, Linear) or module.bias is not None:
         return False
-    # A quantised or sharded weight is a subclass of Tensor, which only F.linear may know how to use.
+    # A quantised or sharded weight is a subclass of Tensor, which only F.linear may know how to
+    # use.
     return type(module.weight) in (nn.Parameter, Tensor) and is_untouched(module)
 
 
 def linear_operands(
     module: nn.Module,  # any layer without bias
     x: Tensor,  # its input (..., in_features)
-) -> tuple[Tensor, Tensor] | None:  # rows (..., in_features) and a matrix (out_features, in_features)
+) -> (
+    tuple[Tensor, Tensor] | None
+):  # rows (..., in_features) and a matrix (out_features, in_features)
     "Return what a layer multiplies, or None where only calling it is right"
     if is_plain_linear(module):
         return x, module.weight
-    # Looked up in the class itself: a subclass with another forward has to say anew what it multiplies.
-    operands = vars(type(module)).get("operands")
+    # Looked up in the class itself: a subclass with another forward has to say anew what it
+    # multiplies.
+    operands = vars(type(module)).get('operands')
     if operands is None or module.bias is not None or not is_untouched(module):
         return None
     return operands(module, x)

@@ -7,63 +7,91 @@ __all__ = ['balance_summary', 'draw_report']
 
 # %% ../nbs/11c_report.ipynb #b62e78c9
 from pathlib import Path
+
 import numpy as np
 import torch
+
 from .balance import load_figures
 
 # %% ../nbs/11c_report.ipynb #a4820b92
 def balance_summary(
-    rows:list[dict], # lines of metrics.jsonl
-    last:int=50,     # steps to sum over
-)->dict:             # figure -> Tensor (layers,), utilisation (layers, experts)
+    rows: list[dict],  # lines of metrics.jsonl
+    last: int = 50,  # steps to sum over
+) -> dict:  # figure -> Tensor (layers,), utilisation (layers, experts)
     "How even the load of the last steps was, layer by layer"
     good = [r['expert_load'] for r in rows if r.get('expert_load') and not r.get('skipped')][-last:]
-    if not good: raise ValueError('no step with experts in these metrics: a dense model has no load')
+    if not good:
+        raise ValueError('no step with experts in these metrics: a dense model has no load')
     return load_figures(torch.tensor(good).sum(0))
 
 # %% ../nbs/11c_report.ipynb #85166b8e
 def draw_report(
-    rows:list[dict],       # lines of metrics.jsonl
-    path:Path,             # the picture
-    baselines:dict|None=None, # name -> bits per byte
-    final:float|None=None, # bits per byte at the end, over all held-out tokens
-    optimum:float|None=None, # of a task, bits per token; then all of the above is bits per token too
+    rows: list[dict],  # lines of metrics.jsonl
+    path: Path,  # the picture
+    baselines: dict | None = None,  # name -> bits per byte
+    final: float | None = None,  # bits per byte at the end, over all held-out tokens
+    optimum: float
+    | None = None,  # of a task, bits per token; then all of the above is bits per token too
 ):
     "Draw loss, held-out bits per byte and expert load"
     from matplotlib.figure import Figure
-    unit,what = ('bits per byte', 'text') if optimum is None else ('bits per token', 'documents')
+
+    unit, what = ('bits per byte', 'text') if optimum is None else ('bits per token', 'documents')
     good = [r for r in rows if not r.get('skipped')]
-    if not good: raise ValueError('no finished step in these metrics: nothing to draw')
+    if not good:
+        raise ValueError('no finished step in these metrics: nothing to draw')
     load = torch.tensor([r['expert_load'] for r in good if r['expert_load']], dtype=torch.float)
     layers = load.shape[1] if load.numel() else 0
-    fig = Figure(figsize=(10, 4+1.2*layers), layout='constrained')
-    top,*below = fig.subfigures(2 if layers else 1, 1, height_ratios=[4, 1.3*layers] if layers else None, squeeze=False)[:,0]
-    left,right = top.subplots(1, 2)
-    x = np.array([r['tokens'] for r in good])/1e6
-    y = np.array([r['loss'] for r in good]); k = max(1, len(y)//50)
-    smooth = np.convolve(y, np.ones(k)/k, 'valid')
-    left.plot(x, y, color='C0', alpha=.25, lw=.8); left.plot(x[k-1:], smooth, color='C0', label='next token')
+    fig = Figure(figsize=(10, 4 + 1.2 * layers), layout='constrained')
+    top, *below = fig.subfigures(
+        2 if layers else 1, 1, height_ratios=[4, 1.3 * layers] if layers else None, squeeze=False
+    )[:, 0]
+    left, right = top.subplots(1, 2)
+    x = np.array([r['tokens'] for r in good]) / 1e6
+    y = np.array([r['loss'] for r in good])
+    k = max(1, len(y) // 50)
+    smooth = np.convolve(y, np.ones(k) / k, 'valid')
+    left.plot(x, y, color='C0', alpha=0.25, lw=0.8)
+    left.plot(x[k - 1 :], smooth, color='C0', label='next token')
     if 'mtp_loss' in good[-1]:
-        m = np.convolve([r['mtp_loss'] for r in good], np.ones(k)/k, 'valid'); left.plot(x[k-1:], m, '--', color='C1', label='the token after (MTP)')
-    left.set(xlabel='million tokens', ylabel='training loss, nats per token', title='Loss'); left.legend()
-    val = [(r['tokens']/1e6, r['val_bits_per_byte']) for r in good if 'val_bits_per_byte' in r]
-    if val: right.plot(*zip(*val), 'o-', ms=3, label='held out, estimate')
-    if final is not None: right.plot(x[-1], final, '*', ms=12, color='C3', label=f'held out, all: {final:.3f}')
-    for (name,b),style in zip((baselines or {}).items(), (':', '-.', '--')): right.axhline(b, ls=style, color='grey', label=f'{name}: {b:.3f}')
-    if optimum is not None: right.axhline(optimum, color='C2', lw=1.5, label=f'optimum: {optimum:.3f}')
-    right.set(xlabel='million tokens', ylabel=unit, title=f'Held-out {what}'); right.legend(fontsize=8)
-    if layers: _draw_load(below[0], load)
+        m = np.convolve([r['mtp_loss'] for r in good], np.ones(k) / k, 'valid')
+        left.plot(x[k - 1 :], m, '--', color='C1', label='the token after (MTP)')
+    left.set(xlabel='million tokens', ylabel='training loss, nats per token', title='Loss')
+    left.legend()
+    val = [(r['tokens'] / 1e6, r['val_bits_per_byte']) for r in good if 'val_bits_per_byte' in r]
+    if val:
+        right.plot(*zip(*val), 'o-', ms=3, label='held out, estimate')
+    if final is not None:
+        right.plot(x[-1], final, '*', ms=12, color='C3', label=f'held out, all: {final:.3f}')
+    for (name, b), style in zip((baselines or {}).items(), (':', '-.', '--')):
+        right.axhline(b, ls=style, color='grey', label=f'{name}: {b:.3f}')
+    if optimum is not None:
+        right.axhline(optimum, color='C2', lw=1.5, label=f'optimum: {optimum:.3f}')
+    right.set(xlabel='million tokens', ylabel=unit, title=f'Held-out {what}')
+    right.legend(fontsize=8)
+    if layers:
+        _draw_load(below[0], load)
     fig.savefig(path, dpi=110, format='png')
 
 # %% ../nbs/11c_report.ipynb #8ddc55fd
 def _draw_load(fig, load):
     "One strip a layer: experts up, time along, colour for utilisation"
-    n,steps = max(1, len(load)//200),len(load)
-    u = load[:len(load)//n*n].unflatten(0, (-1, n)).sum(1)
-    u = (u/u.mean(-1, keepdim=True)).numpy()
+    n = max(1, len(load) // 200)
+    steps = len(load)
+    u = load[: len(load) // n * n].unflatten(0, (-1, n)).sum(1)
+    u = (u / u.mean(-1, keepdim=True)).numpy()
     axes = np.atleast_1d(fig.subplots(load.shape[1], 1, sharex=True))
-    for i,ax in enumerate(axes):
-        im = ax.imshow(u[:,i].T, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2, extent=(0, steps, load.shape[2]-.5, -.5), interpolation='nearest')
-        ax.set(ylabel=f'MoE layer {i+1}', yticks=[0, load.shape[2]-1])
-    axes[0].set_title('Load of each expert, 1 = its fair share'); axes[-1].set_xlabel('step')
+    for i, ax in enumerate(axes):
+        im = ax.imshow(
+            u[:, i].T,
+            aspect='auto',
+            cmap='RdBu_r',
+            vmin=0,
+            vmax=2,
+            extent=(0, steps, load.shape[2] - 0.5, -0.5),
+            interpolation='nearest',
+        )
+        ax.set(ylabel=f'MoE layer {i + 1}', yticks=[0, load.shape[2] - 1])
+    axes[0].set_title('Load of each expert, 1 = its fair share')
+    axes[-1].set_xlabel('step')
     fig.colorbar(im, ax=axes, label='utilisation')

@@ -9,6 +9,7 @@ __all__ = ['GroupedQuery', 'KVCache', 'attention_params', 'matched_head_dim', 'w
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+
 from .cache import LatentCache
 from .config import Config
 from .mla import attend
@@ -17,90 +18,140 @@ from .rope import rotate
 # %% ../nbs/04b_rivals.ipynb #ba9e50d7
 class GroupedQuery(nn.Module):
     "Multi-head, grouped-query or multi-query attention behind the interface of `MLA`"
-    def __init__(self,
-        cfg:Config,   # width, query heads, rotary features
-        kv_heads:int, # keys and values kept: all heads for multi-head, 1 for multi-query
-        head_dim:int, # features of a query, a key and a value head
+
+    def __init__(
+        self,
+        cfg: Config,  # width, query heads, rotary features
+        kv_heads: int,  # keys and values kept: all heads for multi-head, 1 for multi-query
+        head_dim: int,  # features of a query, a key and a value head
     ):
         super().__init__()
-        n,d,r = cfg.num_attention_heads,cfg.hidden_size,cfg.qk_rope_head_dim
-        if kv_heads<1 or n%kv_heads: raise ValueError(f'kv_heads={kv_heads}: must divide num_attention_heads={n} (for example 1, or {n} for multi-head)')
-        if head_dim<r: raise ValueError(f'head_dim={head_dim}: must hold the qk_rope_head_dim={r} rotated features')
-        self.cfg,self.kv_heads,self.head_dim,self.scale = cfg,kv_heads,head_dim,head_dim**-.5
-        self.q_proj,self.o_proj = nn.Linear(d, n*head_dim, bias=False),nn.Linear(n*head_dim, d, bias=False)
-        self.kv_proj = nn.Linear(d, 2*kv_heads*head_dim, bias=False)
-        for p in self.parameters(): nn.init.normal_(p, std=cfg.initializer_range)
+        n = cfg.num_attention_heads
+        d = cfg.hidden_size
+        r = cfg.qk_rope_head_dim
+        if kv_heads < 1 or n % kv_heads:
+            raise ValueError(
+                f'kv_heads={kv_heads}: must divide num_attention_heads={n} '
+                f'(for example 1, or {n} for multi-head)'
+            )
+        if head_dim < r:
+            raise ValueError(
+                f'head_dim={head_dim}: must hold the qk_rope_head_dim={r} rotated features'
+            )
+        self.cfg = cfg
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5
+        self.q_proj = nn.Linear(d, n * head_dim, bias=False)
+        self.o_proj = nn.Linear(n * head_dim, d, bias=False)
+        self.kv_proj = nn.Linear(d, 2 * kv_heads * head_dim, bias=False)
+        for p in self.parameters():
+            nn.init.normal_(p, std=cfg.initializer_range)
 
-    def forward(self,
-        h:Tensor,                    # hidden states (batch, seq, hidden_size)
-        rope:tuple[Tensor,Tensor],   # cosines and sines of these positions (batch or 1, seq, qk_rope_head_dim/2)
-        mask:Tensor|None=None,       # True where a query may look (batch, 1, seq, cached + seq), None for causal
-        cache:LatentCache|None=None, # a `KVCache`: where the past is, and where this goes
-        layer:int=0,                 # our place in the cache
-    )->Tensor:                       # (batch, seq, hidden_size)
+    def forward(
+        self,
+        h: Tensor,  # hidden states (batch, seq, hidden_size)
+        rope: tuple[
+            Tensor, Tensor
+        ],  # cosines and sines of these positions (batch or 1, seq, qk_rope_head_dim/2)
+        mask: Tensor
+        | None = None,  # True where a query may look (batch, 1, seq, cached + seq), None for causal
+        cache: LatentCache | None = None,  # a `KVCache`: where the past is, and where this goes
+        layer: int = 0,  # our place in the cache
+    ) -> Tensor:  # (batch, seq, hidden_size)
         "Attend with shared keys and values"
-        q,(k,v) = self.q_proj(h).unflatten(-1, (-1, self.head_dim)),self.kv_proj(h).unflatten(-1, (2, self.kv_heads, -1)).unbind(-3)
-        q,k = self.turn(q, rope),self.turn(k, rope)
+        q, (k, v) = (
+            self.q_proj(h).unflatten(-1, (-1, self.head_dim)),
+            self.kv_proj(h).unflatten(-1, (2, self.kv_heads, -1)).unbind(-3),
+        )
+        q = self.turn(q, rope)
+        k = self.turn(k, rope)
         if cache is not None:
             rows = cache.write(layer, torch.cat((k, v), -2).flatten(-2)).to(h.dtype)
-            k,v = rows.unflatten(-1, (2, self.kv_heads, -1)).unbind(-3)
-        k,v = (o.repeat_interleave(q.shape[2]//self.kv_heads, 2) for o in (k, v))
-        return self.o_proj(attend(*(o.transpose(1, 2) for o in (q, k, v)), self.scale, mask).transpose(1, 2).flatten(2))
+            k, v = rows.unflatten(-1, (2, self.kv_heads, -1)).unbind(-3)
+        k, v = (o.repeat_interleave(q.shape[2] // self.kv_heads, 2) for o in (k, v))
+        return self.o_proj(
+            attend(*(o.transpose(1, 2) for o in (q, k, v)), self.scale, mask)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 # %% ../nbs/04b_rivals.ipynb #9fac73db
 @patch
-def turn(self:GroupedQuery,
-    x:Tensor,                  # queries or keys (batch, seq, heads, head_dim)
-    rope:tuple[Tensor,Tensor], # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
-)->Tensor:                     # same shape
+def turn(
+    self: GroupedQuery,
+    x: Tensor,  # queries or keys (batch, seq, heads, head_dim)
+    rope: tuple[Tensor, Tensor],  # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
+) -> Tensor:  # same shape
     "Rotate the first features and leave the rest"
-    r = 2*rope[0].shape[-1]
-    return torch.cat((rotate(x[...,:r], *(o[:,:,None] for o in rope)), x[...,r:]), -1)
+    r = 2 * rope[0].shape[-1]
+    return torch.cat((rotate(x[..., :r], *(o[:, :, None] for o in rope)), x[..., r:]), -1)
+
 
 class KVCache(LatentCache):
     "Keys and values of all layers, written in place"
-    def __init__(self,
-        cfg:Config,   # sizes of the model
-        kv_heads:int, # keys and values kept
-        head_dim:int, # features of each
-        batch:int,    # sequences side by side
-        max_len:int,  # positions it can hold
-        dtype:torch.dtype=torch.bfloat16, # of the values kept
+
+    def __init__(
+        self,
+        cfg: Config,  # sizes of the model
+        kv_heads: int,  # keys and values kept
+        head_dim: int,  # features of each
+        batch: int,  # sequences side by side
+        max_len: int,  # positions it can hold
+        dtype: torch.dtype = torch.bfloat16,  # of the values kept
     ):
         super().__init__(cfg, batch, max_len, dtype)
-        self.rows = torch.zeros(*self.rows.shape[:3], 2*kv_heads*head_dim, dtype=dtype)
+        self.rows = torch.zeros(*self.rows.shape[:3], 2 * kv_heads * head_dim, dtype=dtype)
 
 # %% ../nbs/04b_rivals.ipynb #888ece82
 def attention_params(
-    cfg:Config, # widths and ranks of an MLA
-)->int:         # weights of one layer's attention, norms not counted
+    cfg: Config,  # widths and ranks of an MLA
+) -> int:  # weights of one layer's attention, norms not counted
     "Weights of one MLA layer"
-    d,n,c,r = cfg.hidden_size,cfg.num_attention_heads,cfg.kv_lora_rank,cfg.q_lora_rank
-    qk,kv = cfg.qk_nope_head_dim+cfg.qk_rope_head_dim,cfg.qk_nope_head_dim+cfg.v_head_dim
-    return (d*r + r*n*qk if r else d*n*qk) + d*(c+cfg.qk_rope_head_dim) + c*n*kv + n*cfg.v_head_dim*d
+    d = cfg.hidden_size
+    n = cfg.num_attention_heads
+    c = cfg.kv_lora_rank
+    r = cfg.q_lora_rank
+    qk = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+    kv = cfg.qk_nope_head_dim + cfg.v_head_dim
+    return (
+        (d * r + r * n * qk if r else d * n * qk)
+        + d * (c + cfg.qk_rope_head_dim)
+        + c * n * kv
+        + n * cfg.v_head_dim * d
+    )
+
 
 def matched_head_dim(
-    cfg:Config,   # of the MLA to be matched
-    kv_heads:int, # of the rival
-)->int:           # features of a head
+    cfg: Config,  # of the MLA to be matched
+    kv_heads: int,  # of the rival
+) -> int:  # features of a head
     "The head width that gives a rival as many weights as MLA"
-    return max(cfg.qk_rope_head_dim, round(attention_params(cfg)/(2*cfg.hidden_size*(cfg.num_attention_heads+kv_heads))))
+    return max(
+        cfg.qk_rope_head_dim,
+        round(attention_params(cfg) / (2 * cfg.hidden_size * (cfg.num_attention_heads + kv_heads))),
+    )
+
 
 def with_attention(
-    model:nn.Module, # a fresh DeepSeekV3
-    kv_heads:int,    # keys and values kept by the rival
-    head_dim:int|None=None, # features of a head; as many weights as MLA by default
-)->nn.Module:        # the same model, its attention replaced
+    model: nn.Module,  # a fresh DeepSeekV3
+    kv_heads: int,  # keys and values kept by the rival
+    head_dim: int | None = None,  # features of a head; as many weights as MLA by default
+) -> nn.Module:  # the same model, its attention replaced
     "Put a rival in the place of every MLA"
-    for block in model.model['layers']: block.self_attn = GroupedQuery(model.cfg, kv_heads, head_dim or matched_head_dim(model.cfg, kv_heads))
+    for block in model.model['layers']:
+        block.self_attn = GroupedQuery(
+            model.cfg, kv_heads, head_dim or matched_head_dim(model.cfg, kv_heads)
+        )
     return model
 
 # %% ../nbs/04b_rivals.ipynb #af9fdc88
 def cache_bytes(
-    cfg:Config, # heads, widths, layers
-    kv_heads:int|None=None, # heads kept by a rival of width qk_nope_head_dim; None for MLA
-    bytes_per_value:int=2,  # 2 for bf16, 4 for fp32, 1 for FP8
-)->int:         # bytes of one position, summed over layers
+    cfg: Config,  # heads, widths, layers
+    kv_heads: int | None = None,  # heads kept by a rival of width qk_nope_head_dim; None for MLA
+    bytes_per_value: int = 2,  # 2 for bf16, 4 for fp32, 1 for FP8
+) -> int:  # bytes of one position, summed over layers
     "What one position costs the cache of MLA or of a rival"
-    if kv_heads is None: return cfg.kv_bytes_per_token(bytes_per_value)
-    return cfg.num_hidden_layers*2*kv_heads*cfg.qk_nope_head_dim*bytes_per_value
+    if kv_heads is None:
+        return cfg.kv_bytes_per_token(bytes_per_value)
+    return cfg.num_hidden_layers * 2 * kv_heads * cfg.qk_nope_head_dim * bytes_per_value

@@ -7,74 +7,96 @@ __all__ = ['rotate', 'inverse_frequencies', 'yarn_mscale', 'softmax_scale', 'tab
 
 # %% ../nbs/02_rope.ipynb #ac63e18b
 import math
+
 import torch
 from torch import Tensor
+
 from .config import Config
 
 # %% ../nbs/02_rope.ipynb #0ee01e79
 def rotate(
-    x:Tensor,   # features (..., qk_rope_head_dim)
-    cos:Tensor, # cosines, broadcastable to (..., qk_rope_head_dim/2)
-    sin:Tensor, # sines, same
-    layout:str='interleaved', # pairs are neighbours ('interleaved', published weights) or half a vector apart ('half')
-)->Tensor:      # rotated features, shape and layout as given
+    x: Tensor,  # features (..., qk_rope_head_dim)
+    cos: Tensor,  # cosines, broadcastable to (..., qk_rope_head_dim/2)
+    sin: Tensor,  # sines, same
+    # pairs are neighbours ('interleaved', published weights) or half a vector apart ('half')
+    layout: str = 'interleaved',
+) -> Tensor:  # rotated features, shape and layout as given
     "Turn each pair of features by its angle"
-    if layout not in ('interleaved', 'half'): raise ValueError(f"layout={layout!r}: must be 'interleaved' (DeepSeek's weights) or 'half'")
-    if x.shape[-1]!=2*cos.shape[-1]: raise ValueError(
-        f'x has {x.shape[-1]} features, the tables turn {cos.shape[-1]} pairs: pass only the qk_rope_head_dim={2*cos.shape[-1]} rotary features')
-    a,b = x.unflatten(-1, (-1,2)).unbind(-1) if layout=='interleaved' else x.chunk(2, -1)
-    turned = a*cos - b*sin, a*sin + b*cos
-    return torch.stack(turned, -1).flatten(-2) if layout=='interleaved' else torch.cat(turned, -1)
+    if layout not in ('interleaved', 'half'):
+        raise ValueError(f"layout={layout!r}: must be 'interleaved' (DeepSeek's weights) or 'half'")
+    if x.shape[-1] != 2 * cos.shape[-1]:
+        raise ValueError(
+            f'x has {x.shape[-1]} features, the tables turn {cos.shape[-1]} pairs: '
+            f'pass only the qk_rope_head_dim={2 * cos.shape[-1]} rotary features'
+        )
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if layout == 'interleaved' else x.chunk(2, -1)
+    turned = a * cos - b * sin, a * sin + b * cos
+    return torch.stack(turned, -1).flatten(-2) if layout == 'interleaved' else torch.cat(turned, -1)
 
 # %% ../nbs/02_rope.ipynb #8846990e
 def inverse_frequencies(
-    cfg:Config, # qk_rope_head_dim, rope_theta and rope_scaling count
-)->Tensor:      # radians per position (qk_rope_head_dim/2), float32
+    cfg: Config,  # qk_rope_head_dim, rope_theta and rope_scaling count
+) -> Tensor:  # radians per position (qk_rope_head_dim/2), float32
     "How far each pair turns from one position to the next"
-    r,theta = cfg.qk_rope_head_dim,cfg.rope_theta
-    freq = 1/(theta**(torch.arange(0, r, 2).float()/r))
+    r = cfg.qk_rope_head_dim
+    theta = cfg.rope_theta
+    freq = 1 / (theta ** (torch.arange(0, r, 2).float() / r))
     s = cfg.rope_scaling
-    if s is None: return freq
-    def pair(turns): # the pair that makes so many turns within the trained length
-        return r*math.log(s['original_max_position_embeddings']/(turns*2*math.pi))/(2*math.log(theta))
+    if s is None:
+        return freq
+
+    def pair(turns):  # the pair that makes so many turns within the trained length
+        return (
+            r
+            * math.log(s['original_max_position_embeddings'] / (turns * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
+
     low = max(math.floor(pair(s.get('beta_fast', 32))), 0)
-    high = min(math.ceil(pair(s.get('beta_slow', 1))), r-1)
-    ramp = ((torch.arange(r//2).float()-low)/max(high-low, 1e-3)).clamp(0, 1)
-    return freq/s['factor']*ramp + freq*(1-ramp)
+    high = min(math.ceil(pair(s.get('beta_slow', 1))), r - 1)
+    ramp = ((torch.arange(r // 2).float() - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return freq / s['factor'] * ramp + freq * (1 - ramp)
 
 # %% ../nbs/02_rope.ipynb #b474a179
 def yarn_mscale(
-    factor:float, # by how much the context is stretched
-    mscale:float, # its weight, 0.707 for DeepSeek-V2 and 1 for V3
-)->float:         # factor on queries and on keys
+    factor: float,  # by how much the context is stretched
+    mscale: float,  # its weight, 0.707 for DeepSeek-V2 and 1 for V3
+) -> float:  # factor on queries and on keys
     "YaRN's growth of queries and keys with the stretched length"
-    return 0.1*mscale*math.log(factor)+1 if factor>1 else 1.
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
 
 def softmax_scale(
-    cfg:Config, # head widths and rope_scaling count
-)->float:       # factor on scores before the softmax
+    cfg: Config,  # head widths and rope_scaling count
+) -> float:  # factor on scores before the softmax
     "One over the root of the head's width, sharpened by YaRN"
     s = cfg.rope_scaling
-    m = yarn_mscale(s['factor'], s.get('mscale_all_dim', 0)) if s else 1.
-    return m*m/math.sqrt(cfg.qk_nope_head_dim+cfg.qk_rope_head_dim)
+    m = yarn_mscale(s['factor'], s.get('mscale_all_dim', 0)) if s else 1.0
+    return m * m / math.sqrt(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+
 
 def table_scale(
-    cfg:Config, # rope_scaling counts
-)->float:       # factor on cosines and sines
+    cfg: Config,  # rope_scaling counts
+) -> float:  # factor on cosines and sines
     "What YaRN leaves to the tables: 1 for every published model"
     s = cfg.rope_scaling
-    if not s: return 1.
-    if s.get('mscale') and s.get('mscale_all_dim'): return yarn_mscale(s['factor'], s['mscale'])/yarn_mscale(s['factor'], s['mscale_all_dim'])
-    return yarn_mscale(s['factor'], 1.)
+    if not s:
+        return 1.0
+    if s.get('mscale') and s.get('mscale_all_dim'):
+        return yarn_mscale(s['factor'], s['mscale']) / yarn_mscale(s['factor'], s['mscale_all_dim'])
+    return yarn_mscale(s['factor'], 1.0)
 
 # %% ../nbs/02_rope.ipynb #d95c947b
 def rope_tables(
-    cfg:Config,       # rotary settings
-    positions:Tensor, # integer positions, any shape
-    dtype:torch.dtype=torch.float32, # of the tables
-)->tuple[Tensor,Tensor]: # cosines and sines (*positions, qk_rope_head_dim/2)
+    cfg: Config,  # rotary settings
+    positions: Tensor,  # integer positions, any shape
+    dtype: torch.dtype = torch.float32,  # of the tables
+) -> tuple[Tensor, Tensor]:  # cosines and sines (*positions, qk_rope_head_dim/2)
     "The rotations of some positions"
-    if positions.is_floating_point(): raise ValueError(f'positions dtype {positions.dtype}: positions are integers; call positions.long()')
-    angles = positions[...,None].float()*inverse_frequencies(cfg).to(positions.device)
+    if positions.is_floating_point():
+        raise ValueError(
+            f'positions dtype {positions.dtype}: positions are integers; call positions.long()'
+        )
+    angles = positions[..., None].float() * inverse_frequencies(cfg).to(positions.device)
     grow = table_scale(cfg)
-    return (angles.cos()*grow).to(dtype),(angles.sin()*grow).to(dtype)
+    return (angles.cos() * grow).to(dtype), (angles.sin() * grow).to(dtype)

@@ -8,6 +8,7 @@ __all__ = ['Sampling', 'scores', 'probabilities', 'Dice', 'draw', 'sample']
 # %% ../nbs/11e_sampling.ipynb #fcf94427
 import math
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,87 +16,146 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Sampling:
     "How tokens are chosen"
-    temperature:float = 1.0         # 0 takes the likeliest; higher is wilder
-    top_k:int|None = None           # keep so many of the likeliest
-    top_p:float|None = None         # keep the likeliest up to this much probability, in (0,1]
-    min_p:float|None = None         # keep what has this share of the likeliest one's probability, in [0,1]
-    repetition_penalty:float = 1.0  # above 1 makes seen tokens less likely
+
+    temperature: float = 1.0  # 0 takes the likeliest; higher is wilder
+    top_k: int | None = None  # keep so many of the likeliest
+    top_p: float | None = None  # keep the likeliest up to this much probability, in (0,1]
+    min_p: float | None = (
+        None  # keep what has this share of the likeliest one's probability, in [0,1]
+    )
+    repetition_penalty: float = 1.0  # above 1 makes seen tokens less likely
 
     def __post_init__(self):
-        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-        if not (number(self.temperature) and self.temperature>=0): raise ValueError(f'temperature={self.temperature!r}: must be 0 (greedy) or a positive number')
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k<1): raise ValueError(f'top_k={self.top_k!r}: must be a positive integer or None')
-        if self.top_p is not None and not (number(self.top_p) and 0<self.top_p<=1): raise ValueError(f'top_p={self.top_p!r}: must be above 0 and at most 1')
-        if self.min_p is not None and not (number(self.min_p) and 0<=self.min_p<=1): raise ValueError(f'min_p={self.min_p!r}: must lie between 0 and 1')
-        if not (number(self.repetition_penalty) and self.repetition_penalty>0): raise ValueError(
-            f'repetition_penalty={self.repetition_penalty!r}: must be a positive number; 1 changes nothing')
+        def number(x):
+            return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+        if not (number(self.temperature) and self.temperature >= 0):
+            raise ValueError(
+                f'temperature={self.temperature!r}: must be 0 (greedy) or a positive number'
+            )
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f'top_k={self.top_k!r}: must be a positive integer or None')
+        if self.top_p is not None and not (number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f'top_p={self.top_p!r}: must be above 0 and at most 1')
+        if self.min_p is not None and not (number(self.min_p) and 0 <= self.min_p <= 1):
+            raise ValueError(f'min_p={self.min_p!r}: must lie between 0 and 1')
+        if not (number(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(
+                f'repetition_penalty={self.repetition_penalty!r}: '
+                f'must be a positive number; 1 changes nothing'
+            )
 
 # %% ../nbs/11e_sampling.ipynb #5e8f4bd0
 def scores(
-    logits:Tensor,      # of the next token (..., vocab_size)
-    how:Sampling,       # only its penalty counts
-    seen:Tensor|None=None, # True for tokens to be made less likely, needed with a penalty (..., vocab_size)
-)->Tensor:              # (..., vocab_size), float32 at least
+    logits: Tensor,  # of the next token (..., vocab_size)
+    how: Sampling,  # only its penalty counts
+    seen: Tensor
+    # True for tokens to be made less likely, needed with a penalty (..., vocab_size)
+    | None = None,
+) -> Tensor:  # (..., vocab_size), float32 at least
     "Logits after the penalty; the largest is the greedy choice"
-    if not logits.isfinite().all(): raise ValueError('logits: not all finite; the model has diverged or its weights are damaged')
+    if not logits.isfinite().all():
+        raise ValueError(
+            'logits: not all finite; the model has diverged or its weights are damaged'
+        )
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if how.repetition_penalty==1: return z
-    if seen is None: raise ValueError(f'repetition_penalty={how.repetition_penalty:g}: needs to know the tokens seen')
-    return torch.where(seen, torch.where(z>0, z/how.repetition_penalty, z*how.repetition_penalty), z)
+    if how.repetition_penalty == 1:
+        return z
+    if seen is None:
+        raise ValueError(
+            f'repetition_penalty={how.repetition_penalty:g}: needs to know the tokens seen'
+        )
+    return torch.where(
+        seen, torch.where(z > 0, z / how.repetition_penalty, z * how.repetition_penalty), z
+    )
+
 
 def probabilities(
-    logits:Tensor,      # of the next token (..., vocab_size)
-    how:Sampling,       # the knobs
-    seen:Tensor|None=None, # True for tokens to be made less likely, needed with a penalty (..., vocab_size)
-)->Tensor:              # of each token (..., vocab_size), float32 at least
+    logits: Tensor,  # of the next token (..., vocab_size)
+    how: Sampling,  # the knobs
+    seen: Tensor
+    # True for tokens to be made less likely, needed with a penalty (..., vocab_size)
+    | None = None,
+) -> Tensor:  # of each token (..., vocab_size), float32 at least
     "The distribution that a token is drawn from"
     z = scores(logits, how, seen)
-    if how.temperature==0: return torch.zeros_like(z).scatter_(-1, z.argmax(-1, keepdim=True), 1)
-    p = ((z-z.amax(-1, keepdim=True))/how.temperature).softmax(-1)
+    if how.temperature == 0:
+        return torch.zeros_like(z).scatter_(-1, z.argmax(-1, keepdim=True), 1)
+    p = ((z - z.amax(-1, keepdim=True)) / how.temperature).softmax(-1)
     if how.top_k or how.top_p:
-        best,order = p.topk(min(p.shape[-1], how.top_k or 1024), -1)
-        if not how.top_k and (best.sum(-1)<how.top_p).any(): best,order = p.sort(-1, descending=True)
-        if how.top_p: best = best.masked_fill(best.cumsum(-1)-best>=how.top_p*(best.sum(-1, keepdim=True) if how.top_k else 1), 0)
+        best, order = p.topk(min(p.shape[-1], how.top_k or 1024), -1)
+        if not how.top_k and (best.sum(-1) < how.top_p).any():
+            best, order = p.sort(-1, descending=True)
+        if how.top_p:
+            best = best.masked_fill(
+                best.cumsum(-1) - best
+                >= how.top_p * (best.sum(-1, keepdim=True) if how.top_k else 1),
+                0,
+            )
         p = torch.zeros_like(p).scatter_(-1, order, best)
-    if how.min_p: p = p.masked_fill(p<how.min_p*p.amax(-1, keepdim=True), 0)
-    return p/p.sum(-1, keepdim=True)
+    if how.min_p:
+        p = p.masked_fill(p < how.min_p * p.amax(-1, keepdim=True), 0)
+    return p / p.sum(-1, keepdim=True)
 
 # %% ../nbs/11e_sampling.ipynb #f228abee
 class Dice:
     "Uniform numbers, a source for each row"
-    def __init__(self,
-        seed:int|list[int]|None, # of the first row, or of each; None: from torch's own state
-        rows:int,                # how many
+
+    def __init__(
+        self,
+        seed: int | list[int] | None,  # of the first row, or of each; None: from torch's own state
+        rows: int,  # how many
     ):
-        if seed is None: seed = int(torch.randint(2**62, ()))
-        seeds = [(seed+0x9E3779B97F4A7C15*r)%2**63 for r in range(rows)] if isinstance(seed, int) else list(seed)
-        if len(seeds)!=rows or not all(isinstance(s, int) for s in seeds): raise ValueError(f'seed={seed!r}: must be an integer, or a list of {rows}, one a row')
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        seeds = (
+            [(seed + 0x9E3779B97F4A7C15 * r) % 2**63 for r in range(rows)]
+            if isinstance(seed, int)
+            else list(seed)
+        )
+        if len(seeds) != rows or not all(isinstance(s, int) for s in seeds):
+            raise ValueError(f'seed={seed!r}: must be an integer, or a list of {rows}, one a row')
         self.sources = [torch.Generator().manual_seed(s) for s in seeds]
         self.left = torch.empty(rows, 0, dtype=torch.float64)
 
-    def roll(self,
-        n:int, # numbers for each row
-    )->Tensor: # (rows, n), float64, in [0,1)
+    def roll(
+        self,
+        n: int,  # numbers for each row
+    ) -> Tensor:  # (rows, n), float64, in [0,1)
         "The next numbers of every row"
-        while self.left.shape[1]<n: # a block at a time, because a call costs more than a number
-            self.left = torch.cat((self.left, torch.stack([torch.rand(256, dtype=torch.float64, generator=g) for g in self.sources])), 1)
-        out,self.left = self.left[:,:n],self.left[:,n:]
+        while self.left.shape[1] < n:  # a block at a time, because a call costs more than a number
+            self.left = torch.cat(
+                (
+                    self.left,
+                    torch.stack(
+                        [torch.rand(256, dtype=torch.float64, generator=g) for g in self.sources]
+                    ),
+                ),
+                1,
+            )
+        out = self.left[:, :n]
+        self.left = self.left[:, n:]
         return out
 
+
 def draw(
-    p:Tensor, # probabilities, or anything in proportion to them (rows, vocab_size)
-    u:Tensor, # uniform numbers (rows,)
-)->Tensor:    # a token for each row (rows,)
+    p: Tensor,  # probabilities, or anything in proportion to them (rows, vocab_size)
+    u: Tensor,  # uniform numbers (rows,)
+) -> Tensor:  # a token for each row (rows,)
     "The first token whose cumulated probability exceeds u"
     reached = p.double().cumsum(-1)
-    return torch.searchsorted(reached, u.to(p.device)[:,None]*reached[:,-1:], right=True)[:,0].clamp(max=p.shape[-1]-1)
+    return torch.searchsorted(reached, u.to(p.device)[:, None] * reached[:, -1:], right=True)[
+        :, 0
+    ].clamp(max=p.shape[-1] - 1)
+
 
 def sample(
-    logits:Tensor,      # of the next token (rows, vocab_size)
-    how:Sampling=Sampling(), # the knobs
-    dice:Dice|None=None, # whose numbers are used; None: fresh ones
-    seen:Tensor|None=None, # True for tokens to be made less likely (rows, vocab_size)
-)->Tensor:              # one token per row (rows,)
+    logits: Tensor,  # of the next token (rows, vocab_size)
+    how: Sampling = Sampling(),  # the knobs
+    dice: Dice | None = None,  # whose numbers are used; None: fresh ones
+    seen: Tensor | None = None,  # True for tokens to be made less likely (rows, vocab_size)
+) -> Tensor:  # one token per row (rows,)
     "Draw a token for each row"
-    if how.temperature==0: return scores(logits, how, seen).argmax(-1)
-    return draw(probabilities(logits, how, seen), (dice or Dice(None, len(logits))).roll(1)[:,0])
+    if how.temperature == 0:
+        return scores(logits, how, seen).argmax(-1)
+    return draw(probabilities(logits, how, seen), (dice or Dice(None, len(logits))).roll(1)[:, 0])

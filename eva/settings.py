@@ -8,94 +8,164 @@ __all__ = ['DTYPES', 'TrainConfig']
 # %% ../nbs/10b_settings.ipynb #7c167a58
 import math
 from dataclasses import dataclass
+
 import torch
 from fastcore.basics import patch
+
 from .balance import BALANCE_LOSSES
 from .fp8 import RECIPES
 
 # %% ../nbs/10b_settings.ipynb #1c508fe9
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16, fp8=torch.bfloat16) # of the model, by precision
+DTYPES = dict(
+    fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16, fp8=torch.bfloat16
+)  # of the model, by precision
+
 
 @dataclass
 class TrainConfig:
     "Everything that decides how a run goes, apart from the model and the data"
-    steps:int = 320             # optimizer steps
-    batch_size:int = 16         # sequences per step, once grown to its full size (V3: 15360)
-    ramp:float = 0.             # share of steps with a quarter, then half of the batch (V3: from 3072, over 469 B tokens)
-    micro_batch:int = 4         # sequences per forward pass
-    seq_len:int = 512           # tokens per sequence (V3: 4096)
-    lr:float = 0.02             # peak of AdamW, for tables and vectors (V3, for everything: 2.2e-4)
-    muon_lr:float = 0.02        # peak of Muon, for matrices; 0 leaves all to AdamW, as V3 did
-    warmup:float = 0.02         # share of the run over which the rates rise
-    decay:float = 0.8           # share of the run over which they fall at the end
-    final_lr:float = 0.02       # where they end, as a share of the peak
-    weight_decay:float = 0.1    # of matrices and tables, per unit of their rate, by AdamW and by Muon
-    clip:float = 1.0            # norm to which gradients are clipped
-    mtp_weight:float = 0.3      # lambda of the MTP loss; a third of it from two thirds of the run on
-    mtp_share:float = 0.25      # share of each batch that MTP learns from (V3: 1)
-    bias_speed:float = 0.02     # gamma of the routing biases, falls with the rates (V3: 0.001)
-    bias_rest:float = 0.034     # share of the run at its end over which the biases rest (V3: 500 B of 14.8 T tokens)
-    balance_weight:float = 1e-4 # alpha of the balance loss
-    balance_over:str = 'sequence' # what that loss evens: each 'sequence' (V3) or the 'batch', the classic auxiliary loss
-    precision:str = 'fp32'      # of the products: fp32, bf16, fp16 or fp8; master weights are float32
-    recipe:str = 'block_pow2'   # of fp8: one of eva.fp8.RECIPES
-    moments:str = 'fp32'        # what the optimizers' memory is kept in: fp32 or bf16 (V3)
-    seed:int = 0                # of the order of the data
-    eval_every:int = 50         # steps between quick evaluations
-    save_every:int = 100        # steps between checkpoints
-    keep:int = 2                # checkpoints to keep
-    max_bad:int = 5             # steps in a row that were skipped, before going back or giving up
-    apart:bool = False          # may tokens not look into other documents of their window?
-    on_spike:str = 'log'        # what a spike of the loss leads to: log, skip, rewind or stop
-    on_collapse:str = 'log'     # what dead experts and collapsed loads lead to: log, rewind or stop
+
+    steps: int = 320  # optimizer steps
+    batch_size: int = 16  # sequences per step, once grown to its full size (V3: 15360)
+    # share of steps with a quarter, then half of the batch (V3: from 3072, over 469 B tokens)
+    ramp: float = 0.0
+    micro_batch: int = 4  # sequences per forward pass
+    seq_len: int = 512  # tokens per sequence (V3: 4096)
+    lr: float = 0.02  # peak of AdamW, for tables and vectors (V3, for everything: 2.2e-4)
+    muon_lr: float = 0.02  # peak of Muon, for matrices; 0 leaves all to AdamW, as V3 did
+    warmup: float = 0.02  # share of the run over which the rates rise
+    decay: float = 0.8  # share of the run over which they fall at the end
+    final_lr: float = 0.02  # where they end, as a share of the peak
+    weight_decay: float = (
+        0.1  # of matrices and tables, per unit of their rate, by AdamW and by Muon
+    )
+    clip: float = 1.0  # norm to which gradients are clipped
+    mtp_weight: float = 0.3  # lambda of the MTP loss; a third of it from two thirds of the run on
+    mtp_share: float = 0.25  # share of each batch that MTP learns from (V3: 1)
+    bias_speed: float = 0.02  # gamma of the routing biases, falls with the rates (V3: 0.001)
+    bias_rest: float = (
+        0.034  # share of the run at its end over which the biases rest (V3: 500 B of 14.8 T tokens)
+    )
+    balance_weight: float = 1e-4  # alpha of the balance loss
+    # what that loss evens: each 'sequence' (V3) or the 'batch', the classic auxiliary loss
+    balance_over: str = 'sequence'
+    precision: str = 'fp32'  # of the products: fp32, bf16, fp16 or fp8; master weights are float32
+    recipe: str = 'block_pow2'  # of fp8: one of eva.fp8.RECIPES
+    moments: str = 'fp32'  # what the optimizers' memory is kept in: fp32 or bf16 (V3)
+    seed: int = 0  # of the order of the data
+    eval_every: int = 50  # steps between quick evaluations
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # checkpoints to keep
+    max_bad: int = 5  # steps in a row that were skipped, before going back or giving up
+    apart: bool = False  # may tokens not look into other documents of their window?
+    on_spike: str = 'log'  # what a spike of the loss leads to: log, skip, rewind or stop
+    on_collapse: str = 'log'  # what dead experts and collapsed loads lead to: log, rewind or stop
 
     def __post_init__(self):
-        for o in ('steps', 'batch_size', 'micro_batch', 'seq_len', 'eval_every', 'save_every', 'keep', 'max_bad'):
-            if not isinstance(v := getattr(self, o), int) or v<1: raise ValueError(f'{o}={v!r}: must be a positive integer')
+        for o in (
+            'steps',
+            'batch_size',
+            'micro_batch',
+            'seq_len',
+            'eval_every',
+            'save_every',
+            'keep',
+            'max_bad',
+        ):
+            if not isinstance(v := getattr(self, o), int) or v < 1:
+                raise ValueError(f'{o}={v!r}: must be a positive integer')
         for o in ('warmup', 'decay', 'final_lr', 'mtp_share', 'ramp', 'bias_rest'):
-            if not 0<=getattr(self, o)<=1: raise ValueError(f'{o}={getattr(self, o)}: must lie between 0 and 1')
-        if self.warmup + self.decay > 1 + 1e-9: raise ValueError(f'warmup={self.warmup}, decay={self.decay}: '
-            'must not exceed 1 together, or the rate would fall before it has risen and jump in between; lower one of them')
-        for o in ('lr', 'muon_lr', 'weight_decay', 'clip', 'mtp_weight', 'bias_speed', 'balance_weight'):
-            if not (math.isfinite(v := getattr(self, o)) and v>=0): raise ValueError(f'{o}={v}: must be 0 or more, and finite')
-        if not isinstance(self.seed, int) or self.seed<0: raise ValueError(f'seed={self.seed!r}: must be an integer, 0 or more')
-        if self.balance_over not in BALANCE_LOSSES: raise ValueError(f"balance_over={self.balance_over!r}: must be {' or '.join(BALANCE_LOSSES)}")
-        if self.precision not in DTYPES: raise ValueError(f'precision={self.precision!r}: must be one of {", ".join(DTYPES)}')
-        if self.recipe not in RECIPES: raise ValueError(f'recipe={self.recipe!r}: must be one of {", ".join(RECIPES)}')
-        if self.moments not in ('fp32', 'bf16'): raise ValueError(f'moments={self.moments!r}: must be fp32 or bf16')
-        if not isinstance(self.apart, bool): raise ValueError(f'apart={self.apart!r}: must be True or False')
-        for o,can in (('on_spike', ('log', 'skip', 'rewind', 'stop')), ('on_collapse', ('log', 'rewind', 'stop'))):
-            if getattr(self, o) not in can: raise ValueError(f'{o}={getattr(self, o)!r}: must be one of {", ".join(can)}')
+            if not 0 <= getattr(self, o) <= 1:
+                raise ValueError(f'{o}={getattr(self, o)}: must lie between 0 and 1')
+        if self.warmup + self.decay > 1 + 1e-9:
+            raise ValueError(
+                f'warmup={self.warmup}, decay={self.decay}: '
+                'must not exceed 1 together, or the rate would fall before '
+                'it has risen and jump in between; lower one of them'
+            )
+        for o in (
+            'lr',
+            'muon_lr',
+            'weight_decay',
+            'clip',
+            'mtp_weight',
+            'bias_speed',
+            'balance_weight',
+        ):
+            if not (math.isfinite(v := getattr(self, o)) and v >= 0):
+                raise ValueError(f'{o}={v}: must be 0 or more, and finite')
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f'seed={self.seed!r}: must be an integer, 0 or more')
+        if self.balance_over not in BALANCE_LOSSES:
+            raise ValueError(
+                f'balance_over={self.balance_over!r}: must be {" or ".join(BALANCE_LOSSES)}'
+            )
+        if self.precision not in DTYPES:
+            raise ValueError(f'precision={self.precision!r}: must be one of {", ".join(DTYPES)}')
+        if self.recipe not in RECIPES:
+            raise ValueError(f'recipe={self.recipe!r}: must be one of {", ".join(RECIPES)}')
+        if self.moments not in ('fp32', 'bf16'):
+            raise ValueError(f'moments={self.moments!r}: must be fp32 or bf16')
+        if not isinstance(self.apart, bool):
+            raise ValueError(f'apart={self.apart!r}: must be True or False')
+        for o, can in (
+            ('on_spike', ('log', 'skip', 'rewind', 'stop')),
+            ('on_collapse', ('log', 'rewind', 'stop')),
+        ):
+            if getattr(self, o) not in can:
+                raise ValueError(f'{o}={getattr(self, o)!r}: must be one of {", ".join(can)}')
 
 # %% ../nbs/10b_settings.ipynb #c1d8d5b6
 @patch
-def sequences(self:TrainConfig,
-    step:int, # counted from 0
-)->int:       # before this step
+def sequences(
+    self: TrainConfig,
+    step: int,  # counted from 0
+) -> int:  # before this step
     "How many sequences have been seen"
-    a,b = round(self.ramp/2*self.steps),round(self.ramp*self.steps)
-    return (min(step, a)*max(1, self.batch_size//4) + max(0, min(step, b)-a)*max(1, self.batch_size//2) + max(0, step-b)*self.batch_size)
+    a = round(self.ramp / 2 * self.steps)
+    b = round(self.ramp * self.steps)
+    return (
+        min(step, a) * max(1, self.batch_size // 4)
+        + max(0, min(step, b) - a) * max(1, self.batch_size // 2)
+        + max(0, step - b) * self.batch_size
+    )
+
 
 @patch
-def rate(self:TrainConfig,
-    step:int, # counted from 0
-)->float:     # share of the peak
+def rate(
+    self: TrainConfig,
+    step: int,  # counted from 0
+) -> float:  # share of the peak
     "Warm-up, constant, linear decay, by sequences seen"
-    done = self.sequences(step+1)/self.sequences(self.steps)
-    if done<self.warmup: return done/self.warmup
-    if done<=1-self.decay: return 1.
-    return self.final_lr + (1-self.final_lr)*(1-done)/self.decay
+    done = self.sequences(step + 1) / self.sequences(self.steps)
+    if done < self.warmup:
+        return done / self.warmup
+    if done <= 1 - self.decay:
+        return 1.0
+    return self.final_lr + (1 - self.final_lr) * (1 - done) / self.decay
+
 
 @patch
-def mtp_weight_at(self:TrainConfig,
-    step:int, # counted from 0
-)->float:     # lambda
+def mtp_weight_at(
+    self: TrainConfig,
+    step: int,  # counted from 0
+) -> float:  # lambda
     "The weight of the MTP loss"
-    return self.mtp_weight if 3*self.sequences(step)<2*self.sequences(self.steps) else self.mtp_weight/3
+    return (
+        self.mtp_weight
+        if 3 * self.sequences(step) < 2 * self.sequences(self.steps)
+        else self.mtp_weight / 3
+    )
+
 
 @patch
-def bias_speed_at(self:TrainConfig,
-    step:int, # counted from 0
-)->float:     # gamma
+def bias_speed_at(
+    self: TrainConfig,
+    step: int,  # counted from 0
+) -> float:  # gamma
     "The speed of the routing biases: with the rates, at rest for the last steps"
-    return self.bias_speed*max(self.rate(step), .05) if self.sequences(step+1)<=(1-self.bias_rest)*self.sequences(self.steps) else 0.
+    return (
+        self.bias_speed * max(self.rate(step), 0.05)
+        if self.sequences(step + 1) <= (1 - self.bias_rest) * self.sequences(self.steps)
+        else 0.0
+    )

@@ -10,78 +10,118 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import Tensor, nn
+
 from .exchange import swap
-from .optim import MasterOptimizer, Muon, local, orthogonal_dtype, orthogonalize
+from .optim import MasterOptimizer, Muon, orthogonal_dtype, orthogonalize
 
 # %% ../nbs/14d_sharded.ipynb #a19530c5
 class ShardedMuon(Muon):
     "Muon where ranks hold rows of matrices: each rank gets some matrices whole, turns them, and gives the rows back"
-    rows = {} # parameter -> (group, rows of each rank), for matrices that are divided
 
-    def directions(self,
-        ahead:list, # parameters and what is to be orthogonalised, of divided ones only this rank's rows
-    )->list:        # of parameters, their orthogonal matrices, and how many rows and columns these have
+    rows = {}  # parameter -> (group, rows of each rank), for matrices that are divided
+
+    def directions(
+        self,
+        # parameters and what is to be orthogonalised, of divided ones only this rank's rows
+        ahead: list,
+    ) -> list:  # of parameters, their orthogonal matrices, and how many rows and columns these have
         "One all-to-all there and one back for all matrices of a shape"
-        out,shapes = super().directions([(p, g) for p,g in ahead if p not in self.rows and p.numel()]),{}
-        for p,g in ahead:
-            if p in self.rows: shapes.setdefault((*self.rows[p], p.shape[1]), []).append((p, g))
-        for (group,rows,columns),members in shapes.items():
-            W,here,n = len(rows),dist.get_rank(group),len(members)
-            mine = [(n+i)//W for i in range(W)]                        # matrices that each rank turns
-            sent,received = [m*rows[here]*columns for m in mine],[mine[here]*r*columns for r in rows]
-            flat = torch.stack([g for _,g in members]).flatten()
-            flat = flat.to(orthogonal_dtype(flat))                      # what orthogonalising does first
+        out = super().directions([(p, g) for p, g in ahead if p not in self.rows and p.numel()])
+        shapes = {}
+        for p, g in ahead:
+            if p in self.rows:
+                shapes.setdefault((*self.rows[p], p.shape[1]), []).append((p, g))
+        for (group, rows, columns), members in shapes.items():
+            W = len(rows)
+            here = dist.get_rank(group)
+            n = len(members)
+            mine = [(n + i) // W for i in range(W)]  # matrices that each rank turns
+            sent = [m * rows[here] * columns for m in mine]
+            received = [mine[here] * r * columns for r in rows]
+            flat = torch.stack([g for _, g in members]).flatten()
+            flat = flat.to(orthogonal_dtype(flat))  # what orthogonalising does first
             parts = swap(flat, sent, received, group).split(received)
-            O = orthogonalize(torch.cat([o.view(mine[here], r, columns) for o,r in zip(parts, rows)], 1)) if mine[here] else flat.new_empty(0, sum(rows), columns)
-            back = swap(torch.cat([o.flatten() for o in O.split(rows, 1)]), received, sent, group).view(n, rows[here], columns)
-            out += [(p, o, (sum(rows), columns)) for (p,_),o in zip(members, back)]
+            O = (
+                orthogonalize(
+                    torch.cat([o.view(mine[here], r, columns) for o, r in zip(parts, rows)], 1)
+                )
+                if mine[here]
+                else flat.new_empty(0, sum(rows), columns)
+            )
+            back = swap(
+                torch.cat([o.flatten() for o in O.split(rows, 1)]), received, sent, group
+            ).view(n, rows[here], columns)
+            out += [(p, o, (sum(rows), columns)) for (p, _), o in zip(members, back)]
         return out
 
 # %% ../nbs/14d_sharded.ipynb #5248ab6a
 class ShardedOptimizer(MasterOptimizer):
     "Masters of what this rank holds; norms and sums over all ranks"
+
     muon = ShardedMuon
-    def __init__(self,
-        parallel,         # an `eva.distributed.Parallel`, which knows who holds what
-        model:nn.Module,   # divided
-        *args, **kw,       # of MasterOptimizer
+
+    def __init__(
+        self,
+        parallel,  # an `eva.distributed.Parallel`, which knows who holds what
+        model: nn.Module,  # divided
+        *args,
+        **kw,  # of MasterOptimizer
     ):
         super().__init__(model, *args, **kw)
-        self.parallel,self.divided = parallel,{}
+        self.parallel = parallel
+        self.divided = {}
         parallel.params = self.params
-        for n,p in self.params.items():
+        for n, p in self.params.items():
             self.divided[n] = parallel.held_by(n, p)
         for o in self.optimizers:
-            if isinstance(o, Muon): o.rows = {w: self._rows(self.params[self.names[w]]) for g in o.param_groups for w in g['params'] if w.dim()==2 and hasattr(self.params[self.names[w]], 'placements')}
+            if isinstance(o, Muon):
+                o.rows = {
+                    w: self._rows(self.params[self.names[w]])
+                    for g in o.param_groups
+                    for w in g['params']
+                    if w.dim() == 2 and hasattr(self.params[self.names[w]], 'placements')
+                }
 
     def _rows(self, p):
         "The group that shares a matrix, and how many rows each of its ranks has"
-        size = -(-p.shape[0]//p.device_mesh.size())
-        return p.device_mesh.get_group(),tuple(max(0, min(size, p.shape[0]-i*size)) for i in range(p.device_mesh.size()))
+        size = -(-p.shape[0] // p.device_mesh.size())
+        return p.device_mesh.get_group(), tuple(
+            max(0, min(size, p.shape[0] - i * size)) for i in range(p.device_mesh.size())
+        )
 
 # %% ../nbs/14d_sharded.ipynb #84178e3c
 @patch
-def reduce(self:ShardedOptimizer):
+def reduce(self: ShardedOptimizer):
     "Sum the gradients of weights that several ranks hold"
     groups = {}
-    for n,(group,_) in self.divided.items():
-        if group is not None: groups.setdefault((group, self.masters[n].dtype), []).append(self.masters[n].grad)
-    for (group,_),grads in groups.items():
+    for n, (group, _) in self.divided.items():
+        if group is not None:
+            groups.setdefault((group, self.masters[n].dtype), []).append(self.masters[n].grad)
+    for (group, _), grads in groups.items():
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat, group=group)
-        for g,o in zip(grads, flat.split([g.numel() for g in grads])): g.copy_(o.view_as(g))
+        for g, o in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(o.view_as(g))
+
 
 @patch
-def norm(self:ShardedOptimizer,
-    grads:list[Tensor], # of this rank's masters
-)->float:               # length of the gradient of all ranks together
+def norm(
+    self: ShardedOptimizer,
+    grads: list[Tensor],  # of this rank's masters
+) -> float:  # length of the gradient of all ranks together
     "Every part counts once, however many ranks hold it"
-    squares = torch.stack([o.double().square()/copies for o,(_,copies) in zip(torch._foreach_norm(grads), self.divided.values())]).sum()
+    squares = torch.stack(
+        [
+            o.double().square() / copies
+            for o, (_, copies) in zip(torch._foreach_norm(grads), self.divided.values())
+        ]
+    ).sum()
     dist.all_reduce(squares)
     return squares.sqrt().item()
 
+
 @patch
-def step(self:ShardedOptimizer, scale:float=1., max_norm:float=1.)->float:
+def step(self: ShardedOptimizer, scale: float = 1.0, max_norm: float = 1.0) -> float:
     "Sum over ranks, then as one process does"
     self.reduce()
     return MasterOptimizer.step(self, scale, max_norm)

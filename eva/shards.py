@@ -6,114 +6,203 @@
 __all__ = ['runs', 'place', 'header', 'OneFile', 'FromFile', 'divided_like', 'write_together', 'read_together']
 
 # %% ../nbs/14b_shards.ipynb #4ce7e83b
-import itertools, json, math, os, struct
+import itertools
+import json
+import math
+import os
+import struct
 from dataclasses import replace
 from pathlib import Path
+
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import StorageReader, StorageWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
+
 from .files import KINDS, TYPES
 
 # %% ../nbs/14b_shards.ipynb #1b2add1b
 def runs(
-    shape:tuple,   # of a tensor
-    offsets:tuple, # where a box in it begins
-    sizes:tuple,   # of the box
-)->list[tuple[int,int]]: # first value and number of values of each stretch, in the order of the box
+    shape: tuple,  # of a tensor
+    offsets: tuple,  # where a box in it begins
+    sizes: tuple,  # of the box
+) -> list[
+    tuple[int, int]
+]:  # first value and number of values of each stretch, in the order of the box
     "A box in a tensor as stretches of its memory"
-    if 0 in sizes: return []
-    whole = max((d for d in range(len(shape)) if sizes[d]!=shape[d]), default=0) # dimensions after this one are complete
-    step = [math.prod(shape[d+1:]) for d in range(len(shape))]
+    if 0 in sizes:
+        return []
+    whole = max(
+        (d for d in range(len(shape)) if sizes[d] != shape[d]), default=0
+    )  # dimensions after this one are complete
+    step = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     length = math.prod(sizes[whole:])
-    starts = itertools.product(*(range(o, o+s) for o,s in zip(offsets[:whole], sizes[:whole])))
-    return [(sum(a*b for a,b in zip((*at, *offsets[whole:]), step)), length) for at in starts]
+    starts = itertools.product(*(range(o, o + s) for o, s in zip(offsets[:whole], sizes[:whole])))
+    return [(sum(a * b for a, b in zip((*at, *offsets[whole:]), step)), length) for at in starts]
+
 
 def place(
-    file:int,      # descriptor
-    start:int,     # byte at which the tensor begins
-    shape:tuple,   # of the tensor
-    offsets:tuple, # where the box begins
-    box:Tensor,    # what to write
+    file: int,  # descriptor
+    start: int,  # byte at which the tensor begins
+    shape: tuple,  # of the tensor
+    offsets: tuple,  # where the box begins
+    box: Tensor,  # what to write
 ):
     "Write a part of a tensor where it belongs"
-    raw,size,done = memoryview(box.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if box.numel() else b''),box.element_size(),0
-    for first,n in runs(shape, offsets, tuple(box.shape)):
-        left,at = raw[done:done+n*size],start+first*size
-        while len(left): # one call writes 2 GB at most
+    raw = memoryview(
+        box.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if box.numel() else b''
+    )
+    size = box.element_size()
+    done = 0
+    for first, n in runs(shape, offsets, tuple(box.shape)):
+        left = raw[done : done + n * size]
+        at = start + first * size
+        while len(left):  # one call writes 2 GB at most
             k = os.pwrite(file, left, at)
-            left,at = left[k:],at+k
-        done += n*size
+            left = left[k:]
+            at = at + k
+        done += n * size
 
 # %% ../nbs/14b_shards.ipynb #26d1497e
 def header(
-    shapes:dict, # name -> (dtype, shape)
-)->tuple[bytes,dict,int]: # what a safetensors file begins with, the byte at which each tensor begins, bytes in all
+    shapes: dict,  # name -> (dtype, shape)
+) -> tuple[
+    bytes, dict, int
+]:  # what a safetensors file begins with, the byte at which each tensor begins, bytes in all
     "The beginning of a safetensors file"
-    about,end = dict(__metadata__=dict(format='pt')),0
-    for n,(dtype,shape) in sorted(shapes.items(), key=lambda o: (-o[1][0].itemsize, o[0])): # wide types first: everything is aligned
-        begin,end = end,end+math.prod(shape)*dtype.itemsize
+    about = dict(__metadata__=dict(format='pt'))
+    end = 0
+    for n, (dtype, shape) in sorted(
+        shapes.items(), key=lambda o: (-o[1][0].itemsize, o[0])
+    ):  # wide types first: everything is aligned
+        begin = end
+        end = end + math.prod(shape) * dtype.itemsize
         about[n] = dict(dtype=KINDS[dtype], shape=list(shape), data_offsets=[begin, end])
     raw = json.dumps(about).encode()
-    raw = struct.pack('<Q', len(raw)+-len(raw)%8)+raw+b' '*(-len(raw)%8)
-    return raw,{n: len(raw)+o['data_offsets'][0] for n,o in about.items() if n!='__metadata__'},len(raw)+end
+    raw = struct.pack('<Q', len(raw) + -len(raw) % 8) + raw + b' ' * (-len(raw) % 8)
+    return (
+        raw,
+        {n: len(raw) + o['data_offsets'][0] for n, o in about.items() if n != '__metadata__'},
+        len(raw) + end,
+    )
 
 # %% ../nbs/14b_shards.ipynb #ee86fab2
 class OneFile(StorageWriter):
     "Where `torch.distributed.checkpoint` writes: every rank into its places of one safetensors file"
-    def __init__(self, path): self.path = Path(path)
-    def reset(self, checkpoint_id=None): pass
-    def set_up_storage_writer(self, is_coordinator, *args, **kwargs): pass
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def reset(self, checkpoint_id=None):
+        pass
+
+    def set_up_storage_writer(self, is_coordinator, *args, **kwargs):
+        pass
+
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id): return True
-    def prepare_local_plan(self, plan): return plan
+    def validate_checkpoint_id(cls, checkpoint_id):
+        return True
+
+    def prepare_local_plan(self, plan):
+        return plan
 
     def prepare_global_plan(self, plans):
-        shapes = {i.index.fqn: (i.tensor_data.properties.dtype, tuple(i.tensor_data.size)) for p in plans for i in p.items}
-        raw,starts,size = header(shapes)
-        with open(self.path, 'wb') as f: f.write(raw); f.truncate(size)
-        return [replace(p, storage_data={i.index.fqn: starts[i.index.fqn] for i in p.items}) for p in plans]
+        shapes = {
+            i.index.fqn: (i.tensor_data.properties.dtype, tuple(i.tensor_data.size))
+            for p in plans
+            for i in p.items
+        }
+        raw, starts, size = header(shapes)
+        with open(self.path, 'wb') as f:
+            f.write(raw)
+            f.truncate(size)
+        return [
+            replace(p, storage_data={i.index.fqn: starts[i.index.fqn] for i in p.items})
+            for p in plans
+        ]
 
     def write_data(self, plan, planner):
         file = os.open(self.path, os.O_WRONLY)
         try:
-            for i in plan.items: place(file, plan.storage_data[i.index.fqn], tuple(i.tensor_data.size), tuple(i.tensor_data.chunk.offsets), planner.resolve_data(i))
+            for i in plan.items:
+                place(
+                    file,
+                    plan.storage_data[i.index.fqn],
+                    tuple(i.tensor_data.size),
+                    tuple(i.tensor_data.chunk.offsets),
+                    planner.resolve_data(i),
+                )
             os.fsync(file)
-        finally: os.close(file)
+        finally:
+            os.close(file)
         done = Future()
-        done.set_result([WriteResult(index=i.index, size_in_bytes=i.tensor_storage_size(), storage_data=None) for i in plan.items])
+        done.set_result(
+            [
+                WriteResult(index=i.index, size_in_bytes=i.tensor_storage_size(), storage_data=None)
+                for i in plan.items
+            ]
+        )
         return done
 
-    def finish(self, metadata, results): "The file's own header says everything"
+    def finish(self, metadata, results):
+        "The file's own header says everything"
 
 # %% ../nbs/14b_shards.ipynb #09d1a047
 class FromFile(StorageReader):
     "Where `torch.distributed.checkpoint` reads: every rank its parts of one safetensors file"
-    def __init__(self, path): self.path,self.file = Path(path),safe_open(path, 'pt')
-    def reset(self, checkpoint_id=None): pass
-    def set_up_storage_reader(self, metadata, is_coordinator, *args, **kwargs): pass
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id): return True
-    def prepare_local_plan(self, plan): return plan
-    def prepare_global_plan(self, plans): return plans
 
-    def shapes(self)->dict: # name -> (dtype, shape)
-        views = {n: self.file.get_slice(n) for n in self.file.keys()}
-        return {n: (TYPES[v.get_dtype()], tuple(v.get_shape())) for n,v in views.items()}
+    def __init__(self, path):
+        self.path = Path(path)
+        self.file = safe_open(path, 'pt')
+
+    def reset(self, checkpoint_id=None):
+        pass
+
+    def set_up_storage_reader(self, metadata, is_coordinator, *args, **kwargs):
+        pass
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id):
+        return True
+
+    def prepare_local_plan(self, plan):
+        return plan
+
+    def prepare_global_plan(self, plans):
+        return plans
+
+    def shapes(self) -> dict:  # name -> (dtype, shape)
+        views = {n: self.file.get_slice(n) for n in self.file}
+        return {n: (TYPES[v.get_dtype()], tuple(v.get_shape())) for n, v in views.items()}
 
     def read_metadata(self, *args, **kwargs):
-        whole = lambda dtype,shape: TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), [ChunkStorageMetadata(torch.Size([0]*len(shape)), torch.Size(shape))])
-        return Metadata({n: whole(*o) for n,o in self.shapes().items()})
+        def whole(dtype, shape):
+            return TensorStorageMetadata(
+                TensorProperties(dtype),
+                torch.Size(shape),
+                [ChunkStorageMetadata(torch.Size([0] * len(shape)), torch.Size(shape))],
+            )
+
+        return Metadata({n: whole(*o) for n, o in self.shapes().items()})
 
     def read_data(self, plan, planner):
         for i in plan.items:
-            box = tuple(slice(o, o+n) for o,n in zip(i.storage_offsets, i.lengths))
-            part = self.file.get_slice(i.storage_index.fqn)[box] if box else self.file.get_tensor(i.storage_index.fqn)
+            box = tuple(slice(o, o + n) for o, n in zip(i.storage_offsets, i.lengths))
+            part = (
+                self.file.get_slice(i.storage_index.fqn)[box]
+                if box
+                else self.file.get_tensor(i.storage_index.fqn)
+            )
             here = planner.resolve_tensor(i)
             here.detach().copy_(part)
             planner.commit_tensor(i, here)
@@ -123,31 +212,50 @@ class FromFile(StorageReader):
 
 # %% ../nbs/14b_shards.ipynb #af4763a9
 def divided_like(
-    t:Tensor, # this rank's part, or a scalar
-    p:Tensor, # a parameter that is divided the same way, or not at all
-)->Tensor:    # a `DTensor` where p is one
+    t: Tensor,  # this rank's part, or a scalar
+    p: Tensor,  # a parameter that is divided the same way, or not at all
+) -> Tensor:  # a `DTensor` where p is one
     "What a rank holds of something that belongs to a parameter, as a part of the whole"
-    if not t.dim(): return t
-    if not isinstance(p, DTensor): return t.view(p.shape)
-    return DTensor.from_local(t.view(p.to_local().shape), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    if not t.dim():
+        return t
+    if not isinstance(p, DTensor):
+        return t.view(p.shape)
+    return DTensor.from_local(
+        t.view(p.to_local().shape),
+        p.device_mesh,
+        p.placements,
+        run_check=False,
+        shape=p.shape,
+        stride=p.stride(),
+    )
+
 
 def write_together(
-    path:Path,     # of the file
-    tensors:dict,  # name -> Tensor or DTensor
+    path: Path,  # of the file
+    tensors: dict,  # name -> Tensor or DTensor
 ):
     "All ranks write one file"
     dcp.save(tensors, storage_writer=OneFile(path))
 
+
 def read_together(
-    path:Path,    # of the file
-    like,         # called with a name: the parameter that it belongs to, or None where this rank wants nothing of it
-)->dict:          # name -> this rank's part
+    path: Path,  # of the file
+    # called with a name: the parameter that it belongs to, or None where this rank wants nothing of
+    # it
+    like,
+) -> dict:  # name -> this rank's part
     "All ranks read their parts of one file"
-    reader,want = FromFile(path),{}
-    for n,(dtype,shape) in reader.shapes().items():
+    reader = FromFile(path)
+    want = {}
+    for n, (dtype, shape) in reader.shapes().items():
         p = like(n)
-        if p is None: continue
+        if p is None:
+            continue
         whole = not isinstance(p, DTensor) or not shape
-        want[n] = torch.empty(shape, dtype=dtype, device=p.device) if whole else divided_like(torch.empty(p.to_local().shape, dtype=dtype, device=p.device), p)
+        want[n] = (
+            torch.empty(shape, dtype=dtype, device=p.device)
+            if whole
+            else divided_like(torch.empty(p.to_local().shape, dtype=dtype, device=p.device), p)
+        )
     dcp.load(want, storage_reader=reader)
-    return {n: t.to_local() if isinstance(t, DTensor) else t for n,t in want.items()}
+    return {n: t.to_local() if isinstance(t, DTensor) else t for n, t in want.items()}

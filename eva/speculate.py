@@ -9,72 +9,114 @@ __all__ = ['accept', 'agree']
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
 from .context import Context
 from .rope import rope_tables
 from .sampling import draw
 
 # %% ../nbs/11g_speculate.ipynb #062e8624
 def accept(
-    p:Tensor,      # of the main model, at each draft's place and behind the last (batch, k + 1, vocab_size)
-    q:Tensor,      # that the drafts were drawn from (batch, k, vocab_size)
-    drafts:Tensor, # tokens (batch, k)
-    u:Tensor,      # uniform numbers (batch, k + 1)
-)->tuple[Tensor,Tensor]: # how many drafts each row accepts (batch,), and the token behind them (batch,)
+    # of the main model, at each draft's place and behind the last (batch, k + 1, vocab_size)
+    p: Tensor,
+    q: Tensor,  # that the drafts were drawn from (batch, k, vocab_size)
+    drafts: Tensor,  # tokens (batch, k)
+    u: Tensor,  # uniform numbers (batch, k + 1)
+) -> tuple[
+    Tensor, Tensor
+]:  # how many drafts each row accepts (batch,), and the token behind them (batch,)
     "Accept drafts such that what comes out is distributed like p"
     k = drafts.shape[1]
-    chance = [o.gather(2, drafts[...,None])[...,0].double() for o in (p[:,:k], q)]
-    n = (u[:,:k]*chance[1]<chance[0]).long().cumprod(1).sum(1)
+    chance = [o.gather(2, drafts[..., None])[..., 0].double() for o in (p[:, :k], q)]
+    n = (u[:, :k] * chance[1] < chance[0]).long().cumprod(1).sum(1)
     rows = torch.arange(len(n), device=n.device)
-    here = p[rows,n]
-    rest = (here-torch.cat((q, torch.zeros_like(p[:,:1])), 1)[rows,n]).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True)>0, rest, here) # p = q up to rounding
-    return n,draw(rest, u[:,k])
+    here = p[rows, n]
+    rest = (here - torch.cat((q, torch.zeros_like(p[:, :1])), 1)[rows, n]).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, here)  # p = q up to rounding
+    return n, draw(rest, u[:, k])
+
 
 def agree(
-    best:Tensor,   # greedy choices of the main model (batch, k + 1)
-    drafts:Tensor, # tokens (batch, k)
-)->tuple[Tensor,Tensor]: # how many drafts each row accepts (batch,), and the token behind them (batch,)
+    best: Tensor,  # greedy choices of the main model (batch, k + 1)
+    drafts: Tensor,  # tokens (batch, k)
+) -> tuple[
+    Tensor, Tensor
+]:  # how many drafts each row accepts (batch,), and the token behind them (batch,)
     "`accept` where p and q are 1 at one token"
-    n = (best[:,:-1]==drafts).long().cumprod(1).sum(1)
-    return n,best.gather(1, n[:,None])[:,0]
+    n = (best[:, :-1] == drafts).long().cumprod(1).sum(1)
+    return n, best.gather(1, n[:, None])[:, 0]
 
 # %% ../nbs/11g_speculate.ipynb #ea2ea806
 @patch
 @torch.inference_mode()
-def draft(self:Context,
-    token:Tensor, # chosen and not read yet (batch,)
-    k:int,        # drafts
-    choose,       # called with logits (batch, vocab_size) and 0, 1, …; returns tokens (batch,) and their distribution, or None
-)->tuple[Tensor,Tensor|None]: # tokens (batch, k), distributions (batch, k, vocab_size)
+def draft(
+    self: Context,
+    token: Tensor,  # chosen and not read yet (batch,)
+    k: int,  # drafts
+    # called with logits (batch, vocab_size) and 0, 1, …; returns tokens (batch,) and their
+    # distribution, or None
+    choose,
+) -> tuple[Tensor, Tensor | None]:  # tokens (batch, k), distributions (batch, k, vocab_size)
     "Let the MTP modules say what comes after `token`"
-    D,rows,window = self.depths,torch.arange(self.batch, device=token.device),self.window()
-    h,drafts,dists,w = self.states,[],[],self.states.shape[1]
-    last = torch.full_like(rows, w-1) if self.real is None else (
-        self.real[:,self.cache.length-w:self.cache.length]*torch.arange(1, w+1, device=rows.device)).argmax(1)
+    D = self.depths
+    rows = torch.arange(self.batch, device=token.device)
+    window = self.window()
+    h = self.states
+    drafts = []
+    dists = []
+    w = self.states.shape[1]
+    last = (
+        torch.full_like(rows, w - 1)
+        if self.real is None
+        else (
+            self.real[:, self.cache.length - w : self.cache.length]
+            * torch.arange(1, w + 1, device=rows.device)
+        ).argmax(1)
+    )
     self.foresee(0, token)
     for j in range(k):
-        if j<D: h = self.module(j+1, h, window); state = h[rows,last]
-        else: state = self.beyond(j-D, state, drafts[-1])
-        d,q = choose(self.model.lm_head(state), j)
-        self.foresee(j+1, d)
-        drafts.append(d); dists.append(q)
-    for j in range(k, D): h = self.module(j+1, h, window) # fewer drafts than modules: the others follow all the same
+        if j < D:
+            h = self.module(j + 1, h, window)
+            state = h[rows, last]
+        else:
+            state = self.beyond(j - D, state, drafts[-1])
+        d, q = choose(self.model.lm_head(state), j)
+        self.foresee(j + 1, d)
+        drafts.append(d)
+        dists.append(q)
+    for j in range(k, D):
+        h = self.module(
+            j + 1, h, window
+        )  # fewer drafts than modules: the others follow all the same
     self.behind = False
-    return torch.stack(drafts, 1),None if dists[0] is None else torch.stack(dists, 1)
+    return torch.stack(drafts, 1), None if dists[0] is None else torch.stack(dists, 1)
+
 
 @patch
-def beyond(self:Context,
-    i:int,        # how many slots beyond the window, from 0
-    state:Tensor, # of the last draft (batch, hidden_size)
-    token:Tensor, # the last draft (batch,)
-)->Tensor:        # the next state (batch, hidden_size)
+def beyond(
+    self: Context,
+    i: int,  # how many slots beyond the window, from 0
+    state: Tensor,  # of the last draft (batch, hidden_size)
+    token: Tensor,  # the last draft (batch,)
+) -> Tensor:  # the next state (batch, hidden_size)
     "Let the last module continue from its own state, in slots that nobody keeps"
-    c,m,end = self.cache,self.model,self.cache.length
+    c = self.cache
+    m = self.model
+    end = self.cache.length
     mask = None
     if self.real is not None:
-        ones = torch.ones(self.batch, i+1, dtype=torch.bool, device=token.device)
-        mask = torch.cat((self.real[:,:end], ones), 1)[:,None,None]
-    rope = rope_tables(m.cfg, (self.counts+i)[:,None] if mask is not None else torch.full((1, 1), end+i, device=token.device), state.dtype)
-    c.length = end+i
-    try: return m.mtp[self.depths-1].look_ahead(state[:,None], m.model['embed_tokens'](token)[:,None], rope, mask, c)[:,0]
-    finally: c.length = end
+        ones = torch.ones(self.batch, i + 1, dtype=torch.bool, device=token.device)
+        mask = torch.cat((self.real[:, :end], ones), 1)[:, None, None]
+    rope = rope_tables(
+        m.cfg,
+        (self.counts + i)[:, None]
+        if mask is not None
+        else torch.full((1, 1), end + i, device=token.device),
+        state.dtype,
+    )
+    c.length = end + i
+    try:
+        return m.mtp[self.depths - 1].look_ahead(
+            state[:, None], m.model['embed_tokens'](token)[:, None], rope, mask, c
+        )[:, 0]
+    finally:
+        c.length = end

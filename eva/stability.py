@@ -6,114 +6,194 @@
 __all__ = ['WARNINGS_KEPT', 'layer_of', 'StabilityMonitor', 'plain_figure', 'read_figure']
 
 # %% ../nbs/07b_stability.ipynb #06388e32
-import math, re
+import math
+import re
 from functools import partial
 from statistics import median
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+
 from .balance import ForwardHook
 
 # %% ../nbs/07b_stability.ipynb #daa1e7cb
 def layer_of(
-    name:str, # of a parameter or module
-)->str:       # what is numbered, such as model.layers.3; else the module
+    name: str,  # of a parameter or module
+) -> str:  # what is numbered, such as model.layers.3; else the module
     "Which layer a parameter belongs to"
     numbered = re.match(r'((?:.*?\.)?\d+)(\.|$)', name)
     return numbered[1] if numbered else name.rpartition('.')[0]
 
+
 class StabilityMonitor:
     "Watches gradients and activations layer by layer, and warns before the loss does"
-    def __init__(self,
-        model:nn.Module, # anything with numbered layers
-        window:int=20,   # steps whose median is the measure
-        factor:float=5., # how many times that is too much
-        quiet:int=8,     # steps before the first warning
+
+    def __init__(
+        self,
+        model: nn.Module,  # anything with numbered layers
+        window: int = 20,  # steps whose median is the measure
+        factor: float = 5.0,  # how many times that is too much
+        quiet: int = 8,  # steps before the first warning
     ):
-        if not (isinstance(window, int) and window>0 and isinstance(quiet, int) and quiet>0): raise ValueError(f'window={window!r}, quiet={quiet!r}: must be positive numbers of steps')
-        if quiet>window: raise ValueError(f'quiet={quiet}: cannot exceed window={window}, the steps that are looked at')
-        if not factor>1: raise ValueError(f'factor={factor}: must exceed 1, or every step is a warning')
-        self.model,self.window,self.factor,self.quiet = model,window,factor,quiet
-        self.rows,self.warnings,self.seen,self.hooks,self.steps = [],[],{},[],0
+        if not (isinstance(window, int) and window > 0 and isinstance(quiet, int) and quiet > 0):
+            raise ValueError(
+                f'window={window!r}, quiet={quiet!r}: must be positive numbers of steps'
+            )
+        if quiet > window:
+            raise ValueError(
+                f'quiet={quiet}: cannot exceed window={window}, the steps that are looked at'
+            )
+        if not factor > 1:
+            raise ValueError(f'factor={factor}: must exceed 1, or every step is a warning')
+        self.model = model
+        self.window = window
+        self.factor = factor
+        self.quiet = quiet
+        self.rows = []
+        self.warnings = []
+        self.seen = {}
+        self.hooks = []
+        self.steps = 0
         self.attach()
 
     def __enter__(self):
         self.attach()
         return self
-    def __exit__(self, *args): self.detach()
+
+    def __exit__(self, *args):
+        self.detach()
+
     def attach(self):
         "Put the hooks on, if they are off"
-        layers = {n: m for n,m in self.model.named_modules() if re.search(r'(^|\.)\d+$', n) and layer_of(n)==n}
-        if not layers: raise ValueError(f'{type(self.model).__name__}: has no numbered layers to watch; put them into an nn.ModuleList or nn.Sequential')
-        if not self.hooks: self.hooks = [m.register_forward_hook(ForwardHook(partial(self._see, n))) for n,m in layers.items()]
+        layers = {
+            n: m
+            for n, m in self.model.named_modules()
+            if re.search(r'(^|\.)\d+$', n) and layer_of(n) == n
+        }
+        if not layers:
+            raise ValueError(
+                f'{type(self.model).__name__}: has no numbered layers to '
+                f'watch; put them into an nn.ModuleList or nn.Sequential'
+            )
+        if not self.hooks:
+            self.hooks = [
+                m.register_forward_hook(ForwardHook(partial(self._see, n)))
+                for n, m in layers.items()
+            ]
+
     def detach(self):
         "Take the hooks off"
-        for h in self.hooks: h.remove()
-        self.hooks,self.seen = [],{}
+        for h in self.hooks:
+            h.remove()
+        self.hooks = []
+        self.seen = {}
 
     def _see(self, name, out):
-        if not (isinstance(out, Tensor) and torch.is_grad_enabled()): return
+        if not (isinstance(out, Tensor) and torch.is_grad_enabled()):
+            return
         out = out.detach()
-        largest,bad = out.abs().amax().float(),(~out.isfinite()).sum()
-        if name in self.seen: largest,bad = torch.maximum(largest, self.seen[name][0]),bad+self.seen[name][1]
-        self.seen[name] = largest,bad # left on the device: asking would wait for it
+        largest = out.abs().amax().float()
+        bad = (~out.isfinite()).sum()
+        if name in self.seen:
+            largest = torch.maximum(largest, self.seen[name][0])
+            bad = bad + self.seen[name][1]
+        self.seen[name] = largest, bad  # left on the device: asking would wait for it
 
 # %% ../nbs/07b_stability.ipynb #97cc6b47
 @patch
-def step(self:StabilityMonitor,
-    loss:float,            # of this step
-    grads:dict|None=None,  # name of a parameter -> its gradient; None: what the model's parameters hold
-)->list[str]:              # this step's warnings
+def step(
+    self: StabilityMonitor,
+    loss: float,  # of this step
+    grads: dict
+    | None = None,  # name of a parameter -> its gradient; None: what the model's parameters hold
+) -> list[str]:  # this step's warnings
     "Close a step: keep its figures, and say what is wrong with it"
-    if grads is None: grads = {n: p.grad for n,p in self.model.named_parameters() if p.grad is not None}
+    if grads is None:
+        grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
     self.steps += 1
-    squares,row = {},dict(step=self.steps, loss=float(loss), grad_norm={}, largest={}, not_finite={}, overflow=self._overflow())
-    for n,g in grads.items(): squares.setdefault(layer_of(n), []).append(g.detach().float().square().sum())
-    row['grad_norm'] = {n: torch.stack(o).sum().sqrt().item() for n,o in squares.items()}
-    row['largest'],row['not_finite'] = ({n: o[i].item() for n,o in self.seen.items()} for i in (0, 1))
+    squares = {}
+    row = dict(
+        step=self.steps,
+        loss=float(loss),
+        grad_norm={},
+        largest={},
+        not_finite={},
+        overflow=self._overflow(),
+    )
+    for n, g in grads.items():
+        squares.setdefault(layer_of(n), []).append(g.detach().float().square().sum())
+    row['grad_norm'] = {n: torch.stack(o).sum().sqrt().item() for n, o in squares.items()}
+    row['largest'], row['not_finite'] = (
+        {n: o[i].item() for n, o in self.seen.items()} for i in (0, 1)
+    )
     said = self._judge(row)
     self.seen = {}
-    self.rows.append(row); self.warnings += said
+    self.rows.append(row)
+    self.warnings += said
     return said
 
-@patch
-def _overflow(self:StabilityMonitor):
-    "Values that saturated since the last call, by layer; only delayed scales can be late"
-    out = {}
-    for n,m in self.model.named_modules():
-        for p in (m.__dict__.get('product'), m.__dict__.get('product2')):
-            for d in getattr(getattr(p, 'rounding', None), 'delayed', {}).values():
-                out[layer_of(n)] = out.get(layer_of(n), 0)+int(d.overflow); d.overflow = 0
-    return out
 
 @patch
-def _judge(self:StabilityMonitor, row):
+def _overflow(self: StabilityMonitor):
+    "Values that saturated since the last call, by layer; only delayed scales can be late"
+    out = {}
+    for n, m in self.model.named_modules():
+        for p in (m.__dict__.get('product'), m.__dict__.get('product2')):
+            for d in getattr(getattr(p, 'rounding', None), 'delayed', {}).values():
+                out[layer_of(n)] = out.get(layer_of(n), 0) + int(d.overflow)
+                d.overflow = 0
+    return out
+
+
+@patch
+def _judge(self: StabilityMonitor, row):
     "Warnings in one sentence each"
     out = [] if math.isfinite(row['loss']) else [f'step {row["step"]}: the loss is not finite']
-    out += [f'step {row["step"]}: {n} put out {k} values that are not finite' for n,k in row['not_finite'].items() if k]
-    for what,name in dict(grad_norm='the gradient norm', largest='the largest activation', overflow='the number of saturated values').items():
-        for n,v in row[what].items():
-            before = [r[what][n] for r in self.rows[-self.window:] if n in r[what] and math.isfinite(r[what][n])]
+    out += [
+        f'step {row["step"]}: {n} put out {k} values that are not finite'
+        for n, k in row['not_finite'].items()
+        if k
+    ]
+    for what, name in dict(
+        grad_norm='the gradient norm',
+        largest='the largest activation',
+        overflow='the number of saturated values',
+    ).items():
+        for n, v in row[what].items():
+            before = [
+                r[what][n]
+                for r in self.rows[-self.window :]
+                if n in r[what] and math.isfinite(r[what][n])
+            ]
             if not math.isfinite(v):
-                if what=='grad_norm': out.append(f'step {row["step"]}: {name} of {n} is not finite')
-            elif len(before)>=self.quiet and v>self.factor*(m := max(median(before), what=='overflow')): out.append(
-                f'step {row["step"]}: {name} of {n} is {v:.3g}, {v/m:.1f} times its median of the last {len(before)} steps')
+                if what == 'grad_norm':
+                    out.append(f'step {row["step"]}: {name} of {n} is not finite')
+            elif len(before) >= self.quiet and v > self.factor * (
+                m := max(median(before), what == 'overflow')
+            ):
+                out.append(
+                    f'step {row["step"]}: {name} of {n} is {v:.3g}, {v / m:.1f} '
+                    f'times its median of the last {len(before)} steps'
+                )
     return out
 
 # %% ../nbs/07b_stability.ipynb #ccdb391e
-WARNINGS_KEPT = 1000 # of a saved monitor: the last ones
+WARNINGS_KEPT = 1000  # of a saved monitor: the last ones
+
 
 def plain_figure(
-    x:float|dict, # a figure, or figures by layer
-)->float|str|dict: # what JSON can hold
+    x: float | dict,  # a figure, or figures by layer
+) -> float | str | dict:  # what JSON can hold
     "Figures that are not finite as words"
     if isinstance(x, dict):
         return {n: plain_figure(v) for n, v in x.items()}
     return x if math.isfinite(x) else str(float(x))
 
+
 def read_figure(
-    x:float|str|dict, # from `plain_figure`
-)->float|dict:        # the figure, or figures by layer
+    x: float | str | dict,  # from `plain_figure`
+) -> float | dict:  # the figure, or figures by layer
     "The reverse; anything else is an error"
     if isinstance(x, dict):
         return {str(n): read_figure(v) for n, v in x.items()}
@@ -121,15 +201,18 @@ def read_figure(
         raise TypeError(f'{x!r} is no figure')
     return float(x) if isinstance(x, str) else x
 
-@patch
-def state_dict(self:StabilityMonitor)->dict: # what JSON can hold
-    "What it compares the next steps with, and what it has said"
-    rows = [plain_figure(row) for row in self.rows[-self.window:]]
-    return dict(steps=self.steps, rows=rows, warnings=self.warnings[-WARNINGS_KEPT:])
 
 @patch
-def load_state_dict(self:StabilityMonitor,
-    state:dict|None, # from `state_dict`; None: as if no step had been seen
+def state_dict(self: StabilityMonitor) -> dict:  # what JSON can hold
+    "What it compares the next steps with, and what it has said"
+    rows = [plain_figure(row) for row in self.rows[-self.window :]]
+    return dict(steps=self.steps, rows=rows, warnings=self.warnings[-WARNINGS_KEPT:])
+
+
+@patch
+def load_state_dict(
+    self: StabilityMonitor,
+    state: dict | None,  # from `state_dict`; None: as if no step had been seen
 ):
     "Go on where another monitor stood; rows before those that were saved stay"
     state = state or dict(steps=0, rows=[], warnings=[])
@@ -137,9 +220,9 @@ def load_state_dict(self:StabilityMonitor,
         steps = state['steps']
         rows = [read_figure(row) for row in state['rows']]
         warnings = [str(said) for said in state['warnings']]
-        if isinstance(steps, bool) or not isinstance(steps, int) or not len(rows)<=steps<2**63:
+        if isinstance(steps, bool) or not isinstance(steps, int) or not len(rows) <= steps < 2**63:
             raise ValueError(f'steps={steps!r} with {len(rows)} rows')
-        if [row['step'] for row in rows]!=list(range(steps-len(rows)+1, steps+1)):
+        if [row['step'] for row in rows] != list(range(steps - len(rows) + 1, steps + 1)):
             raise ValueError('rows that do not follow each other')
         for row in rows:
             float(row['loss'])
@@ -147,7 +230,11 @@ def load_state_dict(self:StabilityMonitor,
                 if any(isinstance(v, dict) for v in row[what].values()):
                     raise ValueError(f'{what} of a layer is not a number')
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
-        raise ValueError(f'the memory of the monitor cannot be read ({e}); '
-                         'remove the checkpoint to go on from an older one') from None
-    self.rows = [row for row in self.rows if row['step']<=steps-len(rows)] + rows
-    self.steps, self.warnings, self.seen = steps, warnings, {}
+        raise ValueError(
+            f'the memory of the monitor cannot be read ({e}); '
+            'remove the checkpoint to go on from an older one'
+        ) from None
+    self.rows = [row for row in self.rows if row['step'] <= steps - len(rows)] + rows
+    self.steps = steps
+    self.warnings = warnings
+    self.seen = {}

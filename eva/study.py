@@ -6,12 +6,17 @@
 __all__ = ['LATER', 'fingerprint', 'trial', 'judge', 'compare', 'paired', 'corpus']
 
 # %% ../nbs/11d_study.ipynb #2747a124
-import hashlib, json, math, time
+import hashlib
+import json
+import math
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
+
 import torch
 from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer
+
 from .balance import load_figures
 from .checkpoints import checkpoints
 from .data import TokenStream, find_documents, hold_out, replacing, train_tokenizer, write_tokens
@@ -20,113 +25,185 @@ from .model import DeepSeekV3
 from .train import TrainConfig, Trainer, bits_per_byte, read_metrics
 
 # %% ../nbs/11d_study.ipynb #18f0d220
-LATER = dict(moments='fp32', recipe='block_pow2', apart=False, on_spike='log', on_collapse='log') # settings that came later do not outdate trials made without them
+LATER = dict(
+    moments='fp32', recipe='block_pow2', apart=False, on_spike='log', on_collapse='log'
+)  # settings that came later do not outdate trials made without them
+
 
 def fingerprint(
-    model:DeepSeekV3,     # before training
-    train:TokenStream,    # to learn from
-    held_out:TokenStream, # to be judged on
-    tcfg:TrainConfig,     # how
-)->str:                   # 64 hexadecimal digits
+    model: DeepSeekV3,  # before training
+    train: TokenStream,  # to learn from
+    held_out: TokenStream,  # to be judged on
+    tcfg: TrainConfig,  # how
+) -> str:  # 64 hexadecimal digits
     "What decides the outcome of a trial"
     start = hashlib.sha256()
-    for n,p in model.state_dict().items(): start.update(f'{n}{[*p.shape]}'.encode() + p.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    data = [hashlib.sha256(s.tokens[:2**20].tobytes()).hexdigest()+str(len(s)) for s in (train, held_out)]
-    how = {k: v for k,v in asdict(tcfg).items() if LATER.get(k)!=v}
-    return hashlib.sha256(json.dumps([asdict(model.cfg), start.hexdigest(), how, data], sort_keys=True).encode()).hexdigest()
+    for n, p in model.state_dict().items():
+        start.update(
+            f'{n}{[*p.shape]}'.encode()
+            + p.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    data = [
+        hashlib.sha256(s.tokens[: 2**20].tobytes()).hexdigest() + str(len(s))
+        for s in (train, held_out)
+    ]
+    how = {k: v for k, v in asdict(tcfg).items() if LATER.get(k) != v}
+    return hashlib.sha256(
+        json.dumps([asdict(model.cfg), start.hexdigest(), how, data], sort_keys=True).encode()
+    ).hexdigest()
+
 
 def trial(
-    folder:Path,          # keeps its weights, metrics.jsonl and result.json
-    build,                # makes the untrained model; called with the seed set
-    train:TokenStream,    # to learn from
-    held_out:TokenStream, # to be judged on
-    tcfg:TrainConfig,     # how; its seed is that of the weights too
-    watch=None,           # called with each line of metrics
-)->tuple[dict,DeepSeekV3]: # what result.json holds, and the trained model
+    folder: Path,  # keeps its weights, metrics.jsonl and result.json
+    build,  # makes the untrained model; called with the seed set
+    train: TokenStream,  # to learn from
+    held_out: TokenStream,  # to be judged on
+    tcfg: TrainConfig,  # how; its seed is that of the weights too
+    watch=None,  # called with each line of metrics
+) -> tuple[dict, DeepSeekV3]:  # what result.json holds, and the trained model
     "Train a variant once, or read back what the same settings left"
     torch.manual_seed(tcfg.seed)
     model = build()
-    mark,done = fingerprint(model, train, held_out, tcfg),folder/'result.json'
-    if done.exists() and (result := json.loads(done.read_text()))['fingerprint']==mark:
-        load_model(model, folder/'weights.safetensors')
-        return result,model.eval()
-    if (begun := folder/'begun').exists() and begun.read_text()!=mark or done.exists(): # other settings: out of the way, and not deleted
+    mark = fingerprint(model, train, held_out, tcfg)
+    done = folder / 'result.json'
+    if done.exists() and (result := json.loads(done.read_text()))['fingerprint'] == mark:
+        load_model(model, folder / 'weights.safetensors')
+        return result, model.eval()
+    if (
+        (begun := folder / 'begun').exists() and begun.read_text() != mark or done.exists()
+    ):  # other settings: out of the way, and not deleted
         folder.rename(folder.with_name(f'{folder.name}-former-{time.time_ns()}'))
     folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(mark)
     t = Trainer(model, train, held_out, tcfg, folder)
-    t.resume(); t.fit(watch)
-    if t.stop: raise KeyboardInterrupt(f'{folder}: stopped at step {t.step} of {tcfg.steps}; the same call goes on from there')
-    result = dict(fingerprint=mark, seed=tcfg.seed, steps=t.step, tokens=t.tokens, seconds=t.seconds, skipped=t.bad,
-                  parameters=sum(p.numel() for p in model.parameters()), **judge(t))
-    save_model(model, str(folder/'weights.safetensors'))
-    with replacing(done) as f: f.write_text(json.dumps(result, indent=2))
-    saved = folder/'checkpoints'
+    t.resume()
+    t.fit(watch)
+    if t.stop:
+        raise KeyboardInterrupt(
+            f'{folder}: stopped at step {t.step} of {tcfg.steps}; the same call goes on from there'
+        )
+    result = dict(
+        fingerprint=mark,
+        seed=tcfg.seed,
+        steps=t.step,
+        tokens=t.tokens,
+        seconds=t.seconds,
+        skipped=t.bad,
+        parameters=sum(p.numel() for p in model.parameters()),
+        **judge(t),
+    )
+    save_model(model, str(folder / 'weights.safetensors'))
+    with replacing(done) as f:
+        f.write_text(json.dumps(result, indent=2))
+    saved = folder / 'checkpoints'
     Manifest(saved).remove(*checkpoints(saved))
-    if {p.name for p in saved.iterdir()}=={Manifest.NAME}: # nothing of anybody else's
-        (saved/Manifest.NAME).unlink(); saved.rmdir()
+    if {p.name for p in saved.iterdir()} == {Manifest.NAME}:  # nothing of anybody else's
+        (saved / Manifest.NAME).unlink()
+        saved.rmdir()
     begun.unlink()
-    return result,model
+    return result, model
 
 # %% ../nbs/11d_study.ipynb #ab33c10c
 def judge(
-    trainer:Trainer, # after fit
-)->dict:             # held-out loss in nats per token, bits per byte, and the load of the last 50 steps, worst layer
+    trainer: Trainer,  # after fit
+) -> (
+    dict
+):  # held-out loss in nats per token, bits per byte, and the load of the last 50 steps, worst layer
     "Figures of a finished run"
-    model,held,c = trainer.model,trainer.held_out,trainer.cfg
-    trainer.compute_in(trainer.precision)                     # judged as it was trained
+    model = trainer.model
+    held = trainer.held_out
+    c = trainer.cfg
+    trainer.compute_in(trainer.precision)  # judged as it was trained
     bits = bits_per_byte(model, held, c.seq_len, c.seq_len)
     trainer.compute_in('fp32')
-    out = dict(val_loss=bits*math.log(2)*held.bytes/(len(held)-1), bits=bits)
-    loads = [r['expert_load'] for r in read_metrics(trainer.out/'metrics.jsonl') if r['expert_load'] and not r.get('skipped')][-50:]
-    if not loads: return out
+    out = dict(val_loss=bits * math.log(2) * held.bytes / (len(held) - 1), bits=bits)
+    loads = [
+        r['expert_load']
+        for r in read_metrics(trainer.out / 'metrics.jsonl')
+        if r['expert_load'] and not r.get('skipped')
+    ][-50:]
+    if not loads:
+        return out
     f = load_figures(torch.tensor(loads).sum(0))
-    return out | dict(violation=f['violation'].max().item(), balance_score=f['balance_score'].min().item(), entropy_ratio=f['entropy_ratio'].min().item())
+    return out | dict(
+        violation=f['violation'].max().item(),
+        balance_score=f['balance_score'].min().item(),
+        entropy_ratio=f['entropy_ratio'].min().item(),
+    )
 
 # %% ../nbs/11d_study.ipynb #a24c095f
 def compare(
-    folder:Path,    # keeps all trials
-    variants:dict,  # name -> (build, TrainConfig); the seeds are put in here
-    seeds,          # integers
-    train:TokenStream,    # to learn from
-    held_out:TokenStream, # to be judged on
-)->dict:            # name -> results, one per seed
+    folder: Path,  # keeps all trials
+    variants: dict,  # name -> (build, TrainConfig); the seeds are put in here
+    seeds,  # integers
+    train: TokenStream,  # to learn from
+    held_out: TokenStream,  # to be judged on
+) -> dict:  # name -> results, one per seed
     "Train every variant with every seed, whatever is not there yet"
     from tqdm.auto import tqdm
+
     out = {name: [] for name in variants}
-    with tqdm(total=len(variants)*len(seeds), unit='run', dynamic_ncols=True) as bar:
+    with tqdm(total=len(variants) * len(seeds), unit='run', dynamic_ncols=True) as bar:
         for seed in seeds:
-            for name,(build,tcfg) in variants.items():
-                def watch(row): bar.set_postfix_str(f'{name} {seed}: step {row["step"]} of {tcfg.steps}, loss {row["loss"] or math.nan:.3f}', refresh=row['step']%10==0)
-                out[name].append(trial(Path(folder)/f'{name}-{seed}', build, train, held_out, replace(tcfg, seed=seed), watch)[0])
+            for name, (build, tcfg) in variants.items():
+
+                def watch(row):
+                    bar.set_postfix_str(
+                        f'{name} {seed}: step {row["step"]} of '
+                        f'{tcfg.steps}, loss {row["loss"] or math.nan:.3f}',
+                        refresh=row['step'] % 10 == 0,
+                    )
+
+                out[name].append(
+                    trial(
+                        Path(folder) / f'{name}-{seed}',
+                        build,
+                        train,
+                        held_out,
+                        replace(tcfg, seed=seed),
+                        watch,
+                    )[0]
+                )
                 bar.update()
     return out
 
+
 def paired(
-    results:dict,         # from `compare`
-    base:str,             # the variant all others are compared with
-    key:str='val_loss',   # the figure
-    relative:bool=True,   # as a share of the base's value?
-)->dict:                  # name -> (mean difference, its standard deviation over seeds)
+    results: dict,  # from `compare`
+    base: str,  # the variant all others are compared with
+    key: str = 'val_loss',  # the figure
+    relative: bool = True,  # as a share of the base's value?
+) -> dict:  # name -> (mean difference, its standard deviation over seeds)
     "Differences to one variant, seed by seed"
-    if base not in results: raise ValueError(f'base={base!r}: must be one of {", ".join(results)}')
-    diffs = {n: torch.tensor([(r[key]-b[key])/(b[key] if relative else 1) for r,b in zip(rs, results[base])], dtype=torch.float64) for n,rs in results.items()}
-    return {n: (d.mean().item(), d.std().item() if len(d)>1 else math.nan) for n,d in diffs.items()}
+    if base not in results:
+        raise ValueError(f'base={base!r}: must be one of {", ".join(results)}')
+    diffs = {
+        n: torch.tensor(
+            [(r[key] - b[key]) / (b[key] if relative else 1) for r, b in zip(rs, results[base])],
+            dtype=torch.float64,
+        )
+        for n, rs in results.items()
+    }
+    return {
+        n: (d.mean().item(), d.std().item() if len(d) > 1 else math.nan) for n, d in diffs.items()
+    }
 
 # %% ../nbs/11d_study.ipynb #66d48cdb
 def corpus(
-    folder:Path,         # keeps tokenizer.json, train.npy and held_out.npy
-    source='stdlib',     # as for `find_documents`
-    vocab_size:int=4096, # entries of the tokenizer
-)->tuple[Tokenizer,TokenStream,TokenStream]: # tokenizer, streams to train on and to judge by
+    folder: Path,  # keeps tokenizer.json, train.npy and held_out.npy
+    source='stdlib',  # as for `find_documents`
+    vocab_size: int = 4096,  # entries of the tokenizer
+) -> tuple[Tokenizer, TokenStream, TokenStream]:  # tokenizer, streams to train on and to judge by
     "Tokenise a corpus once"
     folder = Path(folder)
-    files = [folder/o for o in ('tokenizer.json', 'train.npy', 'held_out.npy')]
+    files = [folder / o for o in ('tokenizer.json', 'train.npy', 'held_out.npy')]
     if not all(f.exists() for f in files):
-        train,held,_ = hold_out(find_documents(source)[0])
+        train, held, _ = hold_out(find_documents(source)[0])
         tok = train_tokenizer([d.text for d in train], vocab_size)
-        for f,docs in zip(files[1:], (train, held)): write_tokens(f, docs, tok)
-        with replacing(files[0]) as f: tok.save(str(f))
+        for f, docs in zip(files[1:], (train, held)):
+            write_tokens(f, docs, tok)
+        with replacing(files[0]) as f:
+            tok.save(str(f))
     tok = Tokenizer.from_file(str(files[0]))
     tok.encode_special_tokens = True
-    return tok,TokenStream(files[1]),TokenStream(files[2])
+    return tok, TokenStream(files[1]), TokenStream(files[2])

@@ -9,7 +9,9 @@ __all__ = ['Speaker', 'converse']
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
 import torch
+
 from .chat import ChatTemplate
 from .config import MAX_CONFIG_BYTES
 from .context import Context
@@ -21,90 +23,171 @@ from .interop import load_pretrained
 # %% ../nbs/13c_talk.ipynb #d113aef4
 class Speaker:
     "A model with its tokenizer, its template and what it has read"
-    def __init__(self,
-        folder:str|Path,         # what eva_train left, or any checkpoint with a tokenizer.json
-        how:Sampling=Sampling(.7, top_p=.95), # temperature and the like
-        speculate:bool|int=False, # drafts a step
-        seed:int|None=None,      # for the same text again
-        stop_strings:tuple=(),   # texts that end an answer
-        device:str='cpu',        # where to compute
-        plain:bool=False,        # continue texts, even where there is a chat template?
-        positions:int=32768,     # that the context has at most
+
+    def __init__(
+        self,
+        folder: str | Path,  # what eva_train left, or any checkpoint with a tokenizer.json
+        how: Sampling = Sampling(0.7, top_p=0.95),  # temperature and the like
+        speculate: bool | int = False,  # drafts a step
+        seed: int | None = None,  # for the same text again
+        stop_strings: tuple = (),  # texts that end an answer
+        device: str = 'cpu',  # where to compute
+        plain: bool = False,  # continue texts, even where there is a chat template?
+        positions: int = 32768,  # that the context has at most
     ):
-        self.folder,self.how,self.speculate,self.seed,self.stops = Path(folder),how,speculate,seed,stop_strings
-        if not self.folder.is_dir(): raise ValueError(f'{folder}: no such folder; give one that eva_train left')
-        path = self.folder/'tokenizer.json'
-        if not path.is_file(): raise ValueError(f'{folder}: no tokenizer.json; give a folder that eva_train left or put one there')
+        self.folder = Path(folder)
+        self.how = how
+        self.speculate = speculate
+        self.seed = seed
+        self.stops = stop_strings
+        if not self.folder.is_dir():
+            raise ValueError(f'{folder}: no such folder; give one that eva_train left')
+        path = self.folder / 'tokenizer.json'
+        if not path.is_file():
+            raise ValueError(
+                f'{folder}: no tokenizer.json; give a folder that eva_train left or put one there'
+            )
         self.tok = load_tokenizer(path, self.folder)
         self.template = None if plain else ChatTemplate.of(self.folder)
         self.model = load_pretrained(self.folder)
         self.model.to(device)
-        if speculate and not len(self.model.mtp): raise ValueError(f'--speculate: {folder} holds no MTP module to draft with; leave it out')
+        if speculate and not len(self.model.mtp):
+            raise ValueError(
+                f'--speculate: {folder} holds no MTP module to draft with; leave it out'
+            )
         c = self.model.cfg
         self.positions = min(c.max_position_embeddings, positions)
         self.ends = {*c.eos_token_ids, c.bos_token_id} - {None} | self._more_ends()
-        depths = min(len(self.model.mtp), int(speculate)) if speculate is not True else len(self.model.mtp)
+        depths = (
+            min(len(self.model.mtp), int(speculate))
+            if speculate is not True
+            else len(self.model.mtp)
+        )
         self.context = Context(self.model, self.positions, depths=depths)
-        self.talk,self.tally = [],Tally()
+        self.talk = []
+        self.tally = Tally()
 
     def _more_ends(self):
-        path = self.folder/'generation_config.json'
-        ids = read_json(path, max_bytes=MAX_CONFIG_BYTES, root=self.folder).get('eos_token_id') if path.exists() else None
+        path = self.folder / 'generation_config.json'
+        ids = (
+            read_json(path, max_bytes=MAX_CONFIG_BYTES, root=self.folder).get('eos_token_id')
+            if path.exists()
+            else None
+        )
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-        if not all(type(i) is int and 0<=i<self.model.cfg.vocab_size for i in ids): raise ValueError(f'{path}: eos_token_id is {ids!r:.80}; must be a token below {self.model.cfg.vocab_size}, several, or null')
+        if not all(type(i) is int and 0 <= i < self.model.cfg.vocab_size for i in ids):
+            raise ValueError(
+                f'{path}: eos_token_id is {ids!r:.80}; must be a token '
+                f'below {self.model.cfg.vocab_size}, several, or null'
+            )
         return set(ids)
 
-    def ids(self,
-        text:str,          # a text to continue, or a user's words
-    )->list[int]:          # what the model reads
+    def ids(
+        self,
+        text: str,  # a text to continue, or a user's words
+    ) -> list[int]:  # what the model reads
         "Tokens of a text, or of the conversation with these words at its end"
-        self.tok.encode_special_tokens = self.template is None            # a text is text; a template writes marks
-        if self.template is not None: text = self.template(self.talk+[dict(role='user', content=text)])
-        try: words = self.tok.encode(text, add_special_tokens=False).ids
-        except Exception as e: raise ValueError(f'--prompt {text!r}: not in the vocabulary ({e}); see the words in {self.folder}/tokenizer.json') from None
+        self.tok.encode_special_tokens = (
+            self.template is None
+        )  # a text is text; a template writes marks
+        if self.template is not None:
+            text = self.template(self.talk + [dict(role='user', content=text)])
+        try:
+            words = self.tok.encode(text, add_special_tokens=False).ids
+        except Exception as e:
+            raise ValueError(
+                f'--prompt {text!r}: not in the vocabulary ({e}); '
+                f'see the words in {self.folder}/tokenizer.json'
+            ) from None
         bos = self.model.cfg.bos_token_id
-        return words if bos is None or self.template is not None and words[:1]==[bos] else [bos, *words]
+        return (
+            words
+            if bos is None or self.template is not None and words[:1] == [bos]
+            else [bos, *words]
+        )
 
-    def say(self,
-        text:str,              # a text to continue, or a user's words
-        limit:int|None=256,    # new tokens at most
-        notice=None,           # called with a sentence when the limit has to be lower
-    )->Iterator[str]:          # pieces of text
+    def say(
+        self,
+        text: str,  # a text to continue, or a user's words
+        limit: int | None = 256,  # new tokens at most
+        notice=None,  # called with a sentence when the limit has to be lower
+    ) -> Iterator[str]:  # pieces of text
         "Continue the text, or answer and remember"
-        ids,self.tally,answer = self.ids(text),Tally(),''
-        room = self.positions-len(ids)
-        if limit is not None and 0<room<limit:
-            if notice: notice(f'{len(ids)} of {self.positions} positions are taken: at most {room} tokens follow')
+        ids = self.ids(text)
+        self.tally = Tally()
+        answer = ''
+        room = self.positions - len(ids)
+        if limit is not None and 0 < room < limit:
+            if notice:
+                notice(
+                    f'{len(ids)} of {self.positions} positions '
+                    f'are taken: at most {room} tokens follow'
+                )
             limit = room
-        new = stream(self.model, torch.tensor([ids], device=self.model.lm_head.weight.device), limit, self.how, self.speculate, self.seed, eos_token_id=tuple(self.ends),
-                     stop_strings=self.stops, tokenizer=self.tok, context=self.context, tally=self.tally)
+        new = stream(
+            self.model,
+            torch.tensor([ids], device=self.model.lm_head.weight.device),
+            limit,
+            self.how,
+            self.speculate,
+            self.seed,
+            eos_token_id=tuple(self.ends),
+            stop_strings=self.stops,
+            tokenizer=self.tok,
+            context=self.context,
+            tally=self.tally,
+        )
         complete = False
         try:
-            for piece in text_stream(self.tok, (t for said in new for t in said[0] if t not in self.ends), self.stops): answer += piece; yield piece
+            for piece in text_stream(
+                self.tok, (t for said in new for t in said[0] if t not in self.ends), self.stops
+            ):
+                answer += piece
+                yield piece
             complete = True
-        finally: # what was refused or never begun is not remembered
-            if self.template is not None and (answer or complete): self.talk += [dict(role='user', content=text), dict(role='assistant', content=answer)]
+        finally:  # what was refused or never begun is not remembered
+            if self.template is not None and (answer or complete):
+                self.talk += [
+                    dict(role='user', content=text),
+                    dict(role='assistant', content=answer),
+                ]
 
 # %% ../nbs/13c_talk.ipynb #0f55cbbf
 def converse(
-    speaker:Speaker,   # who answers
-    limit:int=256,     # new tokens of an answer at most
-    ask=input,         # gives a line
-    aside=lambda s: print(s, file=sys.stderr), # where remarks go
+    speaker: Speaker,  # who answers
+    limit: int = 256,  # new tokens of an answer at most
+    ask=input,  # gives a line
+    aside=lambda s: print(s, file=sys.stderr),  # where remarks go
 ):
     "Lines in, text out, until the end of input"
-    aside(f'{speaker.folder}: {"a conversation" if speaker.template else "each line is continued as a text of its own"}; '
-          'Ctrl-C stops an answer, /new begins anew, /quit or Ctrl-D ends')
+    aside(
+        f'{speaker.folder}: '
+        f'{"a conversation" if speaker.template else "each line is continued as a text of its own"}; '
+        'Ctrl-C stops an answer, /new begins anew, /quit or Ctrl-D ends'
+    )
     while True:
-        try: line = ask('> ')
-        except (EOFError, KeyboardInterrupt): print(); return
-        if line.strip()=='/quit': return
-        if line.strip()=='/new': speaker.talk = []; aside('begun anew'); continue
-        if not line and speaker.template: continue
         try:
-            if not speaker.template: print(line, end='', flush=True)
-            for piece in speaker.say(line, limit, aside): print(piece, end='', flush=True)
+            line = ask('> ')
+        except (EOFError, KeyboardInterrupt):
             print()
-        except KeyboardInterrupt: print(' …')
-        except (ValueError, FloatingPointError) as e: aside(f'{e}' + ('; /new begins anew' if speaker.talk else '')); continue
+            return
+        if line.strip() == '/quit':
+            return
+        if line.strip() == '/new':
+            speaker.talk = []
+            aside('begun anew')
+            continue
+        if not line and speaker.template:
+            continue
+        try:
+            if not speaker.template:
+                print(line, end='', flush=True)
+            for piece in speaker.say(line, limit, aside):
+                print(piece, end='', flush=True)
+            print()
+        except KeyboardInterrupt:
+            print(' …')
+        except (ValueError, FloatingPointError) as e:
+            aside(f'{e}' + ('; /new begins anew' if speaker.talk else ''))
+            continue
         aside(f'[{speaker.tally}]')

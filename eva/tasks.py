@@ -8,32 +8,43 @@ __all__ = ['BOS', 'EOS', 'TASKS', 'Task', 'Copy', 'Recall', 'Induction', 'Modula
 
 # %% ../nbs/09b_tasks.ipynb #11ac2377
 from dataclasses import dataclass
+
 import numpy as np
 
 # %% ../nbs/09b_tasks.ipynb #5dffae1a
-BOS,EOS = '<｜begin▁of▁sentence｜>','<｜end▁of▁sentence｜>'
+BOS = '<｜begin▁of▁sentence｜>'
+EOS = '<｜end▁of▁sentence｜>'
+
 
 class Task:
     "A source of documents of one length: what it draws, and what each token costs"
-    sizes = {}    # what can be set, and to what by default
-    separator = 2 # where a task has one; then its symbols start at 3
+
+    sizes = {}  # what can be set, and to what by default
+    separator = 2  # where a task has one; then its symbols start at 3
+
     def __init__(self, **sizes):
-        if unknown := sizes.keys()-self.sizes.keys(): raise ValueError(
-            f'{", ".join(sorted(unknown))}: no size of this task; it has {", ".join(f"{k}={v}" for k,v in self.sizes.items())}')
-        for k,v in (self.sizes|sizes).items():
-            if not isinstance(v, int) or v<(k!='chain'): raise ValueError(f'{k}={v!r}: must be a positive integer, such as {self.sizes[k]}')
+        if unknown := sizes.keys() - self.sizes.keys():
+            raise ValueError(
+                f'{", ".join(sorted(unknown))}: no size of this task; it '
+                f'has {", ".join(f"{k}={v}" for k, v in self.sizes.items())}'
+            )
+        for k, v in (self.sizes | sizes).items():
+            if not isinstance(v, int) or v < (k != 'chain'):
+                raise ValueError(f'{k}={v!r}: must be a positive integer, such as {self.sizes[k]}')
             setattr(self, k, v)
         self.setup()
         self.names = [BOS, EOS, *self.names]
-        if len(self.names)>65536: raise ValueError(f'{sizes}: make {len(self.names)} tokens; a task has 65536 at most')
+        if len(self.names) > 65536:
+            raise ValueError(f'{sizes}: make {len(self.names)} tokens; a task has 65536 at most')
 
-    def nats(self,
-        tokens:np.ndarray, # documents (documents, length)
-    )->np.ndarray:         # (documents, length), infinite where a token is impossible
+    def nats(
+        self,
+        tokens: np.ndarray,  # documents (documents, length)
+    ) -> np.ndarray:  # (documents, length), infinite where a token is impossible
         "What each token costs, given those before it"
         return np.where(self.possible(tokens.astype(np.int64)), np.log(self.options), np.inf)
 
-    def entropy(self)->float: # nats
+    def entropy(self) -> float:  # nats
         "What a document costs on average, given its start token"
         return float(np.log(self.options).sum())
 
@@ -41,157 +52,284 @@ class Task:
 def _rows(*parts):
     "A start token and the parts, side by side; a number stands in every row"
     n = next(len(p) for p in parts if not isinstance(p, int))
-    return np.hstack([np.full((n, 1), p) if isinstance(p, int) else p.reshape(n, -1) for p in (0, *parts)])
+    return np.hstack(
+        [np.full((n, 1), p) if isinstance(p, int) else p.reshape(n, -1) for p in (0, *parts)]
+    )
+
 
 def _distinct(rng, n, count, among):
     "Rows of different numbers below `among`, in random order"
-    return rng.random((n, among), dtype=np.float32).argsort(1)[:,:count]
+    return rng.random((n, among), dtype=np.float32).argsort(1)[:, :count]
+
 
 def _fresh(x):
     "Which entries occur for the first time in their row?"
-    return np.stack([(x[:,:i]!=x[:,i:i+1]).all(1) for i in range(x.shape[1])], 1)
+    return np.stack([(x[:, :i] != x[:, i : i + 1]).all(1) for i in range(x.shape[1])], 1)
 
 # %% ../nbs/09b_tasks.ipynb #e6afa99e
 class Copy(Task):
     "A random string, a separator, the same string again"
+
     sizes = dict(symbols=32, string=15)
+
     def setup(self):
         self.names = ['|', *(f's{i}' for i in range(self.symbols))]
-        self.options = [1] + [self.symbols]*self.string + [1]*(self.string+1)
+        self.options = [1] + [self.symbols] * self.string + [1] * (self.string + 1)
+
     def draw(self, rng, n):
-        s = rng.integers(3, 3+self.symbols, (n, self.string))
+        s = rng.integers(3, 3 + self.symbols, (n, self.string))
         return _rows(s, self.separator, s)
+
     def possible(self, x):
         n = self.string
-        s = x[:,1:n+1]
-        return np.hstack([x[:,:1]==0, (s>=3)&(s<3+self.symbols), x[:,n+1:n+2]==self.separator, x[:,n+2:]==s])
+        s = x[:, 1 : n + 1]
+        return np.hstack(
+            [
+                x[:, :1] == 0,
+                (s >= 3) & (s < 3 + self.symbols),
+                x[:, n + 1 : n + 2] == self.separator,
+                x[:, n + 2 :] == s,
+            ]
+        )
 
 # %% ../nbs/09b_tasks.ipynb #6443b6f1
 class Recall(Task):
     "Pairs of keys and values, a separator, the keys in another order, each with its value"
+
     sizes = dict(pairs=5, keys=10, values=10)
+
     def setup(self):
-        if self.pairs>self.keys: raise ValueError(f'pairs={self.pairs}: the keys of a document are distinct; at most keys={self.keys}')
-        self.names = ['|', *(f'k{i}' for i in range(self.keys)), *(f'v{i}' for i in range(self.values))]
-        asked = [m for i in range(self.pairs) for m in (self.pairs-i, 1)]
-        self.options = [1] + [m for i in range(self.pairs) for m in (self.keys-i, self.values)] + [1] + asked
+        if self.pairs > self.keys:
+            raise ValueError(
+                f'pairs={self.pairs}: the keys of a document are distinct; at most keys={self.keys}'
+            )
+        self.names = [
+            '|',
+            *(f'k{i}' for i in range(self.keys)),
+            *(f'v{i}' for i in range(self.values)),
+        ]
+        asked = [m for i in range(self.pairs) for m in (self.pairs - i, 1)]
+        self.options = (
+            [1] + [m for i in range(self.pairs) for m in (self.keys - i, self.values)] + [1] + asked
+        )
+
     def draw(self, rng, n):
-        pairs = np.stack([3+_distinct(rng, n, self.pairs, self.keys), 3+self.keys+rng.integers(self.values, size=(n, self.pairs))], -1)
+        pairs = np.stack(
+            [
+                3 + _distinct(rng, n, self.pairs, self.keys),
+                3 + self.keys + rng.integers(self.values, size=(n, self.pairs)),
+            ],
+            -1,
+        )
         order = _distinct(rng, n, self.pairs, self.pairs)
-        return _rows(pairs, self.separator, np.take_along_axis(pairs, order[...,None], 1))
+        return _rows(pairs, self.separator, np.take_along_axis(pairs, order[..., None], 1))
+
     def possible(self, x):
-        n,k,first = len(x),self.pairs,3+self.keys
-        a,b = x[:,1:2*k+1].reshape(n, k, 2),x[:,2*k+2:].reshape(n, k, 2)
-        same = b[:,:,None]==a[:,None]  # (documents, questions, pairs, key or value)
-        told = np.stack([(a[...,0]>=3)&(a[...,0]<first)&_fresh(a[...,0]), (a[...,1]>=first)&(a[...,1]<first+self.values)], -1)
-        asked = np.stack([same[...,0].any(-1)&_fresh(b[...,0]), same.all(-1).any(-1)], -1)
-        return np.hstack([x[:,:1]==0, told.reshape(n, -1), x[:,2*k+1:2*k+2]==self.separator, asked.reshape(n, -1)])
+        n = len(x)
+        k = self.pairs
+        first = 3 + self.keys
+        a = x[:, 1 : 2 * k + 1].reshape(n, k, 2)
+        b = x[:, 2 * k + 2 :].reshape(n, k, 2)
+        same = b[:, :, None] == a[:, None]  # (documents, questions, pairs, key or value)
+        told = np.stack(
+            [
+                (a[..., 0] >= 3) & (a[..., 0] < first) & _fresh(a[..., 0]),
+                (a[..., 1] >= first) & (a[..., 1] < first + self.values),
+            ],
+            -1,
+        )
+        asked = np.stack([same[..., 0].any(-1) & _fresh(b[..., 0]), same.all(-1).any(-1)], -1)
+        return np.hstack(
+            [
+                x[:, :1] == 0,
+                told.reshape(n, -1),
+                x[:, 2 * k + 1 : 2 * k + 2] == self.separator,
+                asked.reshape(n, -1),
+            ]
+        )
 
 # %% ../nbs/09b_tasks.ipynb #462f96d8
 class Induction(Task):
     "A string without repetition, then a piece of it again"
+
     sizes = dict(symbols=16, string=12, again=10)
+
     def setup(self):
-        if self.string>self.symbols: raise ValueError(f'string={self.string}: its symbols are distinct; at most symbols={self.symbols}')
-        if self.again>self.string: raise ValueError(f'again={self.again}: is a piece of the string; at most string={self.string}')
-        self.names,self.places = [f's{i}' for i in range(self.symbols)],self.string-self.again+1
-        self.options = [1] + [self.symbols-i for i in range(self.string)] + [self.places] + [1]*(self.again-1)
+        if self.string > self.symbols:
+            raise ValueError(
+                f'string={self.string}: its symbols are distinct; at most symbols={self.symbols}'
+            )
+        if self.again > self.string:
+            raise ValueError(
+                f'again={self.again}: is a piece of the string; at most string={self.string}'
+            )
+        self.names = [f's{i}' for i in range(self.symbols)]
+        self.places = self.string - self.again + 1
+        self.options = (
+            [1]
+            + [self.symbols - i for i in range(self.string)]
+            + [self.places]
+            + [1] * (self.again - 1)
+        )
+
     def draw(self, rng, n):
-        s,place = 2+_distinct(rng, n, self.string, self.symbols),rng.integers(self.places, size=(n, 1))
-        return _rows(s, np.take_along_axis(s, place+np.arange(self.again), 1))
+        s = 2 + _distinct(rng, n, self.string, self.symbols)
+        place = rng.integers(self.places, size=(n, 1))
+        return _rows(s, np.take_along_axis(s, place + np.arange(self.again), 1))
+
     def possible(self, x):
-        s,again = x[:,1:self.string+1],x[:,self.string+1:]
-        here = s[:,:self.places]==again[:,:1]
-        follows = np.take_along_axis(s, here.argmax(1)[:,None]+np.arange(self.again), 1)==again
-        return np.hstack([x[:,:1]==0, (s>=2)&(s<2+self.symbols)&_fresh(s), here.any(1, keepdims=True), follows[:,1:]])
+        s = x[:, 1 : self.string + 1]
+        again = x[:, self.string + 1 :]
+        here = s[:, : self.places] == again[:, :1]
+        follows = np.take_along_axis(s, here.argmax(1)[:, None] + np.arange(self.again), 1) == again
+        return np.hstack(
+            [
+                x[:, :1] == 0,
+                (s >= 2) & (s < 2 + self.symbols) & _fresh(s),
+                here.any(1, keepdims=True),
+                follows[:, 1:],
+            ]
+        )
+
 
 class Modular(Task):
     "Numbers, each followed by the sum of all so far, modulo p"
+
     sizes = dict(p=11, pairs=16)
+
     def setup(self):
-        if self.p<2: raise ValueError(f'p={self.p}: modulo 1 everything is 0; must be at least 2')
-        self.names,self.options = [f'{o}{i}' for o in 'xy' for i in range(self.p)],[1] + [self.p, 1]*self.pairs
+        if self.p < 2:
+            raise ValueError(f'p={self.p}: modulo 1 everything is 0; must be at least 2')
+        self.names = [f'{o}{i}' for o in 'xy' for i in range(self.p)]
+        self.options = [1] + [self.p, 1] * self.pairs
+
     def draw(self, rng, n):
         x = rng.integers(self.p, size=(n, self.pairs))
-        return _rows(np.stack([2+x, 2+self.p+x.cumsum(1)%self.p], -1))
+        return _rows(np.stack([2 + x, 2 + self.p + x.cumsum(1) % self.p], -1))
+
     def possible(self, x):
-        a,y = x[:,1::2]-2,x[:,2::2]-2-self.p
-        before = np.hstack([np.zeros((len(x), 1), np.int64), y[:,:-1]])
-        return np.hstack([x[:,:1]==0, np.stack([(a>=0)&(a<self.p), y==(before+a)%self.p], -1).reshape(len(x), -1)])
+        a = x[:, 1::2] - 2
+        y = x[:, 2::2] - 2 - self.p
+        before = np.hstack([np.zeros((len(x), 1), np.int64), y[:, :-1]])
+        return np.hstack(
+            [
+                x[:, :1] == 0,
+                np.stack([(a >= 0) & (a < self.p), y == (before + a) % self.p], -1).reshape(
+                    len(x), -1
+                ),
+            ]
+        )
 
 # %% ../nbs/09b_tasks.ipynb #b6ff6545
 class Markov(Task):
     "A walk along a fixed chain"
+
     sizes = dict(states=24, length=32, chain=0)
+
     def setup(self):
-        if self.states<2: raise ValueError(f'states={self.states}: a chain needs at least 2')
-        if self.length<2: raise ValueError(f'length={self.length}: must be at least 2, a start token and a state')
-        self.P = np.random.default_rng(self.chain).dirichlet(np.full(self.states, .2), self.states)
-        fixed = np.vstack([self.P.T-np.eye(self.states), np.ones(self.states)])
-        self.pi = np.linalg.lstsq(fixed, np.eye(self.states+1)[-1], rcond=None)[0].clip(0)
+        if self.states < 2:
+            raise ValueError(f'states={self.states}: a chain needs at least 2')
+        if self.length < 2:
+            raise ValueError(f'length={self.length}: must be at least 2, a start token and a state')
+        self.P = np.random.default_rng(self.chain).dirichlet(np.full(self.states, 0.2), self.states)
+        fixed = np.vstack([self.P.T - np.eye(self.states), np.ones(self.states)])
+        self.pi = np.linalg.lstsq(fixed, np.eye(self.states + 1)[-1], rcond=None)[0].clip(0)
         self.names = [f's{i}' for i in range(self.states)]
+
     def draw(self, rng, n):
-        x,u = np.empty((n, self.length-1), np.int64),rng.random((n, self.length-1, 1))
-        first,steps = self.pi.cumsum(),self.P.cumsum(1)
-        for t in range(self.length-1): x[:,t] = (u[:,t]>=(steps[x[:,t-1]] if t else first)[...,:-1]).sum(1)
-        return _rows(2+x)
+        x = np.empty((n, self.length - 1), np.int64)
+        u = rng.random((n, self.length - 1, 1))
+        first = self.pi.cumsum()
+        steps = self.P.cumsum(1)
+        for t in range(self.length - 1):
+            x[:, t] = (u[:, t] >= (steps[x[:, t - 1]] if t else first)[..., :-1]).sum(1)
+        return _rows(2 + x)
+
     def nats(self, tokens):
         x = tokens.astype(np.int64)
-        known = (x[:,1:]>=2)&(x[:,1:]<2+self.states)
-        s = np.where(known, x[:,1:]-2, 0)
-        p = np.hstack([x[:,:1]==0, self.pi[s[:,:1]]*known[:,:1], self.P[s[:,:-1],s[:,1:]]*known[:,1:]])
-        with np.errstate(divide='ignore'): return -np.log(p)
+        known = (x[:, 1:] >= 2) & (x[:, 1:] < 2 + self.states)
+        s = np.where(known, x[:, 1:] - 2, 0)
+        p = np.hstack(
+            [
+                x[:, :1] == 0,
+                self.pi[s[:, :1]] * known[:, :1],
+                self.P[s[:, :-1], s[:, 1:]] * known[:, 1:],
+            ]
+        )
+        with np.errstate(divide='ignore'):
+            return -np.log(p)
+
     def entropy(self):
-        with np.errstate(divide='ignore', invalid='ignore'): cost = lambda p: -np.where(p>0, p*np.log(p), 0).sum(-1)
-        return float(cost(self.pi) + (self.length-2)*self.pi@cost(self.P))
+        with np.errstate(divide='ignore', invalid='ignore'):
+
+            def cost(p):
+                return -np.where(p > 0, p * np.log(p), 0).sum(-1)
+
+        return float(cost(self.pi) + (self.length - 2) * self.pi @ cost(self.P))
 
 # %% ../nbs/09b_tasks.ipynb #506b0cf0
 TASKS = dict(copy=Copy, recall=Recall, induction=Induction, modular=Modular, markov=Markov)
 
+
 @dataclass
 class Synthetic:
     "Documents of a task, and what the best possible prediction of them costs"
-    name:str          # of the task
-    tokens:np.ndarray # (documents, length), uint16; token 0 starts each
-    vocab_size:int    # tokens there are
-    optimum:float     # nats per token: a document's entropy given its start token, over its length
-    names:list        # how each token is spelt
-    task:Task         # the source
 
-    def nll(self,
-        tokens:np.ndarray, # documents (documents, length)
-    )->np.ndarray:         # nats (documents,), infinite for what the source cannot say
+    name: str  # of the task
+    tokens: np.ndarray  # (documents, length), uint16; token 0 starts each
+    vocab_size: int  # tokens there are
+    optimum: float  # nats per token: a document's entropy given its start token, over its length
+    names: list  # how each token is spelt
+    task: Task  # the source
+
+    def nll(
+        self,
+        tokens: np.ndarray,  # documents (documents, length)
+    ) -> np.ndarray:  # nats (documents,), infinite for what the source cannot say
         "What each document costs under the true source, given its start token"
-        if tokens.ndim!=2 or tokens.shape[1]!=self.tokens.shape[1]: raise ValueError(
-            f'tokens of shape {tokens.shape}: documents of {self.name} are rows of {self.tokens.shape[1]}')
+        if tokens.ndim != 2 or tokens.shape[1] != self.tokens.shape[1]:
+            raise ValueError(
+                f'tokens of shape {tokens.shape}: documents of '
+                f'{self.name} are rows of {self.tokens.shape[1]}'
+            )
         return self.task.nats(tokens).sum(1)
 
+
 def is_held_out(
-    tokens:np.ndarray, # documents (documents, length)
-)->np.ndarray:         # bool (documents,)
+    tokens: np.ndarray,  # documents (documents, length)
+) -> np.ndarray:  # bool (documents,)
     "One document in twenty, by a hash of its tokens"
     h = np.full(len(tokens), 0x9E3779B97F4A7C15, np.uint64)
     for column in tokens.T.astype(np.uint64):
-        h = (h^column)*np.uint64(0xBF58476D1CE4E5B9) # modulo 2**64
-        h ^= h>>np.uint64(31)
-    return h%np.uint64(20)==0
+        h = (h ^ column) * np.uint64(0xBF58476D1CE4E5B9)  # modulo 2**64
+        h ^= h >> np.uint64(31)
+    return h % np.uint64(20) == 0
 
 # %% ../nbs/09b_tasks.ipynb #69f8aaaf
 def synthetic(
-    name:str,            # copy, recall, induction, modular or markov
-    documents:int,       # how many
-    seed:int=0,          # of the documents; the same source whatever the seed
-    held_out:bool=False, # those to test on?
-    **sizes,             # of the task
-)->Synthetic:            # more documents begin with the same ones
+    name: str,  # copy, recall, induction, modular or markov
+    documents: int,  # how many
+    seed: int = 0,  # of the documents; the same source whatever the seed
+    held_out: bool = False,  # those to test on?
+    **sizes,  # of the task
+) -> Synthetic:  # more documents begin with the same ones
     "Draw documents of a task with a known optimum"
-    if name not in TASKS: raise ValueError(f'task {name!r}: must be one of {", ".join(TASKS)}')
-    if not isinstance(documents, int) or documents<1: raise ValueError(f'documents={documents!r}: must be a positive integer')
-    task,rng,kept = TASKS[name](**sizes),np.random.default_rng([seed, int(held_out)]),[]
-    while sum(map(len, kept))<documents:
+    if name not in TASKS:
+        raise ValueError(f'task {name!r}: must be one of {", ".join(TASKS)}')
+    if not isinstance(documents, int) or documents < 1:
+        raise ValueError(f'documents={documents!r}: must be a positive integer')
+    task = TASKS[name](**sizes)
+    rng = np.random.default_rng([seed, int(held_out)])
+    kept = []
+    while sum(map(len, kept)) < documents:
         x = task.draw(rng, 8192).astype(np.uint16)
-        kept.append(x[is_held_out(x)==held_out])
-        if not len(kept[-1]): raise ValueError(
-            f'{name}, {sizes}: no document {"to test on" if held_out else "to train on"} among 8192; there are too few different ones, use larger sizes')
+        kept.append(x[is_held_out(x) == held_out])
+        if not len(kept[-1]):
+            raise ValueError(
+                f'{name}, {sizes}: no document {"to test on" if held_out else "to train on"} '
+                f'among 8192; there are too few different ones, use larger sizes'
+            )
     tokens = np.concatenate(kept)[:documents]
-    return Synthetic(name, tokens, len(task.names), task.entropy()/tokens.shape[1], task.names, task)
+    return Synthetic(
+        name, tokens, len(task.names), task.entropy() / tokens.shape[1], task.names, task
+    )

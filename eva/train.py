@@ -7,16 +7,31 @@ __all__ = ['COUNTERS', 'Diverged', 'Alone', 'Trainer', 'stop_on_interrupt', 'ran
            'checkpoints', 'read_metrics']
 
 # %% ../nbs/11b_train.ipynb #571ace6f
-import math, signal, threading, time
+import math
+import signal
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
 from .balance import BALANCE_LOSSES, LoadMeter
-from .checkpoints import RunLog, check_same, checkpoints, counter, cut_metrics, newest, prune, read_metrics, save_checkpoint
+from eva.checkpoints import (
+    RunLog,
+    check_same,
+    checkpoints,
+    counter,
+    cut_metrics,
+    newest,
+    prune,
+    read_metrics,
+    save_checkpoint,
+)
 from .data import TokenStream
 from .evaluate import apart_by, bits_per_byte
 from .mla import freed_memory_kept
@@ -26,31 +41,67 @@ from .precision import best_backend, convert, fp8_state, load_fp8_state
 from .products import Linear
 from .settings import DTYPES, TrainConfig
 from .watch import Event, Watch
-_all_ = ['TrainConfig', 'bits_per_byte', 'checkpoints', 'read_metrics'] # made by earlier chapters, used from here
+
+_all_ = [
+    'TrainConfig',
+    'bits_per_byte',
+    'checkpoints',
+    'read_metrics',
+]  # made by earlier chapters, used from here
 
 # %% ../nbs/11b_train.ipynb #af028669
-class Diverged(RuntimeError): "Training gave up: the steps went wrong again and again"
+class Diverged(RuntimeError):
+    "Training gave up: the steps went wrong again and again"
 
 # %% ../nbs/11b_train.ipynb #fff327f4
 class Alone:
     "One process, which has nobody to ask; `eva.distributed.Parallel` has the same methods for many"
-    rank,ranks,pp = 0,1,1                               # who writes; how many share a batch, and how many the layers
-    optimizer,newest = MasterOptimizer,staticmethod(newest)
-    def wrap(self, model, cfg): "Divide the model among the ranks"
-    def batch(self, stream, *windows): return stream.batch(*windows),stream.learned(*windows)
-    def share(self, ahead): return ahead
-    def sum(self, x): return x
-    def loads(self, meter): "Count what the others counted"
-    def check_precision(self, precision): "Refuse what cannot be computed together"
-    def everyone(self, load): return load
-    def gradients(self, trainer, *args): return trainer.gradients(*args)
-    def asked(self, trainer): return trainer.stop
-    def log(self, *args): return RunLog(*args)
-    def save(self, path, tensors, state): save_checkpoint(path, tensors, state)
+
+    rank = 0
+    ranks = 1
+    pp = 1  # who writes; how many share a batch, and how many the layers
+    optimizer = MasterOptimizer
+    newest = staticmethod(newest)
+
+    def wrap(self, model, cfg):
+        "Divide the model among the ranks"
+
+    def batch(self, stream, *windows):
+        return stream.batch(*windows), stream.learned(*windows)
+
+    def share(self, ahead):
+        return ahead
+
+    def sum(self, x):
+        return x
+
+    def loads(self, meter):
+        "Count what the others counted"
+
+    def check_precision(self, precision):
+        "Refuse what cannot be computed together"
+
+    def everyone(self, load):
+        return load
+
+    def gradients(self, trainer, *args):
+        return trainer.gradients(*args)
+
+    def asked(self, trainer):
+        return trainer.stop
+
+    def log(self, *args):
+        return RunLog(*args)
+
+    def save(self, path, tensors, state):
+        save_checkpoint(path, tensors, state)
 
     def judge(self, model, rows, apart, on=None):
-        h,y = model.hidden(rows[:,:-1], documents=apart_by(model, rows[:,:-1], apart)),rows[:,1:]
-        return head_loss(h if on is None else h[on], model.lm_head, y if on is None else y[on]).item()
+        h = model.hidden(rows[:, :-1], documents=apart_by(model, rows[:, :-1], apart))
+        y = rows[:, 1:]
+        return head_loss(
+            h if on is None else h[on], model.lm_head, y if on is None else y[on]
+        ).item()
 
     def settle(self, trainer):
         trainer.compute_in('fp32')
@@ -60,78 +111,138 @@ class Alone:
 # %% ../nbs/11b_train.ipynb #64f920ac
 class Trainer:
     "Trains a model on a token stream; watch it from outside through `metrics`"
-    def __init__(self,
-        model:DeepSeekV3,     # trained in place
-        train:TokenStream,    # to learn from
-        held_out:TokenStream, # to be judged on
-        cfg:TrainConfig,      # how
-        out:str|Path,         # folder for metrics.jsonl and checkpoints/
-        parallel=None,        # an `eva.distributed.Parallel` where several processes share the work
+
+    def __init__(
+        self,
+        model: DeepSeekV3,  # trained in place
+        train: TokenStream,  # to learn from
+        held_out: TokenStream,  # to be judged on
+        cfg: TrainConfig,  # how
+        out: str | Path,  # folder for metrics.jsonl and checkpoints/
+        parallel=None,  # an `eva.distributed.Parallel` where several processes share the work
     ):
-        if hasattr(model, '_orig_mod'): raise ValueError('a model wrapped by torch.compile: its parameters have other names, which no checkpoint may have; '
-            'train the model itself, compiled in place by model.compile()')
+        if hasattr(model, '_orig_mod'):
+            raise ValueError(
+                'a model wrapped by torch.compile: its parameters '
+                'have other names, which no checkpoint may have; '
+                'train the model itself, compiled in place by model.compile()'
+            )
         self.parallel = parallel or Alone()
-        self.model,self.train,self.held_out,self.cfg,self.out = model,train,held_out,cfg,Path(out)
-        window = cfg.seq_len+1+len(model.mtp)
+        self.model = model
+        self.train = train
+        self.held_out = held_out
+        self.cfg = cfg
+        self.out = Path(out)
+        window = cfg.seq_len + 1 + len(model.mtp)
         for s in (train, held_out):
-            if s.vocab_size!=model.cfg.vocab_size: raise ValueError(
-                f'{s.path}: tokens of a vocabulary of {s.vocab_size}, but the model has vocab_size={model.cfg.vocab_size}; use the tokenizer of the model')
-        if cfg.seq_len>model.cfg.max_position_embeddings: raise ValueError(
-            f'seq_len={cfg.seq_len}: the model has max_position_embeddings={model.cfg.max_position_embeddings}')
-        if len(train)<window: raise ValueError(f'{len(train)} tokens to train on: one sequence needs {window}; give more text or a shorter seq_len')
-        if len(held_out)<2: raise ValueError(f'{len(held_out)} tokens held out: nothing to judge by; give more text')
-        if train.learn is not None and self.parallel.pp>1: raise ValueError(f'pp={self.parallel.pp}: answers are not learned in a pipeline; leave it out')
+            if s.vocab_size != model.cfg.vocab_size:
+                raise ValueError(
+                    f'{s.path}: tokens of a vocabulary of {s.vocab_size}, but the model '
+                    f'has vocab_size={model.cfg.vocab_size}; use the tokenizer of the model'
+                )
+        if cfg.seq_len > model.cfg.max_position_embeddings:
+            raise ValueError(
+                f'seq_len={cfg.seq_len}: the model has '
+                f'max_position_embeddings={model.cfg.max_position_embeddings}'
+            )
+        if len(train) < window:
+            raise ValueError(
+                f'{len(train)} tokens to train on: one sequence '
+                f'needs {window}; give more text or a shorter seq_len'
+            )
+        if len(held_out) < 2:
+            raise ValueError(
+                f'{len(held_out)} tokens held out: nothing to judge by; give more text'
+            )
+        if train.learn is not None and self.parallel.pp > 1:
+            raise ValueError(
+                f'pp={self.parallel.pp}: answers are not learned in a pipeline; leave it out'
+            )
         self.parallel.wrap(model, cfg)
-        self.opt = self.parallel.optimizer(model, cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay, moments=None if cfg.moments=='fp32' else DTYPES[cfg.moments]) # masters of the exact weights
-        self.meter,self.device,self.monitor,self.scaler = LoadMeter(model, attach=False),next(model.parameters()).device,None,None
-        self.counting,self.precision,self.scales = False,None,{} # scales: what the FP8 recipe remembers while the model is not in eight bits
+        self.opt = self.parallel.optimizer(
+            model,
+            cfg.lr,
+            cfg.muon_lr,
+            weight_decay=cfg.weight_decay,
+            moments=None if cfg.moments == 'fp32' else DTYPES[cfg.moments],
+        )  # masters of the exact weights
+        self.meter = LoadMeter(model, attach=False)
+        self.device = next(model.parameters()).device
+        self.monitor = None
+        self.scaler = None
+        self.counting = False
+        self.precision = None
+        # scales: what the FP8 recipe remembers while the model is not in eight bits
+        self.scales = {}
         self.use(cfg.precision)
-        self.step,self.tokens,self.seconds,self.bad,self.bad_row,self.stop = 0,0,0.,0,0,None
-        self.guard,self.events,self.passed,self.rewound,self.rewinds = Watch(),[],0,0,0 # passed: windows never to be read again; rewinds: since the last save
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.bad = 0
+        self.bad_row = 0
+        self.stop = None
+        self.guard = Watch()
+        self.events = []
+        self.passed = 0
+        self.rewound = 0
+        self.rewinds = 0  # passed: windows never to be read again; rewinds: since the last save
 
 # %% ../nbs/11b_train.ipynb #0433e53f
 @patch
-def compute_in(self:Trainer,
-    precision:str, # fp32, bf16, fp16 or fp8
+def compute_in(
+    self: Trainer,
+    precision: str,  # fp32, bf16, fp16 or fp8
 ):
     "Round the masters into a model of that precision; what the FP8 recipe remembers outlives a time in another one"
     self.scales = self.recipe_state()
     convert(self.model, None)
-    wide = next(iter(self.opt.masters.values())).dtype             # float32, or float64 where the model came so
-    self.model.to(wide if precision=='fp32' else DTYPES[precision])
-    if precision=='fp8':
+    wide = next(
+        iter(self.opt.masters.values())
+    ).dtype  # float32, or float64 where the model came so
+    self.model.to(wide if precision == 'fp32' else DTYPES[precision])
+    if precision == 'fp8':
         convert(self.model, self.cfg.recipe)
-        if self.scales: load_fp8_state(self.model, self.scales)
+        if self.scales:
+            load_fp8_state(self.model, self.scales)
     self.opt.publish()
 
-@patch
-def recipe_state(self:Trainer)->dict[str,Tensor]: # by name of the layer
-    "What the recipe remembers from step to step: magnitudes of delayed scales, of a run in eight bits"
-    return (fp8_state(self.model) or self.scales) if self.precision=='fp8' else {}
 
 @patch
-def use(self:Trainer,
-    precision:str, # fp32, bf16, fp16 or fp8
+def recipe_state(self: Trainer) -> dict[str, Tensor]:  # by name of the layer
+    "What the recipe remembers from step to step: magnitudes of delayed scales, of a run in eight bits"
+    return (fp8_state(self.model) or self.scales) if self.precision == 'fp8' else {}
+
+
+@patch
+def use(
+    self: Trainer,
+    precision: str,  # fp32, bf16, fp16 or fp8
 ):
     "Train in another precision from here on"
-    if precision not in DTYPES: raise ValueError(f'precision={precision!r}: must be one of {", ".join(DTYPES)}')
+    if precision not in DTYPES:
+        raise ValueError(f'precision={precision!r}: must be one of {", ".join(DTYPES)}')
     self.parallel.check_precision(precision)
-    if precision!=self.precision: # the new one remembers nothing of the old one
+    if precision != self.precision:  # the new one remembers nothing of the old one
         convert(self.model, None)
         self.scales = {}
     self.compute_in(precision)
     self.precision = precision
-    self.scaler = torch.amp.GradScaler(self.device.type) if precision=='fp16' else None
+    self.scaler = torch.amp.GradScaler(self.device.type) if precision == 'fp16' else None
+
 
 @patch(as_prop=True)
-def computes(self:Trainer)->str: # of fp8: by which backend, and why by no faster one
+def computes(self: Trainer) -> str:  # of fp8: by which backend, and why by no faster one
     "Its precision in words"
-    return 'fp8 by {}: {}'.format(*best_backend(self.device, self.cfg.recipe)) if self.precision=='fp8' else self.precision
+    return (
+        'fp8 by {}: {}'.format(*best_backend(self.device, self.cfg.recipe))
+        if self.precision == 'fp8'
+        else self.precision
+    )
 
 # %% ../nbs/11b_train.ipynb #5d0515c7
 @patch
 @contextmanager
-def counted(self:Trainer):
+def counted(self: Trainer):
     "Count the tokens of experts, and keep routings for the balance loss, in here only"
     self.counting = True
     try:
@@ -140,208 +251,396 @@ def counted(self:Trainer):
     finally:
         self.counting = False
 
-@patch
-def balance(self:Trainer,
-    sequences:int, # of the micro-batch
-)->Tensor:         # scalar, summed over layers
-    "The balance loss, every sequence counted alike: MTP modules may have seen only some"
-    seen,self.meter.routings = self.meter.routings,[]
-    return sum((len(r.scores)/sequences*BALANCE_LOSSES[self.cfg.balance_over](r.scores, r.indices) for r in seen), torch.zeros((), device=self.device))
 
 @patch
-def gradients(self:Trainer,
-    batch:Tensor,    # windows (sequences, seq_len + 1 + depths)
-    ahead:int,       # sequences that MTP learns from: the first ones
-    mtp_weight:float, # lambda
-    learn:Tensor|None=None, # the tokens that are learned, if not all (sequences, seq_len + 1 + depths)
-)->Tensor:           # the main loss, then one for each MTP depth; not a number where a router met one
+def balance(
+    self: Trainer,
+    sequences: int,  # of the micro-batch
+) -> Tensor:  # scalar, summed over layers
+    "The balance loss, every sequence counted alike: MTP modules may have seen only some"
+    seen = self.meter.routings
+    self.meter.routings = []
+    return sum(
+        (
+            len(r.scores) / sequences * BALANCE_LOSSES[self.cfg.balance_over](r.scores, r.indices)
+            for r in seen
+        ),
+        torch.zeros((), device=self.device),
+    )
+
+
+@patch
+def gradients(
+    self: Trainer,
+    batch: Tensor,  # windows (sequences, seq_len + 1 + depths)
+    ahead: int,  # sequences that MTP learns from: the first ones
+    mtp_weight: float,  # lambda
+    learn: Tensor
+    | None = None,  # the tokens that are learned, if not all (sequences, seq_len + 1 + depths)
+) -> Tensor:  # the main loss, then one for each MTP depth; not a number where a router met one
     "Forward and backward, a micro-batch at a time"
-    if not self.counting: # asked for by itself: the balance loss needs the routings
-        with self.counted(): return self.gradients(batch, ahead, mtp_weight, learn)
-    c,left,depths = self.cfg,ahead,len(self.model.mtp)
+    if not self.counting:  # asked for by itself: the balance loss needs the routings
+        with self.counted():
+            return self.gradients(batch, ahead, mtp_weight, learn)
+    c = self.cfg
+    left = ahead
+    depths = len(self.model.mtp)
     wide = next(iter(self.opt.masters.values())).dtype
-    total,targets = torch.zeros(1+depths, dtype=wide),(lambda on: on[:,1:c.seq_len+1].sum())
-    if learn is not None: learned,further = (max(1, self.parallel.sum(targets(o)).item()) for o in (learn, learn[:ahead])) # by all ranks
+    total = torch.zeros(1 + depths, dtype=wide)
+    targets = lambda on: on[:, 1 : c.seq_len + 1].sum()
+    if learn is not None:
+        learned, further = (
+            max(1, self.parallel.sum(targets(o)).item()) for o in (learn, learn[:ahead])
+        )  # by all ranks
     for i in range(0, len(batch), c.micro_batch):
-        tokens,on = batch[i:i+c.micro_batch],None if learn is None else learn[i:i+c.micro_batch]
-        part,rows = len(tokens)/(len(batch)*self.parallel.ranks),min(left, len(tokens))
+        tokens = batch[i : i + c.micro_batch]
+        on = None if learn is None else learn[i : i + c.micro_batch]
+        part = len(tokens) / (len(batch) * self.parallel.ranks)
+        rows = min(left, len(tokens))
         left -= rows
-        try: losses = self.model.losses(tokens, mtp_rows=rows, documents=(tokens==self.model.cfg.bos_token_id).cumsum(1), apart=c.apart, learn=on)
-        except FloatingPointError: return total.fill_(math.nan)
-        if on is not None: # each micro-batch counts by what is learned from it
-            losses[0] = losses[0]*targets(on)/learned/part
-            if rows: losses[1:] = [l*targets(on[:rows])/further*ahead*self.parallel.ranks/rows for l in losses[1:]]
-        loss = part*(losses[0] + c.balance_weight*self.balance(len(tokens)))
-        if rows: loss = loss + mtp_weight/depths*rows/(ahead*self.parallel.ranks)*sum(losses[1:])
+        try:
+            losses = self.model.losses(
+                tokens,
+                mtp_rows=rows,
+                documents=(tokens == self.model.cfg.bos_token_id).cumsum(1),
+                apart=c.apart,
+                learn=on,
+            )
+        except FloatingPointError:
+            return total.fill_(math.nan)
+        if on is not None:  # each micro-batch counts by what is learned from it
+            losses[0] = losses[0] * targets(on) / learned / part
+            if rows:
+                losses[1:] = [
+                    l * targets(on[:rows]) / further * ahead * self.parallel.ranks / rows
+                    for l in losses[1:]
+                ]
+        loss = part * (losses[0] + c.balance_weight * self.balance(len(tokens)))
+        if rows:
+            loss = loss + mtp_weight / depths * rows / (ahead * self.parallel.ranks) * sum(
+                losses[1:]
+            )
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self.opt.collect()
-        total[0] += part*losses[0].item()
-        if rows: total[1:] += rows/(ahead*self.parallel.ranks)*torch.stack([o.detach() for o in losses[1:]]).cpu()
+        total[0] += part * losses[0].item()
+        if rows:
+            total[1:] += (
+                rows
+                / (ahead * self.parallel.ranks)
+                * torch.stack([o.detach() for o in losses[1:]]).cpu()
+            )
     return total
 
 # %% ../nbs/11b_train.ipynb #3b9e9d81
 @patch
-def train_step(self:Trainer)->dict: # one line of metrics.jsonl
+def train_step(self: Trainer) -> dict:  # one line of metrics.jsonl
     "Learn from one batch; the meter's hooks are on the model meanwhile, and at no other time"
-    with self.counted(): return self._train_step()
+    with self.counted():
+        return self._train_step()
+
 
 @patch
-def _train_step(self:Trainer)->dict:
+def _train_step(self: Trainer) -> dict:
     "What `train_step` does while tokens are counted"
-    c,start = self.cfg,time.perf_counter()
-    rate,size = c.rate(self.step),c.sequences(self.step+1)-c.sequences(self.step)
-    batch,learn = self.parallel.batch(self.train, c.sequences(self.step)+self.passed, size, c.seq_len, 1+len(self.model.mtp), c.seed)
-    batch,learn = batch.to(self.device),learn if learn is None else learn.to(self.device)
-    ahead = max(1, round(c.mtp_share*size)) if c.mtp_share and len(self.model.mtp) else 0
-    total = self.parallel.sum(self.parallel.gradients(self, batch, self.parallel.share(ahead), c.mtp_weight_at(self.step), learn))
+    c = self.cfg
+    start = time.perf_counter()
+    rate = c.rate(self.step)
+    size = c.sequences(self.step + 1) - c.sequences(self.step)
+    batch, learn = self.parallel.batch(
+        self.train,
+        c.sequences(self.step) + self.passed,
+        size,
+        c.seq_len,
+        1 + len(self.model.mtp),
+        c.seed,
+    )
+    batch = batch.to(self.device)
+    learn = learn if learn is None else learn.to(self.device)
+    ahead = max(1, round(c.mtp_share * size)) if c.mtp_share and len(self.model.mtp) else 0
+    total = self.parallel.sum(
+        self.parallel.gradients(
+            self, batch, self.parallel.share(ahead), c.mtp_weight_at(self.step), learn
+        )
+    )
     finite = bool(total.isfinite().all())
     spike = self.guard.spike(total[0].item()) if finite else None
-    take = finite and (spike is None or c.on_spike=='log')
+    take = finite and (spike is None or c.on_spike == 'log')
     if finite and self.scaler is not None:
-        for o in self.opt.optimizers: self.scaler.unscale_(o)
-    if self.monitor is not None: self.monitor.step(total[0].item(), {n: w.grad for n,w in self.opt.masters.items()})
+        for o in self.opt.optimizers:
+            self.scaler.unscale_(o)
+    if self.monitor is not None:
+        self.monitor.step(total[0].item(), {n: w.grad for n, w in self.opt.masters.items()})
     norm = self.opt.step(rate, c.clip) if take else self.opt.forget()
     good = take and math.isfinite(norm)
-    overflow = take and not good and self.scaler is not None and self.scaler.get_scale()>1 # answered by a smaller scale
-    if finite and self.scaler is not None: self.scaler.update()
+    overflow = (
+        take and not good and self.scaler is not None and self.scaler.get_scale() > 1
+    )  # answered by a smaller scale
+    if finite and self.scaler is not None:
+        self.scaler.update()
     self.parallel.loads(self.meter)
-    load = self.parallel.everyone(self.meter.step(c.bias_speed_at(self.step) if good else 0., keep=good))
-    self.bad,self.bad_row = self.bad+(not good),0 if good else self.bad_row+(not overflow)
-    self.events = [spike] if spike else [] if good or overflow else [Event('not_finite', 'the loss or the gradient is not finite')]
-    if good: self.events += self.guard.good(total[0].item(), load)
-    seconds = time.perf_counter()-start
-    self.step,self.tokens,self.seconds = self.step+1,self.tokens+size*c.seq_len,self.seconds+seconds
-    main = [l.tolist() for n,l in load.items() if int(n.split('.')[2])<self.model.cfg.num_hidden_layers]
-    further = [l.tolist() for n,l in load.items() if int(n.split('.')[2])>=self.model.cfg.num_hidden_layers]
-    number = lambda x: x if math.isfinite(x) else None
-    row = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 3), loss=number(total[0].item()), lr=c.lr*rate, grad_norm=number(norm),
-               tokens_per_second=round(size*c.seq_len/seconds), expert_load=main)
-    if ahead: row |= dict(mtp_loss=number(total[1:].mean().item()), mtp_expert_load=further)
-    if self.events: row |= dict(events=[e.said for e in self.events])
+    load = self.parallel.everyone(
+        self.meter.step(c.bias_speed_at(self.step) if good else 0.0, keep=good)
+    )
+    self.bad = self.bad + (not good)
+    self.bad_row = 0 if good else self.bad_row + (not overflow)
+    self.events = (
+        [spike]
+        if spike
+        else []
+        if good or overflow
+        else [Event('not_finite', 'the loss or the gradient is not finite')]
+    )
+    if good:
+        self.events += self.guard.good(total[0].item(), load)
+    seconds = time.perf_counter() - start
+    self.step = self.step + 1
+    self.tokens = self.tokens + size * c.seq_len
+    self.seconds = self.seconds + seconds
+    main = [
+        l.tolist()
+        for n, l in load.items()
+        if int(n.split('.')[2]) < self.model.cfg.num_hidden_layers
+    ]
+    further = [
+        l.tolist()
+        for n, l in load.items()
+        if int(n.split('.')[2]) >= self.model.cfg.num_hidden_layers
+    ]
+
+    def number(x):
+        return x if math.isfinite(x) else None
+
+    row = dict(
+        step=self.step,
+        tokens=self.tokens,
+        seconds=round(self.seconds, 3),
+        loss=number(total[0].item()),
+        lr=c.lr * rate,
+        grad_norm=number(norm),
+        tokens_per_second=round(size * c.seq_len / seconds),
+        expert_load=main,
+    )
+    if ahead:
+        row |= dict(mtp_loss=number(total[1:].mean().item()), mtp_expert_load=further)
+    if self.events:
+        row |= dict(events=[e.said for e in self.events])
     return row if good else row | dict(skipped=True)
 
 # %% ../nbs/11b_train.ipynb #ef010281
 @patch
-def quick_eval(self:Trainer)->dict: # val_loss in nats per token, val_bits_per_byte
+def quick_eval(self: Trainer) -> dict:  # val_loss in nats per token, val_bits_per_byte
     "The loss on the first held-out windows: an estimate that costs little"
-    c,s = self.cfg,self.held_out
-    seq = min(c.seq_len, len(s)-1)
-    starts = range(0, min(len(s)-seq, 16*seq), seq)
-    rows = torch.from_numpy(np.stack([s.tokens[i:i+seq+1] for i in starts]).astype(np.int64)).to(self.device)
+    c = self.cfg
+    s = self.held_out
+    seq = min(c.seq_len, len(s) - 1)
+    starts = range(0, min(len(s) - seq, 16 * seq), seq)
+    rows = torch.from_numpy(
+        np.stack([s.tokens[i : i + seq + 1] for i in starts]).astype(np.int64)
+    ).to(self.device)
     with torch.no_grad():
-        if s.learn is None: total,count,all_of_it = sum(self.parallel.judge(self.model, r, c.apart) for r in rows.split(c.micro_batch)),rows[:,1:].numel(),len(s)-1
+        if s.learn is None:
+            total = sum(
+                self.parallel.judge(self.model, r, c.apart) for r in rows.split(c.micro_batch)
+            )
+            count = rows[:, 1:].numel()
+            all_of_it = len(s) - 1
         else:
-            on = torch.from_numpy(np.stack([s.learn[i+1:i+seq+1] for i in starts])).bool().to(self.device)
-            total = sum(self.parallel.judge(self.model, r, c.apart, o) for r,o in zip(rows.split(c.micro_batch), on.split(c.micro_batch)))
-            count,all_of_it = max(1, on.sum().item()),int(s.learn.sum())
-    loss = total/count
-    return dict(val_loss=loss, val_bits_per_byte=loss/math.log(2)*all_of_it/s.bytes)
+            on = (
+                torch.from_numpy(np.stack([s.learn[i + 1 : i + seq + 1] for i in starts]))
+                .bool()
+                .to(self.device)
+            )
+            total = sum(
+                self.parallel.judge(self.model, r, c.apart, o)
+                for r, o in zip(rows.split(c.micro_batch), on.split(c.micro_batch))
+            )
+            count = max(1, on.sum().item())
+            all_of_it = int(s.learn.sum())
+    loss = total / count
+    return dict(val_loss=loss, val_bits_per_byte=loss / math.log(2) * all_of_it / s.bytes)
 
 # %% ../nbs/11b_train.ipynb #22ace46a
 @contextmanager
 def stop_on_interrupt(trainer):
     "Turn the first Ctrl-C or termination into a request to stop"
-    if threading.current_thread() is not threading.main_thread(): yield; return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
     def ask(number, frame):
         trainer.stop = signal.Signals(number).name
-        for s,h in old.items(): signal.signal(s, h)        # the second one acts at once
+        for s, h in old.items():
+            signal.signal(s, h)  # the second one acts at once
+
     old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    for s in old: signal.signal(s, ask)
-    try: yield
+    for s in old:
+        signal.signal(s, ask)
+    try:
+        yield
     finally:
-        for s,h in old.items(): signal.signal(s, h)
+        for s, h in old.items():
+            signal.signal(s, h)
 
 # %% ../nbs/11b_train.ipynb #9fcb2e13
 COUNTERS = dict(step=int, tokens=int, seconds=float, bad=int, passed=int, rewound=int)
 
+
 @patch
-def save(self:Trainer):
+def save(self: Trainer):
     "Write a checkpoint of this step and remove the oldest beyond `keep`"
-    path = self.out/'checkpoints'/f'step-{self.step:06d}'
-    buffers = {f'buffer.{n}': b for n,b in self.model.named_buffers()}
-    state = {o: getattr(self, o) for o in COUNTERS} | dict(precision=self.precision, watch=self.guard.state_dict(), **self.settings)
-    if self.scaler is not None: state['scaler'] = self.scaler.state_dict()
-    if self.monitor is not None: state['monitor'] = self.monitor.state_dict()
-    scales = {f'fp8.{n}': t for n,t in self.recipe_state().items()}
+    path = self.out / 'checkpoints' / f'step-{self.step:06d}'
+    buffers = {f'buffer.{n}': b for n, b in self.model.named_buffers()}
+    state = {o: getattr(self, o) for o in COUNTERS} | dict(
+        precision=self.precision, watch=self.guard.state_dict(), **self.settings
+    )
+    if self.scaler is not None:
+        state['scaler'] = self.scaler.state_dict()
+    if self.monitor is not None:
+        state['monitor'] = self.monitor.state_dict()
+    scales = {f'fp8.{n}': t for n, t in self.recipe_state().items()}
     self.parallel.save(path, self.opt.state_dict() | buffers | scales | random_states(), state)
     self.rewinds = 0
-    if self.parallel.rank==0: prune(path.parent, self.cfg.keep)
+    if self.parallel.rank == 0:
+        prune(path.parent, self.cfg.keep)
+
 
 @patch(as_prop=True)
-def settings(self:Trainer)->dict: # of training, model and data: what a resumed run must share
+def settings(self: Trainer) -> dict:  # of training, model and data: what a resumed run must share
     "What decides how the run goes"
     d = self.train
-    return dict(train=asdict(self.cfg), model=asdict(self.model.cfg), data=dict(tokens=len(d), bytes=d.bytes, vocab_size=d.vocab_size, align=d.align))
+    return dict(
+        train=asdict(self.cfg),
+        model=asdict(self.model.cfg),
+        data=dict(tokens=len(d), bytes=d.bytes, vocab_size=d.vocab_size, align=d.align),
+    )
 
-def random_states()->dict[str,Tensor]:
+
+def random_states() -> dict[str, Tensor]:
     "Where PyTorch's random numbers are"
-    return {'random.cpu': torch.get_rng_state()} | {f'random.cuda{i}': s for i,s in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])}
+    return {'random.cpu': torch.get_rng_state()} | {
+        f'random.cuda{i}': s
+        for i, s in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
+    }
 
 # %% ../nbs/11b_train.ipynb #d4cac8b3
 @patch
-def restore(self:Trainer,
-    path:Path,    # of the checkpoint, for messages
-    tensors:dict, # from it
-    state:dict,   # from it
+def restore(
+    self: Trainer,
+    path: Path,  # of the checkpoint, for messages
+    tensors: dict,  # from it
+    state: dict,  # from it
 ):
     "Take up what a checkpoint holds, and nothing of what was there before: a process that goes back is as one that begins there"
-    defaults = dict(train=asdict(TrainConfig()), data=self.settings['data']) # of what older checkpoints do not say
-    for name,now in self.settings.items(): check_same(path, state.get(name, {}), now, defaults.get(name, {}))
-    found = {o: counter(path, state, o, kind, 0 if o in ('passed', 'rewound') else None) for o,kind in COUNTERS.items()}
-    if not isinstance(precision := state.get('precision', self.precision), str) or precision not in DTYPES: raise ValueError(f'{path}: precision={precision!r}: must be one of {", ".join(DTYPES)}')
-    for n,b in self.model.named_buffers():
-        if (t := tensors.get(f'buffer.{n}')) is None or t.shape!=b.shape: raise ValueError(f'{path}: {n} is missing or has another shape than {tuple(b.shape)}; remove it to go on from an older one')
+    defaults = dict(
+        train=asdict(TrainConfig()), data=self.settings['data']
+    )  # of what older checkpoints do not say
+    for name, now in self.settings.items():
+        check_same(path, state.get(name, {}), now, defaults.get(name, {}))
+    found = {
+        o: counter(path, state, o, kind, 0 if o in ('passed', 'rewound') else None)
+        for o, kind in COUNTERS.items()
+    }
+    if (
+        not isinstance(precision := state.get('precision', self.precision), str)
+        or precision not in DTYPES
+    ):
+        raise ValueError(f'{path}: precision={precision!r}: must be one of {", ".join(DTYPES)}')
+    for n, b in self.model.named_buffers():
+        if (t := tensors.get(f'buffer.{n}')) is None or t.shape != b.shape:
+            raise ValueError(
+                f'{path}: {n} is missing or has another shape than '
+                f'{tuple(b.shape)}; remove it to go on from an older one'
+            )
     try:
         self.guard.load_state_dict(state.get('watch', Watch().state_dict()))
-        if self.monitor is not None: self.monitor.load_state_dict(state.get('monitor') if self.parallel.rank==0 else None)
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state.get('monitor') if self.parallel.rank == 0 else None)
         self.meter.forget()
         self.opt.load_state_dict(tensors)
-        for n,b in self.model.named_buffers(): b.copy_(tensors[f'buffer.{n}'])
-        if 'random.cpu' in tensors: torch.set_rng_state(tensors['random.cpu'])
+        for n, b in self.model.named_buffers():
+            b.copy_(tensors[f'buffer.{n}'])
+        if 'random.cpu' in tensors:
+            torch.set_rng_state(tensors['random.cpu'])
         for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-            if f'random.cuda{i}' in tensors: torch.cuda.set_rng_state(tensors[f'random.cuda{i}'], i)
-        self.precision = None # the same one too is begun anew
+            if f'random.cuda{i}' in tensors:
+                torch.cuda.set_rng_state(tensors[f'random.cuda{i}'], i)
+        self.precision = None  # the same one too is begun anew
         self.use(precision)
-        self.scales = {n.removeprefix('fp8.'): t for n,t in tensors.items() if n.startswith('fp8.')}
-        if self.scales: load_fp8_state(self.model, self.scales)
-        if self.scaler is not None and 'scaler' in state: self.scaler.load_state_dict(state['scaler'])
-    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as e: raise ValueError(f'{path}: does not fit this run ({e}); remove it to go on from an older one') from None
-    for o,v in found.items(): setattr(self, o, v)
+        self.scales = {
+            n.removeprefix('fp8.'): t for n, t in tensors.items() if n.startswith('fp8.')
+        }
+        if self.scales:
+            load_fp8_state(self.model, self.scales)
+        if self.scaler is not None and 'scaler' in state:
+            self.scaler.load_state_dict(state['scaler'])
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(
+            f'{path}: does not fit this run ({e}); remove it to go on from an older one'
+        ) from None
+    for o, v in found.items():
+        setattr(self, o, v)
     self.bad_row = 0
 
+
 @patch
-def resume(self:Trainer)->str: # what was done, in one sentence
+def resume(self: Trainer) -> str:  # what was done, in one sentence
     "Go on from the newest checkpoint that is whole"
-    path,tensors,state,said = self.parallel.newest(self.out/'checkpoints')
-    if path is not None: self.restore(path, tensors, state)
-    if self.parallel.rank==0: cut_metrics(self.out/'metrics.jsonl', self.step)
-    if path is None: return f'{said}nothing to resume from in {self.out}: starting at the beginning'
-    return f'{said}going on from step {self.step} of {self.cfg.steps}' if self.step<self.cfg.steps else f'{said}finished: all {self.step} steps are done'
+    path, tensors, state, said = self.parallel.newest(self.out / 'checkpoints')
+    if path is not None:
+        self.restore(path, tensors, state)
+    if self.parallel.rank == 0:
+        cut_metrics(self.out / 'metrics.jsonl', self.step)
+    if path is None:
+        return f'{said}nothing to resume from in {self.out}: starting at the beginning'
+    return (
+        f'{said}going on from step {self.step} of {self.cfg.steps}'
+        if self.step < self.cfg.steps
+        else f'{said}finished: all {self.step} steps are done'
+    )
 
 # %% ../nbs/11b_train.ipynb #f3a6e53c
 @patch
-def answer(self:Trainer)->str: # log, skip, rewind or stop
+def answer(self: Trainer) -> str:  # log, skip, rewind or stop
     "What the settings say about the events of this step"
-    c,what = self.cfg,{e.what for e in self.events}
-    said = {c.on_spike if 'spike' in what else 'log', c.on_collapse if what&{'dead', 'collapse'} else 'log', 'skip' if 'not_finite' in what else 'log'}
-    if self.bad_row>=c.max_bad: said.add('rewind' if c.on_spike=='rewind' else 'stop')
+    c = self.cfg
+    what = {e.what for e in self.events}
+    said = {
+        c.on_spike if 'spike' in what else 'log',
+        c.on_collapse if what & {'dead', 'collapse'} else 'log',
+        'skip' if 'not_finite' in what else 'log',
+    }
+    if self.bad_row >= c.max_bad:
+        said.add('rewind' if c.on_spike == 'rewind' else 'stop')
     return next(o for o in ('stop', 'rewind', 'skip', 'log') if o in said)
 
+
 @patch
-def rewind(self:Trainer)->str: # what was done
+def rewind(self: Trainer) -> str:  # what was done
     "Back to the last checkpoint, past the windows since"
-    read,step,rewinds,rewound = self.cfg.sequences(self.step)+self.passed,self.step,self.rewinds+1,self.rewound+1
-    path,tensors,state,said = self.parallel.newest(self.out/'checkpoints')
-    if path is None or rewinds>3: raise Diverged(f'step {step}: {"no checkpoint to go back to" if path is None else "went wrong three times after the same checkpoint"}; '
-        f'start another run with a lower lr={self.cfg.lr:g} and muon_lr={self.cfg.muon_lr:g}, or look at the data')
+    read = self.cfg.sequences(self.step) + self.passed
+    step = self.step
+    rewinds = self.rewinds + 1
+    rewound = self.rewound + 1
+    path, tensors, state, said = self.parallel.newest(self.out / 'checkpoints')
+    if path is None or rewinds > 3:
+        raise Diverged(
+            f'step {step}: '
+            f'{"no checkpoint to go back to" if path is None else "went wrong three times after the same checkpoint"}; '
+            f'start another run with a lower lr={self.cfg.lr:g} '
+            f'and muon_lr={self.cfg.muon_lr:g}, or look at the data'
+        )
     self.restore(path, tensors, state)
-    before,self.passed,self.rewinds,self.rewound = self.passed,read-self.cfg.sequences(self.step),rewinds,rewound
-    return f'{said}back to step {self.step}, past {self.passed-before} windows'
+    before = self.passed
+    self.passed = read - self.cfg.sequences(self.step)
+    self.rewinds = rewinds
+    self.rewound = rewound
+    return f'{said}back to step {self.step}, past {self.passed - before} windows'
 
 # %% ../nbs/11b_train.ipynb #9263d0b2
 @patch
-def fit(self:Trainer,
-    watch=None, # called with each line of metrics
+def fit(
+    self: Trainer,
+    watch=None,  # called with each line of metrics
 ):
     """Train to the last step, or until asked to stop; then leave float32 weights in the model
 
@@ -350,39 +649,72 @@ def fit(self:Trainer,
     self.model.train()
     self.compute_in(self.precision)
     self.stop = None
-    if self.monitor is not None: self.monitor.attach()
+    if self.monitor is not None:
+        self.monitor.attach()
     try:
-        with freed_memory_kept(): self._loop(watch)
+        with freed_memory_kept():
+            self._loop(watch)
     finally:
-        if self.monitor is not None: self.monitor.detach()
+        if self.monitor is not None:
+            self.monitor.detach()
         self.parallel.settle(self)
 
-@patch
-def _loop(self:Trainer, watch):
-    "Step, log, answer, save"
-    c,saved = self.cfg,self.step
-    with stop_on_interrupt(self), self.parallel.log(self.out, self.step) as log:
-        if 'rewind' in (c.on_spike, c.on_collapse) and not checkpoints(self.out/'checkpoints'): self.save() # somewhere to go back to
-        while self.step<c.steps and not self.parallel.asked(self):
-            row = self.train_step()
-            if self.step%c.eval_every==0 or self.step==c.steps: row |= self.quick_eval()
-            log.write(row)
-            if watch: watch(row)
-            if self.events and self._answer(log): saved = self.step; continue
-            if self.step%c.save_every==0 and not self.bad_row and saved!=self.step: log.sync(); self.save(); saved = self.step
-        if saved!=self.step: log.sync(); self.save()
 
 @patch
-def _answer(self:Trainer, log)->bool: # did it go back?
+def _loop(self: Trainer, watch):
+    "Step, log, answer, save"
+    c = self.cfg
+    saved = self.step
+    with stop_on_interrupt(self), self.parallel.log(self.out, self.step) as log:
+        if 'rewind' in (c.on_spike, c.on_collapse) and not checkpoints(self.out / 'checkpoints'):
+            self.save()  # somewhere to go back to
+        while self.step < c.steps and not self.parallel.asked(self):
+            row = self.train_step()
+            if self.step % c.eval_every == 0 or self.step == c.steps:
+                row |= self.quick_eval()
+            log.write(row)
+            if watch:
+                watch(row)
+            if self.events and self._answer(log):
+                saved = self.step
+                continue
+            if self.step % c.save_every == 0 and not self.bad_row and saved != self.step:
+                log.sync()
+                self.save()
+                saved = self.step
+        if saved != self.step:
+            log.sync()
+            self.save()
+
+
+@patch
+def _answer(self: Trainer, log) -> bool:  # did it go back?
     "Do what is to be done about the events of a step, and write it down"
-    c,step,events,what = self.cfg,self.step,self.events,self.answer()
-    back = what=='rewind'
+    c = self.cfg
+    step = self.step
+    events = self.events
+    what = self.answer()
+    back = what == 'rewind'
     if back:
-        try: what = self.rewind()
-        except Diverged as e: log.event(step, events[0].what, events[0].said, f'stop: {e}'); raise
+        try:
+            what = self.rewind()
+        except Diverged as e:
+            log.event(step, events[0].what, events[0].said, f'stop: {e}')
+            raise
         log.back_to(self.step)
-    for e in events: log.event(step, e.what, e.said, what)
-    if what=='stop': raise Diverged(
-        f'step {step}: ' + (f'{self.bad_row} steps in a row were skipped, the last one because {events[0].said}' if self.bad_row>=c.max_bad else events[0].said) +
-        f'; the last good checkpoint is in {self.out/"checkpoints"}; start another run with a lower lr={c.lr:g} and muon_lr={c.muon_lr:g}, or look at the data')
+    for e in events:
+        log.event(step, e.what, e.said, what)
+    if what == 'stop':
+        raise Diverged(
+            f'step {step}: '
+            + (
+                f'{self.bad_row} steps in a row were skipped, the last one because {events[0].said}'
+                if self.bad_row >= c.max_bad
+                else events[0].said
+            )
+            + (
+                f'; the last good checkpoint is in {self.out / "checkpoints"}; start another '
+                f'run with a lower lr={c.lr:g} and muon_lr={c.muon_lr:g}, or look at the data'
+            )
+        )
     return back

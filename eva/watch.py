@@ -8,92 +8,159 @@ __all__ = ['Event', 'Watch']
 # %% ../nbs/10e_watch.ipynb #8adf86ed
 from statistics import median
 from typing import NamedTuple
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
 from .balance import load_figures
 
 # %% ../nbs/10e_watch.ipynb #2516449c
 class Event(NamedTuple):
     "Something to be said about a step"
-    what:str # spike, not_finite, dead or collapse
-    said:str # a sentence
+
+    what: str  # spike, not_finite, dead or collapse
+    said: str  # a sentence
+
 
 class Watch:
     "Looks at each step's loss and load, and remembers what tells trouble from noise"
-    def __init__(self,
-        window:int=20,     # steps that are compared with
-        factor:float=8.,   # spreads above the median that noise may reach
-        least:float=.25,   # share of the median that a spike exceeds in any case
-        quiet:int=10,      # steps before the first judgement
-        dead_after:int=50, # steps without a token after which an expert counts as dead
-        even:float=.35,    # balance score below which a load counts as collapsed
+
+    def __init__(
+        self,
+        window: int = 20,  # steps that are compared with
+        factor: float = 8.0,  # spreads above the median that noise may reach
+        least: float = 0.25,  # share of the median that a spike exceeds in any case
+        quiet: int = 10,  # steps before the first judgement
+        dead_after: int = 50,  # steps without a token after which an expert counts as dead
+        even: float = 0.35,  # balance score below which a load counts as collapsed
     ):
-        if not 0<quiet<=window: raise ValueError(f'quiet={quiet}: must lie between 1 and window={window}, the steps that are compared with')
-        if not (factor>0 and least>0): raise ValueError(f'factor={factor}, least={least}: must be positive, or every second step is a spike')
-        self.window,self.factor,self.least,self.quiet,self.dead_after,self.even = window,factor,least,quiet,dead_after,even
-        self.losses,self.silent,self.share,self.steps,self.told = [],{},{},{},set()
+        if not 0 < quiet <= window:
+            raise ValueError(
+                f'quiet={quiet}: must lie between 1 and '
+                f'window={window}, the steps that are compared with'
+            )
+        if not (factor > 0 and least > 0):
+            raise ValueError(
+                f'factor={factor}, least={least}: must be positive, or every second step is a spike'
+            )
+        self.window = window
+        self.factor = factor
+        self.least = least
+        self.quiet = quiet
+        self.dead_after = dead_after
+        self.even = even
+        self.losses = []
+        self.silent = {}
+        self.share = {}
+        self.steps = {}
+        self.told = set()
 
     @property
-    def limit(self)->float|None: # nats per token
+    def limit(self) -> float | None:  # nats per token
         "The loss above which a step is a spike"
-        if len(self.losses)<self.quiet: return None
+        if len(self.losses) < self.quiet:
+            return None
         m = median(self.losses)
-        return m + max(self.factor*1.4826*median(abs(l-m) for l in self.losses), self.least*abs(m))
+        return m + max(
+            self.factor * 1.4826 * median(abs(l - m) for l in self.losses), self.least * abs(m)
+        )
 
-    def spike(self,
-        loss:float, # of a step, before anything was learned from it
-    )->Event|None:
+    def spike(
+        self,
+        loss: float,  # of a step, before anything was learned from it
+    ) -> Event | None:
         "Is this loss a spike?"
-        if self.limit is None or not loss>self.limit: return None
-        return Event('spike', f'the loss is {loss:.3f}, above {self.limit:.3f}; the median of the last {len(self.losses)} steps is {median(self.losses):.3f}')
+        if self.limit is None or not loss > self.limit:
+            return None
+        return Event(
+            'spike',
+            f'the loss is {loss:.3f}, above {self.limit:.3f}; the median of '
+            f'the last {len(self.losses)} steps is {median(self.losses):.3f}',
+        )
 
 # %% ../nbs/10e_watch.ipynb #938ae7c1
 @patch
-def good(self:Watch,
-    loss:float,            # of a step that was learned from
-    load:dict[str,Tensor], # layer -> tokens per expert (experts,)
-)->list[Event]:            # what is new about the experts
+def good(
+    self: Watch,
+    loss: float,  # of a step that was learned from
+    load: dict[str, Tensor],  # layer -> tokens per expert (experts,)
+) -> list[Event]:  # what is new about the experts
     "Remember a step; say which experts have died and which layers have collapsed"
-    self.losses,events = (self.losses+[loss])[-self.window:],[]
-    for name,l in load.items():
+    self.losses = (self.losses + [loss])[-self.window :]
+    events = []
+    for name, l in load.items():
         l = l.detach().cpu()
-        if not l.sum(): continue
-        n = self.steps[name] = self.steps.get(name, 0)+1
-        silent = self.silent[name] = torch.where(l>0, 0, self.silent.get(name, torch.zeros_like(l))+1)
+        if not l.sum():
+            continue
+        n = self.steps[name] = self.steps.get(name, 0) + 1
+        silent = self.silent[name] = torch.where(
+            l > 0, 0, self.silent.get(name, torch.zeros_like(l)) + 1
+        )
         now = load_figures(l)['utilisation']
-        share = self.share[name] = now if n==1 else self.share[name]+(now-self.share[name])/min(n, self.window)
-        dead = self._new('dead', name, (silent>=self.dead_after).nonzero().flatten().tolist())
-        if dead: events.append(Event('dead', f'{name}: expert{"s"*(len(dead)>1)} {", ".join(map(str, dead[:8]))}{" and more" if len(dead)>8 else ""} '
-                                             f'of {len(l)} had no token for {self.dead_after} steps'))
+        share = self.share[name] = (
+            now if n == 1 else self.share[name] + (now - self.share[name]) / min(n, self.window)
+        )
+        dead = self._new('dead', name, (silent >= self.dead_after).nonzero().flatten().tolist())
+        if dead:
+            events.append(
+                Event(
+                    'dead',
+                    f'{name}: expert{"s" * (len(dead) > 1)} '
+                    f'{", ".join(map(str, dead[:8]))}{" and more" if len(dead) > 8 else ""} '
+                    f'of {len(l)} had no token for {self.dead_after} steps',
+                )
+            )
         score = load_figures(share)['balance_score'].item()
-        if n>=self.quiet and self._new('collapse', name, [0] if score<self.even else []): events.append(Event('collapse',
-            f'{name}: the load has collapsed, balance score {score:.2f}; the busiest expert has {share.max():.1f} times its part'))
+        if n >= self.quiet and self._new('collapse', name, [0] if score < self.even else []):
+            events.append(
+                Event(
+                    'collapse',
+                    f'{name}: the load has collapsed, balance score {score:.2f}; '
+                    f'the busiest expert has {share.max():.1f} times its part',
+                )
+            )
     return events
 
+
 @patch
-def _new(self:Watch, what, name, which):
+def _new(self: Watch, what, name, which):
     "Those that have not been told, until it is over"
     new = [i for i in which if (what, name, i) not in self.told]
-    self.told = {o for o in self.told if o[:2]!=(what, name)} | {(what, name, i) for i in which}
+    self.told = {o for o in self.told if o[:2] != (what, name)} | {(what, name, i) for i in which}
     return new
 
 # %% ../nbs/10e_watch.ipynb #0beab7f8
 @patch
-def state_dict(self:Watch)->dict: # what JSON can hold
+def state_dict(self: Watch) -> dict:  # what JSON can hold
     "What it remembers"
-    return dict(losses=list(self.losses), steps=dict(self.steps), silent={n: t.tolist() for n,t in self.silent.items()},
-                share={n: t.tolist() for n,t in self.share.items()}, told=sorted(map(list, self.told)))
+    return dict(
+        losses=list(self.losses),
+        steps=dict(self.steps),
+        silent={n: t.tolist() for n, t in self.silent.items()},
+        share={n: t.tolist() for n, t in self.share.items()},
+        told=sorted(map(list, self.told)),
+    )
+
 
 @patch
-def load_state_dict(self:Watch,
-    state:dict, # from `state_dict`
+def load_state_dict(
+    self: Watch,
+    state: dict,  # from `state_dict`
 ):
     "Remember what another watch saw"
     try:
-        self.losses,self.steps = [float(l) for l in state['losses']],{str(n): int(k) for n,k in state['steps'].items()}
-        self.silent = {n: torch.tensor(t, dtype=torch.int64) for n,t in state['silent'].items()}
-        self.share = {n: torch.tensor(t, dtype=torch.float64) for n,t in state['share'].items()}
-        self.told = {(str(a), str(b), int(i)) for a,b,i in state['told']}
-        if not {*self.steps}=={*self.silent}=={*self.share} or any(t.shape!=self.share[n].shape for n,t in self.silent.items()): raise ValueError('layers that do not belong together')
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e: raise ValueError(f'the memory of the watch cannot be read ({e}); remove the checkpoint to go on from an older one') from None
+        self.losses = [float(l) for l in state['losses']]
+        self.steps = {str(n): int(k) for n, k in state['steps'].items()}
+        self.silent = {n: torch.tensor(t, dtype=torch.int64) for n, t in state['silent'].items()}
+        self.share = {n: torch.tensor(t, dtype=torch.float64) for n, t in state['share'].items()}
+        self.told = {(str(a), str(b), int(i)) for a, b, i in state['told']}
+        if not {*self.steps} == {*self.silent} == {*self.share} or any(
+            t.shape != self.share[n].shape for n, t in self.silent.items()
+        ):
+            raise ValueError('layers that do not belong together')
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
+        raise ValueError(
+            f'the memory of the watch cannot be read ({e}); '
+            f'remove the checkpoint to go on from an older one'
+        ) from None

@@ -1,16 +1,26 @@
 "Tests bear the flags of settings.ini as marks: skipped unless named, `pytest --flags 'slow cuda'`"
+
 from configparser import ConfigParser
 from pathlib import Path
+
 import pytest
 
 parser = ConfigParser(delimiters=['='])
-parser.read(Path(__file__).parents[1]/'settings.ini', encoding='utf-8')
+parser.read(Path(__file__).parents[1] / 'settings.ini', encoding='utf-8')
 FLAGS = set(parser['DEFAULT']['tst_flags'].split())
 
-def pytest_addoption(parser): parser.addoption('--flags', default='', help='flagged tests to run as well')
+
+def pytest_addoption(parser):
+    parser.addoption('--flags', default='', help='flagged tests to run as well')
+
+
 def pytest_configure(config):
-    for f in FLAGS: config.addinivalue_line('markers', f'{f}: runs only when named in --flags')
+    for f in FLAGS:
+        config.addinivalue_line('markers', f'{f}: runs only when named in --flags')
+
+
 def pytest_collection_modifyitems(config, items):
     off = FLAGS - set(config.getoption('--flags').split())
     for item in items:
-        for f in off & {m.name for m in item.iter_markers()}: item.add_marker(pytest.mark.skip(reason=f'needs --flags {f}'))
+        for f in off & {m.name for m in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=f'needs --flags {f}'))

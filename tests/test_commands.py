@@ -1,47 +1,135 @@
 "Commands as a shell starts them: killed without a warning, resumed, and resumed where nothing is"
-import contextlib, io, json, os, subprocess, sys, time
-import pytest, torch
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
 from eva.cli import eva_convert, eva_train, train_parser
 from eva.config import Config
 from eva.files import Checkpoint
 from eva.train import checkpoints, read_metrics
 
-SMALL = '--steps 14 --seq_len 32 --batch_size 2 --vocab_size 300 --precision fp32 --save_every 2 --fim 0.5 --data lines'.split()
+SMALL = [
+    '--steps',
+    '14',
+    '--seq_len',
+    '32',
+    '--batch_size',
+    '2',
+    '--vocab_size',
+    '300',
+    '--precision',
+    'fp32',
+    '--save_every',
+    '2',
+    '--fim',
+    '0.5',
+    '--data',
+    'lines',
+]
+
 
 def command(*argv):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = eva_train(list(argv))
+    out = io.StringIO()
+    err = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = eva_train(list(argv))
     assert code == 0, err.getvalue()
     return out.getvalue()
+
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals of POSIX')
 def test_a_streamed_run_is_killed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'lines').mkdir()
-    (tmp_path/'lines'/'a.jsonl').write_text(''.join(json.dumps(dict(text=f'def f{i}(x):\n    return x + {i}\n'*6))+'\n' for i in range(200)))
-    assert 'nothing to resume in whole: starting at the beginning' in command('--out', 'whole', *SMALL, '--resume')
-    p = subprocess.Popen([sys.executable, '-c', 'from eva.cli import eva_train; raise SystemExit(eva_train())', *SMALL, '--out', 'killed'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while p.poll() is None and not any(int(o.name[5:]) >= 4 for o in checkpoints(tmp_path/'killed'/'checkpoints')): time.sleep(.01)
-    p.kill(); p.wait()  # no time to save anything
+    (tmp_path / 'lines').mkdir()
+    (tmp_path / 'lines' / 'a.jsonl').write_text(
+        ''.join(
+            json.dumps(dict(text=f'def f{i}(x):\n    return x + {i}\n' * 6)) + '\n'
+            for i in range(200)
+        )
+    )
+    assert 'nothing to resume in whole: starting at the beginning' in command(
+        '--out', 'whole', *SMALL, '--resume'
+    )
+    p = subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            'from eva.cli import eva_train; raise SystemExit(eva_train())',
+            *SMALL,
+            '--out',
+            'killed',
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while p.poll() is None and not any(
+        int(o.name[5:]) >= 4 for o in checkpoints(tmp_path / 'killed' / 'checkpoints')
+    ):
+        time.sleep(0.01)
+    p.kill()
+    p.wait()  # no time to save anything
     assert 'going on from step' in command('--out', 'killed', '--resume')
-    assert (tmp_path/'killed'/'model.safetensors').read_bytes() == (tmp_path/'whole'/'model.safetensors').read_bytes()
+    assert (tmp_path / 'killed' / 'model.safetensors').read_bytes() == (
+        tmp_path / 'whole' / 'model.safetensors'
+    ).read_bytes()
+
 
 def test_a_run_starts_from_eight_bits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'lines').mkdir()
-    (tmp_path/'lines'/'a.jsonl').write_text(''.join(json.dumps(dict(text=f'def f{i}(x):\n    return x + {i}\n'*6))+'\n' for i in range(200)))
+    (tmp_path / 'lines').mkdir()
+    (tmp_path / 'lines' / 'a.jsonl').write_text(
+        ''.join(
+            json.dumps(dict(text=f'def f{i}(x):\n    return x + {i}\n' * 6)) + '\n'
+            for i in range(200)
+        )
+    )
     command('--out', 'first', *SMALL, '--steps', '6')
     assert eva_convert(['first', 'eight', '--to', 'fp8']) == 0
-    assert Checkpoint(tmp_path/'eight').shape('model.layers.0.mlp.down_proj.weight')[0] == torch.float8_e4m3fn
-    out = command('--init', 'eight', '--data', 'lines', '--out', 'second', '--steps', '3', '--seq_len', '32', '--batch_size', '2', '--precision', 'fp32')
+    assert (
+        Checkpoint(tmp_path / 'eight').shape('model.layers.0.mlp.down_proj.weight')[0]
+        == torch.float8_e4m3fn
+    )
+    out = command(
+        '--init',
+        'eight',
+        '--data',
+        'lines',
+        '--out',
+        'second',
+        '--steps',
+        '3',
+        '--seq_len',
+        '32',
+        '--batch_size',
+        '2',
+        '--precision',
+        'fp32',
+    )
     assert 'everything is in second' in out
-    first, second = (read_metrics(tmp_path/o/'metrics.jsonl') for o in ('first', 'second'))
+    first, second = (read_metrics(tmp_path / o / 'metrics.jsonl') for o in ('first', 'second'))
     assert second[0]['loss'] < first[0]['loss']
 
 
 # Every option again at --resume: as it was, it is accepted; another value is refused by name
 
-MAY_CHANGE = {'out', 'resume', 'device', 'ep', 'pp', 'schedule', 'fsdp', 'recompute'}  # where, and on how many processes
+MAY_CHANGE = {
+    'out',
+    'resume',
+    'device',
+    'ep',
+    'pp',
+    'schedule',
+    'fsdp',
+    'recompute',
+}  # where, and on how many processes
 STARTED = dict(
     preset='mini',
     data='lines',
@@ -83,17 +171,30 @@ OTHERS = dict(
     seed=4,
     init='given',
 )
-DEFAULTS = dict(preset='mini', text_column='text', fim=0.0, mtp_share=0.25, on_spike='rewind', on_collapse='log', seed=0)
+DEFAULTS = dict(
+    preset='mini',
+    text_column='text',
+    fim=0.0,
+    mtp_share=0.25,
+    on_spike='rewind',
+    on_collapse='log',
+    seed=0,
+)
 
 
 def flags(options):
     "Options as they stand on a command line"
-    return [word for name, value in options.items() for word in ([f'--{name}'] if value is True else [f'--{name}', str(value)])]
+    return [
+        word
+        for name, value in options.items()
+        for word in ([f'--{name}'] if value is True else [f'--{name}', str(value)])
+    ]
 
 
 def resumed(out, **options):
     "Exit code of a resumed run, what was printed, what went to standard error"
-    shown, err = io.StringIO(), io.StringIO()
+    shown = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(err):
         code = eva_train(['--out', out, '--resume', *flags(options)])
     return code, shown.getvalue(), err.getvalue()
@@ -117,13 +218,18 @@ TINY = dict(
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
     "Runs that were started with every option, with as few as possible, and from a checkpoint"
-    root, preset = tmp_path_factory.mktemp('finished'), Config.preset
-    small = {name: STARTED[name] for name in ('steps', 'seq_len', 'batch_size', 'precision', 'data')}
+    root = tmp_path_factory.mktemp('finished')
+    preset = Config.preset
+    small = {
+        name: STARTED[name] for name in ('steps', 'seq_len', 'batch_size', 'precision', 'data')
+    }
     with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Config, 'preset', lambda name, **kw: preset(name, **TINY | kw))
         (root / 'lines').mkdir()
         rows = [f'def f{i}(x):\n    return x + {i}\n' * 6 for i in range(200)]
-        (root / 'lines' / 'a.jsonl').write_text(''.join(json.dumps(dict(body=r, text=r)) + '\n' for r in rows))
+        (root / 'lines' / 'a.jsonl').write_text(
+            ''.join(json.dumps(dict(body=r, text=r)) + '\n' for r in rows)
+        )
         command('--out', 'given', *flags(STARTED))
         command('--out', 'plain', *flags(small))
         command('--out', 'begun', *flags(small), '--init', 'given')
@@ -133,7 +239,9 @@ def finished(tmp_path_factory):
 def test_each_option_again(finished, monkeypatch):
     monkeypatch.chdir(finished)
     options = {action.dest for action in train_parser()._actions} - {'help'}
-    assert options == STARTED.keys() | {'init'} | MAY_CHANGE, 'say here whether a new option may change when a run is resumed'
+    assert options == STARTED.keys() | {'init'} | MAY_CHANGE, (
+        'say here whether a new option may change when a run is resumed'
+    )
     for name, value in STARTED.items():
         code, out, err = resumed('given', **{name: value})
         assert code == 0 and 'this run is finished' in out and not err, (name, err)
@@ -152,10 +260,18 @@ def test_each_option_changed(finished, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob('*') if p.is_file()}
     for name, value in OTHERS.items():
         for run in ('given', 'plain', 'begun'):
-            if value == (STARTED if run == 'given' else DEFAULTS).get(name) or run == 'begun' and name == 'init':
+            if (
+                value == (STARTED if run == 'given' else DEFAULTS).get(name)
+                or run == 'begun'
+                and name == 'init'
+            ):
                 continue
             code, _, err = resumed(run, **{name: value})
-            assert code == 2 and err.count('\n') == 1 and f'a run goes on as it was started, and not with --{name} ' in err, (run, name, err)
+            assert (
+                code == 2
+                and err.count('\n') == 1
+                and f'a run goes on as it was started, and not with --{name} ' in err
+            ), (run, name, err)
     code, _, err = resumed('begun', init='plain')
     assert code == 2 and f'--init {finished / "plain"} (was: {finished / "given"})' in err
     assert {p: p.stat().st_mtime_ns for p in finished.rglob('*') if p.is_file()} == before

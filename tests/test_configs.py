@@ -112,7 +112,8 @@ PAIRS = [
     (dict(rope_scaling=YARN, rope_parameters=YARN | dict(factor=4.0)), "'factor': 8.0.*'factor': 4.0"),
     (dict(rope_scaling=dict(type='default'), rope_parameters=YARN), 'rope_scaling=None and rope_parameters='),
     (dict(rope_scaling=YARN | dict(rope_type='default')), "type='yarn' and rope_type='default'"),
-    (dict(rope_scaling=YARN, original_max_position_embeddings=64), 'original_max_position_embeddings=64 and rope settings: original_max_position_embeddings=32'),
+    (dict(rope_scaling=YARN, original_max_position_embeddings=64), ('original_max_position_embeddings=64 and rope '
+    'settings: original_max_position_embeddings=32')),
     (dict(num_key_value_heads=2), 'num_key_value_heads=2 and num_attention_heads=4'),
     (dict(head_dim=128), 'head_dim=128 and qk_rope_head_dim=4'),
     (dict(qk_head_dim=12), 'qk_head_dim=12 and qk_nope_head_dim . qk_rope_head_dim=10'),

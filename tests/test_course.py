@@ -1,4 +1,5 @@
 "Every chapter has what a reader is promised: an opening, exercises with checkers that bite, an ending, and links that lead somewhere"
+
 import ast
 import json
 import re
@@ -12,20 +13,30 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-nbs = Path(__file__).parents[1]/'nbs'
+nbs = Path(__file__).parents[1] / 'nbs'
 chapters = sorted(nbs.glob('[0-9]*.ipynb'))
+
 
 def cells(path, kind=None):
     found = json.loads(path.read_text(encoding='utf-8'))['cells']
     return [''.join(c['source']) for c in found if kind in (None, c['cell_type'])]
+
 
 @pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
 def test_opening(path):
     title, callout, fetch = cells(path)[:3]
     assert re.fullmatch(r'# [^\n]+\n\n> [^\n]+[^.\n]', title.strip()), title
     assert '**You will be able to**' in callout and '**Time**' in callout and 'CPU' in callout
-    assert f'](hosted.svg)](https://colab.research.google.com/github/eva-project/eva/blob/main/nbs/{path.name})' in callout
-    assert fetch.startswith('#| eval: false') and "find_spec('eva')" in fetch and "'./eva[course]'" in fetch
+    assert (
+        f'](hosted.svg)](https://colab.research.google.com/github/eva-project/eva/blob/main/nbs/{path.name})'
+        in callout
+    )
+    assert (
+        fetch.startswith('#| eval: false')
+        and "find_spec('eva')" in fetch
+        and "'./eva[course]'" in fetch
+    )
+
 
 @pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
 def test_exercises(path):
@@ -37,8 +48,10 @@ def test_exercises(path):
     assert 2 <= number <= 6, number
     checkers = set(re.findall(r'^def (check_\w+)', code, flags=re.M))
     solved = '\n'.join(c for c in cells(path, 'code') if 'code-fold: true' in c and 'Solution' in c)
-    for c in checkers: assert c in solved or not re.search(rf'`{c}`', asked[1]), f'{c} has no solution'
+    for c in checkers:
+        assert c in solved or not re.search(rf'`{c}`', asked[1]), f'{c} has no solution'
     assert len(re.findall(r'test_fail\(', code)) >= number, 'checkers that accept anything?'
+
 
 @pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
 def test_ending(path):
@@ -47,20 +60,28 @@ def test_ending(path):
     assert any(re.search(r'^Next: ', c, flags=re.M) for c in text[-2:]) or path == chapters[-1]
     assert len(cells(path)) <= 100
 
+
 def test_links_lead_somewhere():
     there = {p.name for p in nbs.glob('*.ipynb')}
     for path in nbs.glob('*.ipynb'):
-        for to in re.findall(r'\]\((\w+\.ipynb)(?:#[^)]*)?\)', '\n'.join(cells(path, 'markdown'))): assert to in there, (path.name, to)
+        for to in re.findall(r'\]\((\w+\.ipynb)(?:#[^)]*)?\)', '\n'.join(cells(path, 'markdown'))):
+            assert to in there, (path.name, to)
+
 
 def test_the_index_lists_every_chapter():
-    listed = re.findall(r'^\|[^|]*\| \[[^]]*\]\((\d\w+\.ipynb)\)', '\n'.join(cells(nbs/'index.ipynb', 'markdown')), flags=re.M)
+    listed = re.findall(
+        r'^\|[^|]*\| \[[^]]*\]\((\d\w+\.ipynb)\)',
+        '\n'.join(cells(nbs / 'index.ipynb', 'markdown')),
+        flags=re.M,
+    )
     assert sorted(listed) == [p.name for p in chapters] and len(set(listed)) == len(listed)
 
 
 def code_of(path: Path) -> str:
     "A chapter's code without the lines that are the shell's or IPython's"
-    runs = (c for c in cells(path, 'code') if 'find_spec(\'eva\')' not in c)
+    runs = (c for c in cells(path, 'code') if "find_spec('eva')" not in c)
     return '\n'.join(re.sub(r'^\s*[!%].*$', '', c, flags=re.M) for c in runs)
+
 
 def imported(code: str) -> set[str]:
     "Names of the packages that code imports"
@@ -72,10 +93,11 @@ def imported(code: str) -> set[str]:
             names.add(node.module.split('.')[0])
     return names
 
+
 def promised(*lists: str) -> set[str]:
     "Distributions that an installation of the package and of these extras brings, as far as they are here"
     parser = ConfigParser(delimiters=['='])
-    parser.read(nbs.parent/'settings.ini', encoding='utf-8')
+    parser.read(nbs.parent / 'settings.ini', encoding='utf-8')
     open_ = [r for name in lists for r in map(Requirement, shlex.split(parser['DEFAULT'][name]))]
     found = set()
     while open_:
@@ -88,8 +110,10 @@ def promised(*lists: str) -> set[str]:
                 open_.append(r)
     return found
 
+
 # Asked for by name in cells that do without them where they are not installed
 OPTIONAL = {'datasets', 'pyarrow', 'tensorboard', 'zstandard'}
+
 
 def test_chapters_need_only_the_extra_course():
     "What a reader has who installed `eva-deepseek[course]`: no tool that exports, and nothing that only developers have"
@@ -98,19 +122,26 @@ def test_chapters_need_only_the_extra_course():
     for path in chapters:
         for name in imported(code_of(path)) - sys.stdlib_module_names - OPTIONAL - {'eva'}:
             providers = {canonicalize_name(d) for d in brought_by[name]}
-            assert providers & there, f'{path.name} imports {name}, which the extra course does not bring'
+            assert providers & there, (
+                f'{path.name} imports {name}, which the extra course does not bring'
+            )
+
 
 def test_exporting_is_no_part_of_a_chapter():
     for path in nbs.glob('*.ipynb'):
         assert 'nbdev_export' not in '\n'.join(cells(path, 'code')), path.name
 
+
 # These two describe the repository itself, and say so where it is not around them.
 ABOUT_THE_REPOSITORY = {'18_production', 'index'}
 
+
 def test_chapters_run_from_any_folder():
     "No chapter reads a file that only a clone has; what long cells leave and read again is below ../runs"
-    outside = re.compile(r'(\.\./(?!runs/)|(results|docs|nbs|tests|tools)/)\S*\.(json|md|py|ipynb|png|ini)$')
-    for path in (*chapters, nbs/'index.ipynb'):
+    outside = re.compile(
+        r'(\.\./(?!runs/)|(results|docs|nbs|tests|tools)/)\S*\.(json|md|py|ipynb|png|ini)$'
+    )
+    for path in (*chapters, nbs / 'index.ipynb'):
         code = code_of(path)
         read = [
             node.value

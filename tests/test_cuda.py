@@ -1,13 +1,20 @@
 "What a GPU must agree on with the CPU; skipped where there is none: `pytest --flags cuda`"
-import pytest, torch
+
+import pytest
+import torch
 from torch.testing import assert_close
+
 from eva.cache import LatentCache
 from eva.config import Config
 from eva.fp8 import RECIPES, quantize, snr_db
 from eva.model import DeepSeekV3
 from eva.precision import convert, why_not
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device'),
+]
+
 
 def test_one_function_on_both_machines():
     torch.manual_seed(0)
@@ -21,58 +28,104 @@ def test_one_function_on_both_machines():
         parts = torch.cat([model(c, cache) for c in ids.cuda().split([150, 49, 1], 1)], 1)
     assert_close(parts.cpu(), want, atol=1e-9, rtol=1e-9)
 
+
 def test_losses_and_gradients():
     torch.manual_seed(0)
     model = DeepSeekV3(Config.preset('mini'))
     tokens = torch.randint(4096, (2, 66))
     sum(model.losses(tokens)).backward()
     want = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad(); model.cuda()
+    model.zero_grad()
+    model.cuda()
     sum(model.losses(tokens.cuda())).backward()
-    for n, p in model.named_parameters(): assert (p.grad.cpu()-want[n]).norm() <= 2e-3*want[n].norm(), n
+    for n, p in model.named_parameters():
+        assert (p.grad.cpu() - want[n]).norm() <= 2e-3 * want[n].norm(), n
+
 
 @pytest.mark.parametrize('recipe', ['block', 'block_pow2', 'tensor', 'mx'])
 def test_quantised_bytes(recipe):
     torch.manual_seed(0)
-    r, x = RECIPES[recipe], torch.randn(300, 700)*torch.randn(300, 1).exp()
+    r = RECIPES[recipe]
+    x = torch.randn(300, 700) * torch.randn(300, 1).exp()
     (q, s), (q2, s2) = quantize(x, r.x, r.fmt, r.pow2), quantize(x.cuda(), r.x, r.fmt, r.pow2)
     assert torch.equal(q.view(torch.uint8), q2.cpu().view(torch.uint8)) and torch.equal(s, s2.cpu())
+
 
 @pytest.mark.parametrize('backend', ['native', 'te'])
 @pytest.mark.parametrize('recipe', ['block', 'block_pow2', 'tensor'])
 def test_backends_agree_with_emulation(backend, recipe):
-    if why := why_not(backend, torch.device('cuda'), recipe): pytest.skip(why)
+    if why := why_not(backend, torch.device('cuda'), recipe):
+        pytest.skip(why)
     out = {}
     for b in ('emulate', backend):
         torch.manual_seed(0)
-        model = convert(DeepSeekV3(Config.preset('mini', num_hidden_layers=2, num_nextn_predict_layers=0)).cuda().bfloat16(), recipe, b)
+        model = convert(
+            DeepSeekV3(Config.preset('mini', num_hidden_layers=2, num_nextn_predict_layers=0))
+            .cuda()
+            .bfloat16(),
+            recipe,
+            b,
+        )
         tokens = torch.randint(4096, (2, 257), device='cuda')
         loss = model.losses(tokens)[0]
         loss.backward()
-        out[b] = loss.item(), {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+        out[b] = (
+            loss.item(),
+            {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None},
+        )
     (a, ga), (b, gb) = out.values()
-    assert abs(a-b) < .01*a
-    for n in ga: assert snr_db(ga[n], gb[n]) > 10, n  # routing may differ for a few tokens
+    assert abs(a - b) < 0.01 * a
+    for n in ga:
+        assert snr_db(ga[n], gb[n]) > 10, n  # routing may differ for a few tokens
+
 
 def test_training_in_eight_bits(tmp_path):
     from eva.data import Document, train_tokenizer, write_tokens
     from eva.train import TrainConfig, Trainer, read_metrics
-    text = 'if x == 1: y = 2\nelse: y = 3\n'*60
+
+    text = 'if x == 1: y = 2\nelse: y = 3\n' * 60
     tok = train_tokenizer([text], 270)
-    train, held = (write_tokens(tmp_path/f'{n}.npy', [Document(n, t)], tok) for n, t in [('train', text*3), ('held', text)])
-    t = Trainer(DeepSeekV3(Config.preset('mini', vocab_size=tok.get_vocab_size(), num_hidden_layers=2)).cuda(), train, held,
-                TrainConfig(steps=25, batch_size=4, micro_batch=4, seq_len=64, precision='fp8', lr=3e-3), tmp_path/'run')
+    train, held = (
+        write_tokens(tmp_path / f'{n}.npy', [Document(n, t)], tok)
+        for n, t in [('train', text * 3), ('held', text)]
+    )
+    t = Trainer(
+        DeepSeekV3(
+            Config.preset('mini', vocab_size=tok.get_vocab_size(), num_hidden_layers=2)
+        ).cuda(),
+        train,
+        held,
+        TrainConfig(steps=25, batch_size=4, micro_batch=4, seq_len=64, precision='fp8', lr=3e-3),
+        tmp_path / 'run',
+    )
     t.fit()
-    rows = read_metrics(tmp_path/'run'/'metrics.jsonl')
-    assert rows[-1]['loss'] < .7*rows[0]['loss'] and not any(r.get('skipped') for r in rows)
+    rows = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+    assert rows[-1]['loss'] < 0.7 * rows[0]['loss'] and not any(r.get('skipped') for r in rows)
+
 
 @pytest.mark.parametrize('speculate', [0, 2])
 def test_generation_says_on_the_gpu_what_it_says_on_the_cpu(speculate):
     from eva.generate import generate
+
     torch.manual_seed(0)
-    model = DeepSeekV3(Config.preset('mini', vocab_size=200, hidden_size=64, initializer_range=.15)).double().eval()
-    ids, mask = torch.randint(2, 200, (3, 9)), torch.tensor([[1]*9, [0]*4+[1]*5, [0]*8+[1]])
-    for how in (dict(temperature=0), dict(temperature=.9, top_p=.95, repetition_penalty=1.2)):
-        want = generate(model.cpu(), ids, 20, seed=1, speculate=speculate, attention_mask=mask, **how)
-        got = generate(model.cuda(), ids.cuda(), 20, seed=1, speculate=speculate, attention_mask=mask.cuda(), **how)
+    model = (
+        DeepSeekV3(Config.preset('mini', vocab_size=200, hidden_size=64, initializer_range=0.15))
+        .double()
+        .eval()
+    )
+    ids = torch.randint(2, 200, (3, 9))
+    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 8 + [1]])
+    for how in (dict(temperature=0), dict(temperature=0.9, top_p=0.95, repetition_penalty=1.2)):
+        want = generate(
+            model.cpu(), ids, 20, seed=1, speculate=speculate, attention_mask=mask, **how
+        )
+        got = generate(
+            model.cuda(),
+            ids.cuda(),
+            20,
+            seed=1,
+            speculate=speculate,
+            attention_mask=mask.cuda(),
+            **how,
+        )
         assert torch.equal(got.cpu(), want)

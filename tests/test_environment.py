@@ -1,4 +1,5 @@
 "The commands in the environments that cron jobs, containers, strict interpreters and other systems give them"
+
 import os
 import subprocess
 import sys
@@ -82,12 +83,12 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp('checkpoint')
     done = run('-c', TINY, cwd=folder)
     assert done.returncode == 0, said(done)
-    return folder/'tiny'
+    return folder / 'tiny'
 
 
 def chain(folder: Path, tiny: Path, environment: str) -> dict[str, str]:
     "Train, generate, convert and plan; what each printed"
-    text = folder/'größe'
+    text = folder / 'größe'
     text.mkdir()
     for i in range(60):
         lines = f'Zeile {i}: naïve café — {i * i} größer als √{i}\n' * 9
@@ -132,5 +133,5 @@ def test_windows_is_refused_in_one_sentence(command, arguments):
 
 
 def test_the_readme_says_so():
-    readme = Path(__file__).parents[1]/'README.md'
+    readme = Path(__file__).parents[1] / 'README.md'
     assert 'Windows is not supported' in readme.read_text(encoding='utf-8')

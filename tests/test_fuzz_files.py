@@ -336,7 +336,8 @@ def run_cases(kind, rounds, sources, child, tmp_path):
     seen = dict(loaded=0, refused=0)
     for i in range(rounds):
         rng = random.Random(f'{kind} {i}')
-        source, case = rng.choice(sources), tmp_path / 'case'
+        source = rng.choice(sources)
+        case = tmp_path / 'case'
         copy_of(source, case)
         try:
             name = KINDS[kind](rng, case)
@@ -375,7 +376,9 @@ def test_conversion_of_damaged_folders(sources, tmp_path):
     "Converted, or refused in a sentence; the output is there whole or not at all"
     for i in range(ROUNDS // 2):
         rng = random.Random(f'convert {i}')
-        source, case, out = rng.choice(sources), tmp_path / 'case', tmp_path / 'out'
+        source = rng.choice(sources)
+        case = tmp_path / 'case'
+        out = tmp_path / 'out'
         copy_of(source, case)
         kind = rng.choice([k for k in KINDS if k != 'nested'])
         name = KINDS[kind](rng, case)

@@ -22,11 +22,15 @@ from eva.chat import WORKER, ChatTemplate, Renderer
 CASES = int(os.environ.get('EVA_FUZZ_TEMPLATES', 300))
 SECONDS = 0.2  # of the processor, for one rendering
 MEMORY = 2**26  # bytes, for one rendering
-LONGEST_WAIT = 20  # seconds by the clock: ten times SECONDS for each of two renderings, and a busy machine
+LONGEST_WAIT = (
+    20  # seconds by the clock: ten times SECONDS for each of two renderings, and a busy machine
+)
 TALK = [
     dict(role='system', content='Be brief.'),
-    dict(role='user', content='Wie geht\'s? <b> 日本 {{ 1 }}'),
-    dict(role='assistant', content='hm</think>Gut.', tool_calls=[dict(name='f', arguments={'a': 1})]),
+    dict(role='user', content="Wie geht's? <b> 日本 {{ 1 }}"),
+    dict(
+        role='assistant', content='hm</think>Gut.', tool_calls=[dict(name='f', arguments={'a': 1})]
+    ),
     dict(role='user', content=''),
 ]
 MARKS = dict(bos_token='<s>', eos_token='</s>')
@@ -38,35 +42,82 @@ class Grammar:
     "Templates drawn at random: values, filters and statements, with sizes that are harmless or not"
 
     def __init__(self, rng: random.Random, hostile: bool):
-        self.rng, self.hostile = rng, hostile
+        self.rng = rng
+        self.hostile = hostile
 
     def size(self) -> str:
         sizes = ['0', '1', '2', '7']
         if self.hostile:
-            sizes += ['10**9', '99999', '2**31', '10**18', '10**5000', '-1', '1e308', '2**63', '9**(9**9)']
+            sizes += [
+                '10**9',
+                '99999',
+                '2**31',
+                '10**18',
+                '10**5000',
+                '-1',
+                '1e308',
+                '2**63',
+                '9**(9**9)',
+            ]
         return self.rng.choice(sizes)
 
     def atom(self) -> str:
-        kinds = ["'a'", '"ü\\n"', '3', '1.5', 'none', 'true', 'messages', 'messages[0].content', '[1, 2]']
+        kinds = [
+            "'a'",
+            '"ü\\n"',
+            '3',
+            '1.5',
+            'none',
+            'true',
+            'messages',
+            'messages[0].content',
+            '[1, 2]',
+        ]
         kinds += ['bos_token', "{'a': [1, 'b']}", 'missing', 'messages|length', 'loop', 'range(3)']
         if self.hostile:
-            kinds += [f'range({self.size()})', f'lipsum(n={self.size()})', 'cycler(1, 2)', 'joiner()']
-            kinds += ['namespace(a=1)', 'dict(a=1)', "''.__class__", 'self', f"'%{self.size()}d'", 'f(1)']
-            kinds += ['messages.append(1)', f"'{{:>{self.rng.choice((9, 10**9, 10**18))}}}'.format(1)"]
-            kinds += [f"'%{self.rng.choice((9, 10**9, 10**18))}d' % 1", f'strftime_now({self.atom_text()})']
+            kinds += [
+                f'range({self.size()})',
+                f'lipsum(n={self.size()})',
+                'cycler(1, 2)',
+                'joiner()',
+            ]
+            kinds += [
+                'namespace(a=1)',
+                'dict(a=1)',
+                "''.__class__",
+                'self',
+                f"'%{self.size()}d'",
+                'f(1)',
+            ]
+            kinds += [
+                'messages.append(1)',
+                f"'{{:>{self.rng.choice((9, 10**9, 10**18))}}}'.format(1)",
+            ]
+            kinds += [
+                f"'%{self.rng.choice((9, 10**9, 10**18))}d' % 1",
+                f'strftime_now({self.atom_text()})',
+            ]
         return self.rng.choice(kinds)
 
     def atom_text(self) -> str:
         return self.rng.choice(["'%Y'", "'%1000000000d'", "'%'", "'\\x00'", "'ü' * 9999"])
 
     def filter(self) -> str:
-        plain = 'length upper title trim first last list string int float abs join sort unique tojson'
+        plain = (
+            'length upper title trim first last list string int float abs join sort unique tojson'
+        )
         plain += ' reverse escape wordcount default capitalize lower safe items dictsort'
         name = self.rng.choice(plain.split())
         if not self.hostile or self.rng.random() < 0.5:
             return name
-        sized = 'center({}) indent({}) batch({}) slice({}) tojson(indent={}) truncate({}) wordwrap({}) round({})'
-        sized += ' replace("",messages|string*{}) join("x"*{}) sum(start={}) format({}) attr("__class__")'
+        sized = (
+            'center({}) indent({}) batch({}) slice({}) '
+            'tojson(indent={}) truncate({}) wordwrap({}) round({})'
+        )
+        sized += (
+            ' replace("",messages|string*{}) join("x"*{}) '
+            'sum(start={}) format({}) attr("__class__")'
+        )
         return self.rng.choice(sized.split()).format(self.size())
 
     def value(self, depth: int) -> str:
@@ -76,20 +127,28 @@ class Grammar:
         if pick < 0.6:
             return f'({self.value(depth - 1)})|{self.filter()}'
         if pick < 0.8:
-            operator = self.rng.choice(['+', '~', '==', 'in', 'and', 'or', '-'] + ['*', '**', '%', '//'] * self.hostile)
+            operator = self.rng.choice(
+                ['+', '~', '==', 'in', 'and', 'or', '-'] + ['*', '**', '%', '//'] * self.hostile
+            )
             right = self.size() if self.rng.random() < 0.4 else self.value(depth - 1)
             return f'({self.value(depth - 1)} {operator} {right})'
         if pick < 0.9:
-            return f'({self.value(depth - 1)} if {self.value(depth - 1)} else {self.value(depth - 1)})'
+            return (
+                f'({self.value(depth - 1)} if {self.value(depth - 1)} else {self.value(depth - 1)})'
+            )
         return f'({self.value(depth - 1)})[{self.size()}]'
 
     def statements(self, depth: int) -> str:
         return ''.join(self.statement(depth) for _ in range(self.rng.randrange(1, 4)))
 
     def statement(self, depth: int) -> str:
-        kind = self.rng.choice('text value value for if set raise filter generation'.split())
+        kind = self.rng.choice(
+            ['text', 'value', 'value', 'for', 'if', 'set', 'raise', 'filter', 'generation']
+        )
         if self.hostile and self.rng.random() < 0.4:
-            kind = self.rng.choice('many twice doubled macro cut deep call include'.split())
+            kind = self.rng.choice(
+                ['many', 'twice', 'doubled', 'macro', 'cut', 'deep', 'call', 'include']
+            )
         if depth <= 0 or kind == 'text':
             return self.rng.choice(['x', '\n', ' <|User|> ', 'ü日\n  '])
         body = lambda: self.statements(depth - 1)  # noqa: E731
@@ -97,18 +156,33 @@ class Grammar:
         number = self.rng.choice((30, 500, 50_000))
         return {
             'value': lambda: f'{{{{ {v()} }}}}',
-            'for': lambda: f'{{% for m in messages %}}{body()}{{% if loop.last %}}{{% break %}}{{% endif %}}{{% endfor %}}',
+            'for': lambda: (
+                f'{{% for m in messages %}}{body()}{{% if loop.last '
+                f'%}}{{% break %}}{{% endif %}}{{% endfor %}}'
+            ),
             'if': lambda: f'{{%- if {v()} %}}{body()}{{% else %}}{body()}{{% endif -%}}',
             'set': lambda: f'{{% set x = {v()} %}}{{{{ x }}}}',
             'raise': lambda: f'{{% if {v()} == 3 %}}{{{{ raise_exception({v()}) }}}}{{% endif %}}',
-            'filter': lambda: f'{{% filter {self.rng.choice(("upper", "trim"))} %}}{body()}{{% endfilter %}}',
+            'filter': lambda: (
+                f'{{% filter {self.rng.choice(("upper", "trim"))} %}}{body()}{{% endfilter %}}'
+            ),
             'generation': lambda: f'{{% generation %}}{body()}{{% endgeneration %}}',
             'many': lambda: '{% for i in range(99999) %}' * 3 + body() + '{% endfor %}' * 3,
-            'twice': lambda: f'{{% for i in {v()} %}}{{% for j in {v()} %}}{body()}{{% endfor %}}{{% endfor %}}',
-            'doubled': lambda: "{% set n = namespace(a='xy') %}{% for i in range(60) %}{% set n.a = n.a "
-            f'{self.rng.choice("~+")} n.a %}}{{% endfor %}}{{{{ n.a|length }}}}',
-            'macro': lambda: f'{{% macro f(a) %}}{body()}{{{{ f(a) }}}}{{{{ f(a) }}}}{{% endmacro %}}{{{{ f({v()}) }}}}',
-            'cut': lambda: body()[: self.rng.randrange(20)] + self.rng.choice(['{{', '{%', '}}', '{#', '{% raw %}']),
+            'twice': lambda: (
+                f'{{% for i in {v()} %}}{{% for j in {v()} %}}{body()}{{% endfor %}}{{% endfor %}}'
+            ),
+            'doubled': lambda: (
+                "{% set n = namespace(a='xy') %}{% for i in range(60) %}{% set n.a = n.a "
+                f'{self.rng.choice("~+")} n.a %}}{{% endfor %}}{{{{ n.a|length }}}}'
+            ),
+            'macro': lambda: (
+                f'{{% macro f(a) %}}{body()}{{{{ f(a) }}}}{{{{ '
+                f'f(a) }}}}{{% endmacro %}}{{{{ f({v()}) }}}}'
+            ),
+            'cut': lambda: (
+                body()[: self.rng.randrange(20)]
+                + self.rng.choice(['{{', '{%', '}}', '{#', '{% raw %}'])
+            ),
             'deep': lambda: '{{ ' + '(' * number + v() + ')' * number + ' }}',
             'call': lambda: f'{{% call(u) f({v()}) %}}{body()}{{% endcall %}}',
             'include': lambda: "{% include '/etc/passwd' %}",
@@ -149,7 +223,8 @@ def without_addresses(text: str) -> str:
 
 def run_cases(first: int, count: int) -> dict:
     "Try cases, and report what was seen"
-    ChatTemplate.seconds, ChatTemplate.memory = SECONDS, MEMORY
+    ChatTemplate.seconds = SECONDS
+    ChatTemplate.memory = MEMORY
     endless = outcome('{% for i in range(99999) %}' * 4 + '{% endfor %}' * 4)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seen = dict(text=0, refused=0, limits=0, compared=0, slowest=0.0, findings=[])
@@ -172,10 +247,18 @@ def run_cases(first: int, count: int) -> dict:
         if not hostile:
             want, text = expected(template)
             seen['compared'] += 1
-            if want != kind or text is not None and without_addresses(text) != without_addresses(said):
-                seen['findings'].append(f'{i}: {kind} {said[:100]!r} instead of {want} {str(text)[:100]!r}')
+            if (
+                want != kind
+                or text is not None
+                and without_addresses(text) != without_addresses(said)
+            ):
+                seen['findings'].append(
+                    f'{i}: {kind} {said[:100]!r} instead of {want} {str(text)[:100]!r}'
+                )
     WORKER.stop()
-    peak = [resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peak = [
+        resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
     return seen | dict(grown=1024 * (peak[0] - before), worker=1024 * peak[1])
 
 
@@ -191,7 +274,9 @@ def check(first: int, count: int):
     print(seen)
     assert not seen['findings'], seen['findings'][:10]
     assert seen['text'] + seen['refused'] == count
-    assert min(seen['text'], seen['refused'], seen['compared']) > count // 10  # all kinds were there
+    assert (
+        min(seen['text'], seen['refused'], seen['compared']) > count // 10
+    )  # all kinds were there
     assert seen['limits'] > count // 50
     assert seen['slowest'] < LONGEST_WAIT, seen
     assert seen['grown'] < 2**26, seen  # bytes, in the process that asks

@@ -1,17 +1,32 @@
 "The script for a GPU machine runs here too, small, and never into the file of real figures"
-import json, subprocess, sys
+
+import json
+import subprocess
+import sys
 from pathlib import Path
 
-script = Path(__file__).parents[1]/'tools'/'gpu.py'
-def run(*args): return subprocess.run([sys.executable, str(script), *map(str, args)], capture_output=True, text=True)
+script = Path(__file__).parents[1] / 'tools' / 'gpu.py'
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, args)], capture_output=True, text=True
+    )
+
 
 def test_runs_on_a_cpu(tmp_path):
-    done = run('--device', 'cpu', '--small', '--out', tmp_path/'figures.json')
+    done = run('--device', 'cpu', '--small', '--out', tmp_path / 'figures.json')
     assert done.returncode == 0, done.stderr
-    r = json.loads((tmp_path/'figures.json').read_text())
-    assert 'CPU' in r['machine'] and r['peak_fp8_tflops'] is None and 'Hopper' in r['absent']['native']
-    assert all(v == 0 for k, v in r['agreement'].items() if k.endswith('differ')) and r['agreement']['tensor: product, dB against emulation'] > 40
+    r = json.loads((tmp_path / 'figures.json').read_text())
+    assert (
+        'CPU' in r['machine'] and r['peak_fp8_tflops'] is None and 'Hopper' in r['absent']['native']
+    )
+    assert (
+        all(v == 0 for k, v in r['agreement'].items() if k.endswith('differ'))
+        and r['agreement']['tensor: product, dB against emulation'] > 40
+    )
     assert {'dense, fp32', 'dense, emulate', 'experts, bf16', 'experts, emulate'} <= set(r['steps'])
+
 
 def test_refuses_to_mix(tmp_path):
     done = run('--device', 'cpu', '--small')

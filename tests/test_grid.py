@@ -1,11 +1,13 @@
 "Every precision on every route with every feature is one function: pairs are generated, not listed"
 
 from functools import cache, partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
+
 import eva.mla
 import eva.precision
 from eva.cache import LatentCache
@@ -14,8 +16,17 @@ from eva.context import Context
 from eva.fp8 import RECIPES, dequantize
 from eva.generate import generate
 from eva.model import DeepSeekV3
-from eva.precision import KINDS, PRODUCTS, Emulate, FP8LatentCache, Native, convert, equip
-from eva.precision import products_of, why_not
+from eva.precision import (
+    KINDS,
+    PRODUCTS,
+    Emulate,
+    FP8LatentCache,
+    Native,
+    convert,
+    equip,
+    products_of,
+    why_not,
+)
 from eva.train import Trainer
 
 LENGTH = 9  # tokens of each of two sequences
@@ -71,7 +82,7 @@ def exact_scaled_mm(a, b, scale_a, scale_recipe_a, scale_b, scale_recipe_b, outp
 @pytest.fixture
 def exact_sums(monkeypatch):
     "Native products in float64; one thread, since nothing here is large"
-    monkeypatch.setattr(F, "scaled_mm", exact_scaled_mm)
+    monkeypatch.setattr(F, 'scaled_mm', exact_scaled_mm)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -79,16 +90,17 @@ def exact_sums(monkeypatch):
 
 
 BACKENDS = dict(emulate=Emulate, native=Native, opaque=Opaque)
-CARRIED_OUT = dict(native=("block", "tensor"), opaque=("block", "delayed"))
-PRECISIONS = ["float64", "bfloat16", "autocast"] + [
-    f"{recipe}-{backend}"
+CARRIED_OUT = dict(native=('block', 'tensor'), opaque=('block', 'delayed'))
+PRECISIONS = ['float64', 'bfloat16', 'autocast'] + [
+    f'{recipe}-{backend}'
     for recipe in RECIPES
     for backend in BACKENDS
-    if backend == "emulate" or recipe in CARRIED_OUT[backend]
+    if backend == 'emulate' or recipe in CARRIED_OUT[backend]
 ]
-# The scale of a whole tensor is measured anew at each call: what is in the call is part of the function.
-ROUNDED = ("bfloat16", "autocast")
-BY_CALL = [p for p in PRECISIONS if p.startswith("tensor")]
+# The scale of a whole tensor is measured anew at each call: what is in the call is part of the
+# function.
+ROUNDED = ('bfloat16', 'autocast')
+BY_CALL = [p for p in PRECISIONS if p.startswith('tensor')]
 
 
 class Adapter(nn.Module):
@@ -116,7 +128,7 @@ class Doubled(nn.Module):
 
 
 def each_attention(model, change):
-    for block in model.model["layers"]:
+    for block in model.model['layers']:
         change(block.self_attn)
 
 
@@ -133,30 +145,30 @@ def add_pre_hook(attention):
 
 
 def add_parametrization(attention):
-    nn.utils.parametrize.register_parametrization(attention.kv_b_proj, "weight", Doubled())
+    nn.utils.parametrize.register_parametrization(attention.kv_b_proj, 'weight', Doubled())
 
 
 ALTERED = dict(
     adapter=add_adapter, hook=add_hook, pre_hook=add_pre_hook, parametrization=add_parametrization
 )
-MASKS = ("documents", "prefix", "documents_and_prefix")
-FEATURES = ["plain", *MASKS, *ALTERED]
+MASKS = ('documents', 'prefix', 'documents_and_prefix')
+FEATURES = ['plain', *MASKS, *ALTERED]
 
 
 def use(model, precision):
     "Let a model compute in a precision"
-    if "-" not in precision:
-        return model.bfloat16() if precision == "bfloat16" else model
-    recipe, backend = precision.split("-")
+    if '-' not in precision:
+        return model.bfloat16() if precision == 'bfloat16' else model
+    recipe, backend = precision.split('-')
     for module in model.modules():
         kind = KINDS.get(type(module))
         if kind and module is not model.lm_head:
-            real = PRODUCTS["emulate"]
-            PRODUCTS["emulate"] = BACKENDS[backend]
+            real = PRODUCTS['emulate']
+            PRODUCTS['emulate'] = BACKENDS[backend]
             try:
-                made = products_of(module, recipe, "emulate")
+                made = products_of(module, recipe, 'emulate')
             finally:
-                PRODUCTS["emulate"] = real
+                PRODUCTS['emulate'] = real
             module.__class__ = kind
             equip(module, made, precision)
     return model
@@ -167,10 +179,10 @@ def learn(model, ids):
     model.train()
     for scale in (0.5, 0.8):
         with torch.no_grad():
-            model.model["embed_tokens"].weight.mul_(scale)
+            model.model['embed_tokens'].weight.mul_(scale)
         model(ids[:, :5]).square().mean().backward()
         with torch.no_grad():
-            model.model["embed_tokens"].weight.div_(scale)
+            model.model['embed_tokens'].weight.div_(scale)
     return model.eval().requires_grad_(False)
 
 
@@ -180,16 +192,16 @@ def setting(precision, feature):
     torch.manual_seed(0)
     # In sixteen bits every expert is chosen: a choice that turns over is no rounding of a number.
     chosen = 4 if precision in ROUNDED else 2
-    model = DeepSeekV3(Config.preset("mini", **SIZES, num_experts_per_tok=chosen))
+    model = DeepSeekV3(Config.preset('mini', **SIZES, num_experts_per_tok=chosen))
     if feature in ALTERED:
         each_attention(model, ALTERED[feature])
     model = use(model if precision in ROUNDED else model.double(), precision)
     ids = torch.randint(2, 64, (2, LENGTH))
     masks = {}
-    if "documents" in feature:
-        masks["documents"] = torch.tensor([[0] * 4 + [1] * 5, [3] * 6 + [2] * 3])
-    if "prefix" in feature:
-        masks["prefix"] = torch.arange(LENGTH).expand(2, -1) < torch.tensor([[3], [4]])
+    if 'documents' in feature:
+        masks['documents'] = torch.tensor([[0] * 4 + [1] * 5, [3] * 6 + [2] * 3])
+    if 'prefix' in feature:
+        masks['prefix'] = torch.arange(LENGTH).expand(2, -1) < torch.tensor([[3], [4]])
     return learn(model, ids), ids, masks
 
 
@@ -199,7 +211,8 @@ def setting(precision, feature):
 def feed(model, ids, masks, sizes, cache=None, start=0):
     "Logits of a text that comes in pieces"
     cache = cache or LatentCache(model.cfg, len(ids), 40, model.lm_head.weight.dtype)
-    out, end = [], start
+    out = []
+    end = start
     for part in ids[:, start:].split(sizes, 1):
         end += part.shape[1]
         out.append(model(part, cache, **{name: mask[:, :end] for name, mask in masks.items()}))
@@ -215,7 +228,7 @@ def prefill(model, ids, masks):
 
 
 def token_by_token(model, ids, masks):
-    first = 4 if "prefix" in masks else 1  # a prefix is read in one call
+    first = 4 if 'prefix' in masks else 1  # a prefix is read in one call
     return feed(model, ids, masks, [first] + [1] * (LENGTH - first))
 
 
@@ -299,7 +312,7 @@ def some(of, precision, feature, every):
 def reference(precision, feature, feed_):
     "Every layer is called, and no weight is read from outside"
     model, ids, masks = setting(precision, feature)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+    with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'autocast'):
         return switched(FEEDS[feed_], False)(model, ids, masks)
 
 
@@ -315,21 +328,21 @@ def compare_routes(precision, feature, routes):
     model, ids, masks = setting(precision, feature)
     with torch.inference_mode():
         for feed_, way in routes:
-            want = reference(precision, feature, feed_ if precision in BY_CALL else "one_pass")
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            want = reference(precision, feature, feed_ if precision in BY_CALL else 'one_pass')
+            with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'autocast'):
                 got = WAYS[way](FEEDS[feed_])(model, ids, masks)
             off = ((got - want).double().norm() / want.double().norm()).item()
             bound = 0.1 if precision in ROUNDED else 1e-9
-            assert off < bound, f"{feed_}, {way}: off by {off:.1e}"
+            assert off < bound, f'{feed_}, {way}: off by {off:.1e}'
 
 
-@pytest.mark.parametrize("precision, feature", PAIRS)
+@pytest.mark.parametrize('precision, feature', PAIRS)
 def test_some_routes_are_one_function(precision, feature, exact_sums):
     compare_routes(precision, feature, some(ROUTES, precision, feature, 7))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision, feature", PAIRS)
+@pytest.mark.parametrize('precision, feature', PAIRS)
 def test_all_routes_are_one_function(precision, feature, exact_sums):
     compare_routes(precision, feature, ROUTES)
 
@@ -351,7 +364,8 @@ def compare_drafts(precision, feature):
 
         return switched(write, absorb, at_once)(model, ids[:, :4], {}).tolist()
 
-    alone, drafted = run(0, False), run(2, False)
+    alone = run(0, False)
+    drafted = run(2, False)
     assert [run(0, True), run(0, False, 1)] == [alone, alone]
     assert [run(2, True), run(2, False, 1)] == [drafted, drafted]
     if precision not in BY_CALL:  # reading two tokens in a call is another call
@@ -361,13 +375,13 @@ def compare_drafts(precision, feature):
 DRAFTED = [(p, f) for p, f in PAIRS if p not in ROUNDED and f not in MASKS]
 
 
-@pytest.mark.parametrize("precision, feature", DRAFTED[::4])
+@pytest.mark.parametrize('precision, feature', DRAFTED[::4])
 def test_drafts_change_nothing(precision, feature, exact_sums):
     compare_drafts(precision, feature)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision, feature", DRAFTED)
+@pytest.mark.parametrize('precision, feature', DRAFTED)
 def test_drafts_change_nothing_anywhere(precision, feature, exact_sums):
     compare_drafts(precision, feature)
 
@@ -378,12 +392,12 @@ CARRIED = [
     (recipe, backend)
     for recipe in RECIPES
     for backend in PRODUCTS
-    if not why_not(backend, "cpu", recipe)
+    if not why_not(backend, 'cpu', recipe)
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recipe, backend", [(None, None), *CARRIED])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('recipe, backend', [(None, None), *CARRIED])
 def test_evaluations_of_one_layer(recipe, backend, dtype):
     """Absorbed, expanded and in pieces, of the same queries and latents, by each backend that runs here
 
@@ -392,30 +406,31 @@ def test_evaluations_of_one_layer(recipe, backend, dtype):
     keys, queries, scores, probabilities and result: a dozen roundings, each by eps / 2 at most.
     """
     torch.manual_seed(0)
-    attention = eva.mla.MLA(Config.preset("mini", **SIZES, num_experts_per_tok=2)).to(dtype)
+    attention = eva.mla.MLA(Config.preset('mini', **SIZES, num_experts_per_tok=2)).to(dtype)
     for p in attention.parameters():
         nn.init.normal_(p, std=0.3)
     if recipe:
         convert(attention, recipe, backend)
     attention.eval().requires_grad_(False)
-    heads, rank = SIZES["num_attention_heads"], SIZES["kv_lora_rank"]
+    heads = SIZES['num_attention_heads']
+    rank = SIZES['kv_lora_rank']
     q_C, q_R, latents = (torch.randn(2, 9, heads, n).to(dtype) for n in (12, 8, rank + 8))
     rows = latents[:, :, 0] * torch.randn(2, 9, 1).exp().to(dtype)
     want = switched(attention.expanded, False)(q_C, q_R, rows).double()
     ways = dict(absorbed=attention.absorbed, pieces=switched(attention.expanded, False, at_once=1))
     for name, way in ways.items():
         off = (way(q_C, q_R, rows).double() - want).norm() / want.norm()
-        assert off < 12 * torch.finfo(dtype).eps / 2, f"{name}: off by {off:.1e}"
+        assert off < 12 * torch.finfo(dtype).eps / 2, f'{name}: off by {off:.1e}'
 
 
 # ---- no sequences at all ----
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("recipe, backend", [(None, None), *CARRIED])
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('recipe, backend', [(None, None), *CARRIED])
 def test_a_batch_of_nothing(recipe, backend, grad):
     "Layers and the model give an empty result, a mean loss and a cache say what they need"
-    cfg = Config.preset("mini", **SIZES, num_experts_per_tok=2)
+    cfg = Config.preset('mini', **SIZES, num_experts_per_tok=2)
     model = DeepSeekV3(cfg)
     if recipe:
         convert(model, recipe, backend)
@@ -430,9 +445,9 @@ def test_a_batch_of_nothing(recipe, backend, grad):
         rope = torch.ones(1, 5, 4), torch.ones(1, 5, 4)
         for block in model.blocks:
             assert block.self_attn(empty, rope).shape == block.mlp(empty).shape == empty.shape
-        with pytest.raises(ValueError, match="a mean loss needs at least one window"):
+        with pytest.raises(ValueError, match='a mean loss needs at least one window'):
             model.losses(none)
-    with pytest.raises(ValueError, match="batch=0: must be a positive integer"):
+    with pytest.raises(ValueError, match='batch=0: must be a positive integer'):
         LatentCache(cfg, 0, 9)
 
 
@@ -447,10 +462,10 @@ def any_cache(*args, **kwargs):
     return OtherCache(*args, **kwargs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_derived_cache_has_the_type_of_the_model(dtype):
     "In bfloat16 under float32, text generated through it is that of another model"
-    model = DeepSeekV3(Config.preset("mini", **SIZES, num_experts_per_tok=2)).to(dtype)
+    model = DeepSeekV3(Config.preset('mini', **SIZES, num_experts_per_tok=2)).to(dtype)
     for kind in (LatentCache, OtherCache, any_cache):
         assert Context(model, 8, cache=kind).cache.rows.dtype == dtype
     chosen = partial(OtherCache, dtype=torch.float32)
@@ -460,7 +475,7 @@ def test_a_derived_cache_has_the_type_of_the_model(dtype):
 
 # ---- compiled ----
 
-COMPILED = ["float64", "float32", "bfloat16"]
+COMPILED = ['float64', 'float32', 'bfloat16']
 
 
 def compare_compiled(dtype, backend):
@@ -468,13 +483,13 @@ def compare_compiled(dtype, backend):
     torch._dynamo.reset()
     torch.manual_seed(0)
     cfg = Config.preset(
-        "mini",
-        **{**SIZES, "num_hidden_layers": 1, "first_k_dense_replace": 0, "num_experts_per_tok": 2},
+        'mini',
+        **{**SIZES, 'num_hidden_layers': 1, 'first_k_dense_replace': 0, 'num_experts_per_tok': 2},
     )
     model = DeepSeekV3(cfg).to(getattr(torch, dtype))
     ids = torch.randint(2, 64, (2, 8))
     bound = dict(
-        atol=0.05 if dtype == "bfloat16" else 1e-5, rtol=0.05 if dtype == "bfloat16" else 1e-4
+        atol=0.05 if dtype == 'bfloat16' else 1e-5, rtol=0.05 if dtype == 'bfloat16' else 1e-4
     )
     grads = []
     for run in (model, torch.compile(model, backend=backend)):
@@ -483,32 +498,30 @@ def compare_compiled(dtype, backend):
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert len(grads[0]) > 10
     for name, grad in grads[0].items():
-        assert_close(grads[1][name], grad, **bound, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(grads[1][name], grad, **bound, msg=lambda m, n=name: f'{n}: {m}')
     with torch.no_grad():
-        run, seen = (
-            torch.compile(model, backend=backend),
-            LatentCache(cfg, 2, 8, model.lm_head.weight.dtype),
-        )
+        run = torch.compile(model, backend=backend)
+        seen = LatentCache(cfg, 2, 8, model.lm_head.weight.dtype)
         parts = torch.cat([run(part, seen) for part in ids.split([6, 2], 1)], 1)
         assert_close(parts, model(ids), **bound)
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings('ignore')
 def test_compiled_is_the_same_function():
     "Traced, but not translated: float32 with gradients crashed in the meta function of the grouped product"
-    compare_compiled("float32", "eager")
+    compare_compiled('float32', 'eager')
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("dtype", COMPILED)
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
+@pytest.mark.parametrize('dtype', COMPILED)
 def test_compiled_and_translated(dtype, backend):
     compare_compiled(dtype, backend)
 
 
 def test_a_wrapped_model_is_not_trained():
     "It would end in int('layers'), and its checkpoints in names that nothing else reads"
-    model = torch.compile(DeepSeekV3(Config.preset("mini", **SIZES, num_experts_per_tok=2)))
-    with pytest.raises(ValueError, match=r"wrapped by torch.compile.*model.compile\(\)"):
-        Trainer(model, None, None, None, "nowhere")
+    model = torch.compile(DeepSeekV3(Config.preset('mini', **SIZES, num_experts_per_tok=2)))
+    with pytest.raises(ValueError, match=r'wrapped by torch.compile.*model.compile\(\)'):
+        Trainer(model, None, None, None, 'nowhere')

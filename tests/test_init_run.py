@@ -18,18 +18,20 @@ from eva.model import DeepSeekV3
 
 MARKS = ['<s>', '</s>', '<pad>', '<|user|>', '<|model|>']
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}"
+    '{{ bos_token }}{% for m in messages %}{% if m.role '
+    "== 'user' %}<|user|>{{ m.content }}{% else %}"
     '<|model|>{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}'
     '{% if add_generation_prompt %}<|model|>{% endif %}'
 )
 SEVERAL = [dict(name='default', template=TEMPLATE), dict(name='tool_use', template='tools')]
 NAMED = dict(bos_token='<s>', eos_token=dict(content='</s>', lstrip=False), pad_token='<pad>')
-SMALL = '--steps 1 --seq_len 32 --batch_size 2 --precision fp32'.split()
+SMALL = ['--steps', '1', '--seq_len', '32', '--batch_size', '2', '--precision', 'fp32']
 
 
 def said_by(command, *argv) -> str:
     "What a command prints, where it succeeds"
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = command([str(o) for o in argv])
     assert code == 0, err.getvalue()
@@ -42,13 +44,18 @@ def init(tmp_path_factory):
     folder = tmp_path_factory.mktemp('init')
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = byte_level, decoders.ByteLevel()
+    tok.pre_tokenizer = byte_level
+    tok.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=MARKS, initial_alphabet=alphabet)
     tok.train_from_iterator(['def f(x): return x + 1\n'] * 50, trainer)
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, moe_intermediate_size=16)
-    sizes |= dict(intermediate_size=64, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, moe_intermediate_size=16
+    )
+    sizes |= dict(
+        intermediate_size=64, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1
+    )
     save_pretrained(DeepSeekV3(Config.preset('mini', **sizes)), folder, tok)
     about = dict(tokenizer_class='PreTrainedTokenizerFast', **NAMED)
     (folder / 'tokenizer_config.json').write_text(json.dumps(about))
@@ -65,7 +72,9 @@ def data(tmp_path):
         question = dict(role='user', content=f'f{i % 9}')
         return dict(messages=[question, dict(role='assistant', content=f'def f{i % 9}')])
 
-    rows = dict(talks=[talk(i) for i in range(40)], texts=[dict(text='def f(x): return x + 1\n' * 9)] * 40)
+    rows = dict(
+        talks=[talk(i) for i in range(40)], texts=[dict(text='def f(x): return x + 1\n' * 9)] * 40
+    )
     for name, these in rows.items():
         (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in these))
     return tmp_path
@@ -86,15 +95,20 @@ def test_marks_and_templates_are_kept(init, data, kind, place):
         own.write_text(TEMPLATE)
     (init / 'tokenizer_config.json').write_text(json.dumps(about))
     out = data / 'out folder'
-    said = said_by(eva_train, '--init', init, '--data', data / f'{kind}.jsonl', '--out', out, *SMALL)
+    said = said_by(
+        eva_train, '--init', init, '--data', data / f'{kind}.jsonl', '--out', out, *SMALL
+    )
 
-    names = 'tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja'
+    names = (
+        'tokenizer_config.json special_tokens_map.json generation_config.json chat_template.jinja'
+    )
     for path in (init / name for name in names.split()):
         assert path.exists() == (out / path.name).exists()
         assert not path.exists() or (out / path.name).read_bytes() == path.read_bytes()
     question = [dict(role='user', content='f3')]
     assert ChatTemplate.of(out)(question) == '<s><|user|>f3<|model|>'
-    before, after = AutoTokenizer.from_pretrained(init), AutoTokenizer.from_pretrained(out)
+    before = AutoTokenizer.from_pretrained(init)
+    after = AutoTokenizer.from_pretrained(out)
     assert len(after) == len(before)  # no mark was added to the vocabulary
     assert after.get_vocab() == before.get_vocab()
     for mark in ('bos_token_id', 'eos_token_id', 'pad_token_id'):
@@ -133,7 +147,10 @@ def test_a_damaged_tokenizer_configuration_leaves_no_run(init, data):
     with contextlib.redirect_stderr(err):
         argv = ['--init', folder, '--data', data / 'texts.jsonl', '--out', data / 'out', *SMALL]
         code = eva_train([str(o) for o in argv])
-    assert code == 2 and f'{folder}/special_tokens_map.json: objects nested more than 64 deep' in err.getvalue()
+    assert (
+        code == 2
+        and f'{folder}/special_tokens_map.json: objects nested more than 64 deep' in err.getvalue()
+    )
     assert not (data / 'out').exists()
 
 

@@ -31,7 +31,18 @@ from eva.model import DeepSeekV3
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='links, pipes and locks of POSIX')
 
-SMALL = ['--steps', '4', '--seq_len', '16', '--batch_size', '2', '--vocab_size', '300', '--save_every', '1']
+SMALL = [
+    '--steps',
+    '4',
+    '--seq_len',
+    '16',
+    '--batch_size',
+    '2',
+    '--vocab_size',
+    '300',
+    '--save_every',
+    '1',
+]
 SMALL += ['--precision', 'fp32', '--device', 'cpu', '--data', 'text']
 TINY = dict(
     hidden_size=16,
@@ -91,9 +102,19 @@ def snapshot(*roots):
     for root in roots:
         for p in sorted([root, *root.rglob('*')]):
             about = os.lstat(p)
-            if p.name == Manifest.NAME and stat.S_ISREG(about.st_mode) and p.read_text().startswith('{\n "files"'):
+            if (
+                p.name == Manifest.NAME
+                and stat.S_ISREG(about.st_mode)
+                and p.read_text().startswith('{\n "files"')
+            ):
                 continue  # ours: names of files that are gone are struck out
-            content = p.read_bytes() if stat.S_ISREG(about.st_mode) else os.readlink(p) if p.is_symlink() else None
+            content = (
+                p.read_bytes()
+                if stat.S_ISREG(about.st_mode)
+                else os.readlink(p)
+                if p.is_symlink()
+                else None
+            )
             changed = None if stat.S_ISDIR(about.st_mode) else about.st_mtime_ns
             found[str(p)] = stat.S_IFMT(about.st_mode), about.st_ino, changed, content
     return found
@@ -101,7 +122,8 @@ def snapshot(*roots):
 
 def command(work, *argv):
     "Exit code, what was printed, what went to standard error"
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = work(list(map(str, argv)))
     return code, out.getvalue(), err.getvalue()
@@ -131,7 +153,8 @@ def started(tmp_path_factory):
     (root / 'text').mkdir()
     for i in range(30):
         (root / 'text' / f'{i}.py').write_text(f'def f{i}(x):\n    return x + {i}\n' * 12)
-    here, watched = os.getcwd(), RunLog.write
+    here = os.getcwd()
+    watched = RunLog.write
 
     def stop_after_two(self, row):
         watched(self, row)
@@ -172,7 +195,15 @@ def test_a_new_run_meets_something_of_a_users(tmp_path, monkeypatch, no_work, ki
         is_run = name == 'run.json' and kind != 'link to nothing'
         for more in ([], ['--resume']):
             said = 'run.json' if is_run and more else out.name if is_run else f'{out}/{name}: '
-            refused(eva_train, '--out', out, *([] if more and is_run else SMALL), *more, names=said, roots=[tmp_path])
+            refused(
+                eva_train,
+                '--out',
+                out,
+                *([] if more and is_run else SMALL),
+                *more,
+                names=said,
+                roots=[tmp_path],
+            )
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -190,7 +221,9 @@ def test_a_resumed_run_meets_something_of_a_users(started, tmp_path, monkeypatch
     "Where something of the run was replaced since, or something new has a name that is not yet written"
     monkeypatch.chdir(tmp_path)
     shutil.copytree(started / 'run', 'copy')
-    steps = ['checkpoints/step-000003'] if kind not in ('folder', 'link to a folder') else []  # see below
+    steps = (
+        ['checkpoints/step-000003'] if kind not in ('folder', 'link to a folder') else []
+    )  # see below
     files = [f for f in RUN_FILES if f != 'run.json']
     for name in (*files, *RUN_FOLDERS[1:], *steps, Manifest.NAME, '.eva-lock'):
         run = tmp_path / 'run'
@@ -205,7 +238,14 @@ def test_a_users_folder_is_called_as_a_checkpoint(started, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     shutil.copytree(started / 'run', 'run')
     plant(tmp_path / 'run' / 'checkpoints' / 'step-000003', kind, tmp_path / 'elsewhere')
-    refused(eva_train, '--out', 'run', '--resume', names='run/checkpoints/step-000003: ', roots=[tmp_path])
+    refused(
+        eva_train,
+        '--out',
+        'run',
+        '--resume',
+        names='run/checkpoints/step-000003: ',
+        roots=[tmp_path],
+    )
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -294,10 +334,21 @@ def test_an_interrupted_conversion_meets_something_of_a_users(started, tmp_path,
 @pytest.mark.parametrize('kind', KINDS)
 def test_figures_and_plans_meet_something_of_a_users(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('eva.bench.import_module', lambda name: pytest.fail('measured before the refusal'))
+    monkeypatch.setattr(
+        'eva.bench.import_module', lambda name: pytest.fail('measured before the refusal')
+    )
     for i, name in enumerate(('bench.json', 'bench.png', Manifest.NAME)):
         plant(tmp_path / f'b{i}' / name, kind, tmp_path / 'elsewhere')
-        refused(eva_bench, '--only', 'moe', '--quick', '--out', f'b{i}', names=f'b{i}/{name}: ', roots=[tmp_path])
+        refused(
+            eva_bench,
+            '--only',
+            'moe',
+            '--quick',
+            '--out',
+            f'b{i}',
+            names=f'b{i}/{name}: ',
+            roots=[tmp_path],
+        )
     plant(tmp_path / 'plan.json', kind, tmp_path / 'elsewhere')
     refused(eva_plan, '--out', 'plan.json', names='plan.json: ', roots=[tmp_path])
 
@@ -338,7 +389,13 @@ def test_what_stands_beside_is_left(started, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(started / 'run', 'run')
     run = tmp_path / 'run'
-    mine = ['notes.txt', '.sample.txt.tmp77', 'checkpoints/.step-000009.tmp77/x', 'checkpoints/best/x', 'tokens/notes']
+    mine = [
+        'notes.txt',
+        '.sample.txt.tmp77',
+        'checkpoints/.step-000009.tmp77/x',
+        'checkpoints/best/x',
+        'tokens/notes',
+    ]
     mine += ['checkpoints/.step-000009.old77/x', 'tensorboard/theirs', '.report.png.old1']
     for name in mine[: -2 if not (run / 'tensorboard').exists() else None]:
         plant(run / name, 'file', tmp_path / 'elsewhere')
@@ -353,7 +410,11 @@ def test_what_stands_beside_is_left(started, tmp_path, monkeypatch):
 
 def modes(folder):
     "Files are 0644 and folders 0755"
-    odd = {p: oct(p.stat().st_mode) for p in folder.rglob('*') if p.stat().st_mode & 0o777 != (0o755 if p.is_dir() else 0o644)}
+    odd = {
+        p: oct(p.stat().st_mode)
+        for p in folder.rglob('*')
+        if p.stat().st_mode & 0o777 != (0o755 if p.is_dir() else 0o644)
+    }
     assert not odd, odd
 
 
@@ -379,12 +440,27 @@ def test_an_older_run_is_taken_over(started, tmp_path, monkeypatch):
     for p in list(Path('run').rglob('.eva-*')):
         p.unlink()
     code, out, err = command(eva_train, '--out', 'run', '--resume')
-    assert code == 0 and 'run: the run is older than the list of what Eva wrote; now listed: run.json, ' in out, err
-    assert 'going on from step 2 of 4' in out and len(checkpoints(Path('run/checkpoints'))) == 2  # old ones are pruned
+    assert (
+        code == 0
+        and 'run: the run is older than the list of what Eva wrote; now listed: run.json, ' in out
+    ), err
+    assert (
+        'going on from step 2 of 4' in out and len(checkpoints(Path('run/checkpoints'))) == 2
+    )  # old ones are pruned
     code, out, err = command(eva_train, '--out', 'run', *SMALL)
-    assert code == 2 and 'already holds a run; --resume goes on with it, --out DIR starts another' in err
+    assert (
+        code == 2
+        and 'already holds a run; --resume goes on with it, --out DIR starts another' in err
+    )
     Path('run/run.json').write_text('{"train": 1}')
-    refused(eva_train, '--out', 'run', '--resume', names='run.json is no file of eva_train', roots=[tmp_path])
+    refused(
+        eva_train,
+        '--out',
+        'run',
+        '--resume',
+        names='run.json is no file of eva_train',
+        roots=[tmp_path],
+    )
 
 
 def test_a_copied_run_goes_on(started, tmp_path, monkeypatch):
@@ -395,13 +471,20 @@ def test_a_copied_run_goes_on(started, tmp_path, monkeypatch):
     assert code == 0 and 'going on from step 2 of 4' in out, err
 
 
-START = [sys.executable, '-c', SHRINK + 'from eva.cli import eva_train; raise SystemExit(eva_train())']
+START = [
+    sys.executable,
+    '-c',
+    SHRINK + 'from eva.cli import eva_train; raise SystemExit(eva_train())',
+]
 
 
 def running(run, *argv, until=2):
     "A run of a process of its own, once it has done some steps"
-    p = subprocess.Popen([*START, '--out', run, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    log, end = Path(run) / 'metrics.jsonl', time.time() + 300
+    p = subprocess.Popen(
+        [*START, '--out', run, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    log = Path(run) / 'metrics.jsonl'
+    end = time.time() + 300
     while not (log.exists() and log.read_text().count('\n') >= until):
         assert p.poll() is None and time.time() < end, p.communicate()[1][-2000:]
         time.sleep(0.02)
@@ -430,7 +513,10 @@ def test_two_runs_in_one_folder(started, tmp_path, monkeypatch):
             save_pretrained(DeepSeekV3(Config.preset('mini', vocab_size=40, **TINY)), 'run')
         with pytest.raises(ValueError, match=f'in use by process {p.pid}'):
             RunLog(tmp_path / 'run')
-        for name in ('model.safetensors', 'config.json'):  # a model that can be read while the run goes on
+        for name in (
+            'model.safetensors',
+            'config.json',
+        ):  # a model that can be read while the run goes on
             assert not Path('run', name).exists()
         before = Path('run/metrics.jsonl').stat().st_size
         code, _, err = command(eva_generate, 'run', '--prompt', 'def', '--max_new_tokens', 2)
@@ -442,8 +528,17 @@ def test_two_runs_in_one_folder(started, tmp_path, monkeypatch):
     finally:
         p.kill()
         p.wait()
-    plant(tmp_path / 'run' / 'sample.txt', 'file', tmp_path / 'elsewhere')  # of the user's, after the kill
-    refused(eva_train, '--out', 'run', '--resume', names='run/sample.txt: was not written by Eva', roots=[tmp_path / 'elsewhere'])
+    plant(
+        tmp_path / 'run' / 'sample.txt', 'file', tmp_path / 'elsewhere'
+    )  # of the user's, after the kill
+    refused(
+        eva_train,
+        '--out',
+        'run',
+        '--resume',
+        names='run/sample.txt: was not written by Eva',
+        roots=[tmp_path / 'elsewhere'],
+    )
     assert Path('run/sample.txt').read_text() == 'precious'
     os.unlink('run/sample.txt')
     again = running('run', '--resume', until=1)  # what a killed process had locked is free
@@ -460,7 +555,10 @@ def test_a_dead_holder_is_said(started, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     code, out, err = command(eva_train, '--out', 'run', '--resume')
-    assert code == 0 and f'run: process {child} on ' in out and 'ended without a word' in out, (out, err)
+    assert code == 0 and f'run: process {child} on ' in out and 'ended without a word' in out, (
+        out,
+        err,
+    )
     assert not Path('run/.eva-lock').exists()
     code, out, err = command(eva_train, '--out', 'run', '--resume')
     assert code == 0 and 'ended without a word' not in out
@@ -470,7 +568,8 @@ def test_a_checkpoint_that_is_being_saved_is_left(tmp_path):
     "Another process looks for the newest checkpoint in the middle of a save"
     folder = tmp_path / 'checkpoints'
     save_checkpoint(folder / 'step-000001', dict(x=torch.ones(3)), dict(step=1))
-    ready, go = os.pipe(), os.pipe()
+    ready = os.pipe()
+    go = os.pipe()
     child = os.fork()
     if not child:
         try:
@@ -497,18 +596,30 @@ def test_the_list_costs_a_step_nothing(tmp_path, monkeypatch):
     def saves(folder, steps):
         count = []
         save = Manifest._save
-        monkeypatch.setattr(Manifest, '_save', lambda self, *args, **kw: count.append(self.path) or save(self, *args, **kw))
+        monkeypatch.setattr(
+            Manifest,
+            '_save',
+            lambda self, *args, **kw: count.append(self.path) or save(self, *args, **kw),
+        )
         with RunLog(folder, board=False) as log:
             for i in range(1, steps + 1):
                 log.write(dict(step=i, loss=1.0 / i, expert_load=[[1, 2, 3]] * 4))
                 if i % (steps // 3) == 0:
                     log.sync()
-                    save_checkpoint(folder / 'checkpoints' / f'step-{i:06d}', dict(x=torch.ones(3)), dict(step=i))
+                    save_checkpoint(
+                        folder / 'checkpoints' / f'step-{i:06d}',
+                        dict(x=torch.ones(3)),
+                        dict(step=i),
+                    )
         monkeypatch.setattr(Manifest, '_save', save)
         return len(count)
 
-    few, many = saves(tmp_path / 'few', 300), saves(tmp_path / 'many', 3000)
-    print(f'the list is written {few} times in 300 steps with three checkpoints, {many} times in 3,000 with three')
+    few = saves(tmp_path / 'few', 300)
+    many = saves(tmp_path / 'many', 3000)
+    print(
+        f'the list is written {few} times in 300 steps with '
+        f'three checkpoints, {many} times in 3,000 with three'
+    )
     assert few == many <= 12
 
 
@@ -518,8 +629,13 @@ def test_the_list_itself(tmp_path):
     run = tmp_path / 'run'
     (run / 'real').mkdir(parents=True)
     (run / 'link').symlink_to(tmp_path)
-    for names in (['../precious', 'link/precious', str(tmp_path / 'precious'), 'link'], ['link/.precious.tmp1']):
-        (run / Manifest.NAME).write_text(json.dumps(dict(files=dict.fromkeys(names), folders=['link'])))
+    for names in (
+        ['../precious', 'link/precious', str(tmp_path / 'precious'), 'link'],
+        ['link/.precious.tmp1'],
+    ):
+        (run / Manifest.NAME).write_text(
+            json.dumps(dict(files=dict.fromkeys(names), folders=['link']))
+        )
         manifest = Manifest(run)
         manifest.recover()
         for name in names:
@@ -527,7 +643,16 @@ def test_the_list_itself(tmp_path):
                 manifest.remove(name)
                 manifest.write(name).__enter__()
         assert (tmp_path / 'precious').read_text() == 'precious' and (run / 'link').is_symlink()
-    for odd in ('[]', '{}', '{"files": 1}', '{"files": {"a": 1}}', '{"files": {"a": [1]}}', '{"files": {}, "folders": [1]}'):
+    for odd in (
+        '[]',
+        '{}',
+        '{"files": 1}',
+        '{"files": {"a": 1}}',
+        '{"files": {"a": [1]}}',
+        '{"files": {}, "folders": [1]}',
+    ):
         (run / Manifest.NAME).write_text(odd)
-        with pytest.raises(ValueError, match='is no list of files that Eva wrote|must be a JSON object'):
+        with pytest.raises(
+            ValueError, match='is no list of files that Eva wrote|must be a JSON object'
+        ):
             Manifest(run)

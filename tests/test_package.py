@@ -1,53 +1,101 @@
 "The package as a user gets it: what it imports, where it comes from, what it installs"
-import json, re, shlex, subprocess, sys
+
+import json
+import re
+import shlex
+import subprocess
+import sys
 from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
+
 import pytest
 from packaging.requirements import Requirement
 
 root = Path(__file__).parents[1]
 parser = ConfigParser(delimiters=['='])
-parser.read(root/'settings.ini', encoding='utf-8')
+parser.read(root / 'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
-modules = sorted(p.stem for p in (root/'eva').glob('*.py') if not p.stem.startswith('_'))
+modules = sorted(p.stem for p in (root / 'eva').glob('*.py') if not p.stem.startswith('_'))
 
-def python(code): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+
+def python(code):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+
 
 def test_imports_nothing_that_users_do_not_have():
     "Developers' tools and pictures stay unimported until they are used"
     all_of_it = '\n'.join(f'import eva.{m}' for m in modules)
-    done = python(f'{all_of_it}\nimport sys\nprint([m for m in ("nbdev", "IPython", "matplotlib", "transformers", "execnb") if m in sys.modules])')
+    done = python(
+        f'{all_of_it}\nimport sys\nprint([m for m in ("nbdev", "IPython", '
+        f'"matplotlib", "transformers", "execnb") if m in sys.modules])'
+    )
     assert done.returncode == 0 and done.stdout.strip() == '[]', done.stdout + done.stderr
 
+
 def exported_by(nb):
-    src = [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    src = [
+        ''.join(c['source'])
+        for c in json.loads(nb.read_text(encoding='utf-8'))['cells']
+        if c['cell_type'] == 'code'
+    ]
     return next((m[1] for s in src if (m := re.match(r'#\|\s*default_exp (\w+)', s))), None)
+
 
 def test_every_module_has_its_notebook():
     "A module whose notebook is gone would still be imported; nbdev does not notice"
-    made = sorted(p.stem for p in (root/'eva').glob('*.py') if p.stem not in ('__init__', '_modidx'))
-    assert made == sorted(filter(None, map(exported_by, (root/'nbs').glob('*.ipynb'))))
+    made = sorted(
+        p.stem for p in (root / 'eva').glob('*.py') if p.stem not in ('__init__', '_modidx')
+    )
+    assert made == sorted(filter(None, map(exported_by, (root / 'nbs').glob('*.ipynb'))))
+
 
 def test_modules_import_only_what_stands_above_them():
-    order = [m for m in map(exported_by, sorted((root/'nbs').glob('[0-9]*.ipynb'))) if m]
+    order = [m for m in map(exported_by, sorted((root / 'nbs').glob('[0-9]*.ipynb'))) if m]
     edges = 0
     for i, m in enumerate(order):
-        used = set(re.findall(r'^\s*from (?:eva)?\.(\w+) import', (root/'eva'/f'{m}.py').read_text(encoding='utf-8'), flags=re.M))
-        assert used <= set(order[:i]), (m, used-set(order[:i]))
+        used = set(
+            re.findall(
+                r'^\s*from (?:eva)?\.(\w+) import',
+                (root / 'eva' / f'{m}.py').read_text(encoding='utf-8'),
+                flags=re.M,
+            )
+        )
+        assert used <= set(order[:i]), (m, used - set(order[:i]))
         edges += len(used)
-    assert edges > 2*len(order), 'most modules build on others: does this test still read imports?'
+    assert edges > 2 * len(order), (
+        'most modules build on others: does this test still read imports?'
+    )
+
 
 def test_chapters_store_outputs_and_no_errors():
-    for nb in (root/'nbs').glob('*.ipynb'):
-        cells = [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    for nb in (root / 'nbs').glob('*.ipynb'):
+        cells = [
+            c
+            for c in json.loads(nb.read_text(encoding='utf-8'))['cells']
+            if c['cell_type'] == 'code'
+        ]
         assert not any(o['output_type'] == 'error' for c in cells for o in c['outputs']), nb.name
-        only_defines = lambda source: all(re.match(r'(def |class |@|#|\s|$)', line) for line in ''.join(source).splitlines())
-        silent = [c['source'] for c in cells if not only_defines(c['source']) and re.search(r'^\s*print\(', ''.join(c['source']), flags=re.M) and not c['outputs'] and not ''.join(c['source']).startswith('#|')]
+
+        def only_defines(source):
+            return all(
+                re.match(r'(def |class |@|#|\s|$)', line) for line in ''.join(source).splitlines()
+            )
+
+        silent = [
+            c['source']
+            for c in cells
+            if not only_defines(c['source'])
+            and re.search(r'^\s*print\(', ''.join(c['source']), flags=re.M)
+            and not c['outputs']
+            and not ''.join(c['source']).startswith('#|')
+        ]
         assert not silent, (nb.name, silent)
 
+
 def test_readme_is_the_index():
-    assert subprocess.run([sys.executable, root/'tools'/'readme.py', '--check']).returncode == 0
+    assert subprocess.run([sys.executable, root / 'tools' / 'readme.py', '--check']).returncode == 0
+
 
 @pytest.mark.parametrize('command', [o.split('=')[0] for o in cfg['console_scripts'].split()])
 def test_commands_are_installed_and_answer(command):
@@ -55,9 +103,14 @@ def test_commands_are_installed_and_answer(command):
     assert exe.exists()
     done = subprocess.run([exe, '--help'], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and command in done.stdout
-    assert subprocess.run([exe, '--nonsense'], capture_output=True, text=True, timeout=60).returncode == 2
+    assert (
+        subprocess.run([exe, '--nonsense'], capture_output=True, text=True, timeout=60).returncode
+        == 2
+    )
+
 
 LISTS = sorted(k for k in cfg if k.endswith('requirements'))
+
 
 @pytest.mark.parametrize('name', LISTS)
 def test_every_dependency_has_a_floor(name):
@@ -67,22 +120,39 @@ def test_every_dependency_has_a_floor(name):
         if name == 'requirements':
             assert wanted.specifier.contains(version(wanted.name), prereleases=True), wanted
 
+
 def test_templates_are_rendered_by_a_safe_release():
     "jinja2 3.1.5 and older let a template out of the sandbox"
-    jinja2 = next(r for r in map(Requirement, shlex.split(cfg['requirements'])) if r.name == 'jinja2')
+    jinja2 = next(
+        r for r in map(Requirement, shlex.split(cfg['requirements'])) if r.name == 'jinja2'
+    )
     assert not jinja2.specifier.contains('3.1.5') and jinja2.specifier.contains('3.1.6')
+
 
 def test_commands_have_one_entry():
     from eva.cli import COMMANDS
-    assert dict(o.split('=') for o in cfg['console_scripts'].split()) == {f'eva_{c}': 'eva.cli:main' for c in COMMANDS}
+
+    assert dict(o.split('=') for o in cfg['console_scripts'].split()) == {
+        f'eva_{c}': 'eva.cli:main' for c in COMMANDS
+    }
+
 
 def test_files_that_builders_need():
     "The three files agree: pyproject.toml names the builder and nothing that settings.ini says"
     import tomllib
-    project = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))
-    assert set(project) == {'build-system'} and project['build-system']['build-backend'] == 'setuptools.build_meta'
-    assert cfg['update_pyproject'] == 'False' and cfg['lib_name'] == 'eva-deepseek' and cfg['lib_path'] == 'eva'
-    assert (root/'eva'/'py.typed').exists()
+
+    project = tomllib.loads((root / 'pyproject.toml').read_text(encoding='utf-8'))
+    assert (
+        set(project) == {'build-system'}
+        and project['build-system']['build-backend'] == 'setuptools.build_meta'
+    )
+    assert (
+        cfg['update_pyproject'] == 'False'
+        and cfg['lib_name'] == 'eva-deepseek'
+        and cfg['lib_path'] == 'eva'
+    )
+    assert (root / 'eva' / 'py.typed').exists()
+
 
 def test_extras():
     assert 'transformer-engine' in cfg['te_requirements'] and 'datasets' in cfg['data_requirements']

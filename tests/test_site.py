@@ -1,62 +1,105 @@
 """The site in a real browser: every page of it, on a desktop and at the width of a phone
 
 Needs the `docs` extra and Chromium; without them it is skipped, unless SITE_TEST=required."""
-import functools, http.server, importlib.util, os, re, runpy, shutil, subprocess, sys, threading
+
+import functools
+import http.server
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from urllib.parse import unquote
+
 import pytest
 
 root = Path(__file__).parents[1]
-CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+CHROMIUM = (
+    os.environ.get('CHROMIUM')
+    or shutil.which('chromium')
+    or shutil.which('chromium-browser')
+    or shutil.which('google-chrome')
+)
+
 
 def missing():
     for package in ('sphinx', 'myst_parser', 'furo', 'playwright'):
-        if not importlib.util.find_spec(package): return f"{package} is not installed: pip install -e '.[docs]'"
-    if not CHROMIUM: return 'no Chromium: apt-get install -y --no-install-recommends chromium fonts-dejavu-core, or name one in CHROMIUM'
+        if not importlib.util.find_spec(package):
+            return f"{package} is not installed: pip install -e '.[docs]'"
+    if not CHROMIUM:
+        return (
+            'no Chromium: apt-get install -y --no-install-recommends '
+            'chromium fonts-dejavu-core, or name one in CHROMIUM'
+        )
+
 
 @pytest.fixture(scope='module')
 def needed():
-    if why := missing(): (pytest.fail if os.environ.get('SITE_TEST') == 'required' else pytest.skip)(why)
+    if why := missing():
+        (pytest.fail if os.environ.get('SITE_TEST') == 'required' else pytest.skip)(why)
+
 
 @pytest.fixture(scope='module')
 def site(needed, tmp_path_factory):
     "The pages, built anew; SITE_DIR names ones that are built already"
-    if built := os.environ.get('SITE_DIR'): return Path(built).resolve()
+    if built := os.environ.get('SITE_DIR'):
+        return Path(built).resolve()
     to = tmp_path_factory.mktemp('site')
-    done = subprocess.run([sys.executable, root/'tools'/'docs_site.py', to/'html', '--src', to/'src'], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, root / 'tools' / 'docs_site.py', to / 'html', '--src', to / 'src'],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    return to/'html'
+    return to / 'html'
+
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
+
 
 class Server(http.server.ThreadingHTTPServer):
-    request_queue_size = 128                   # a browser opens many connections at once; refused ones wait for seconds
+    request_queue_size = (
+        128  # a browser opens many connections at once; refused ones wait for seconds
+    )
+
 
 class Reader:
     "Opens pages and says what is wrong with them"
+
     def __init__(self, browser, folder):
         self.server = Server(('127.0.0.1', 0), functools.partial(Handler, directory=folder))
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.base = f'http://127.0.0.1:{self.server.server_port}/'
         self.page = browser.new_page()
-        self.page.set_default_timeout(120_000) # milliseconds: a busy machine is no fault of a page
+        self.page.set_default_timeout(120_000)  # milliseconds: a busy machine is no fault of a page
         self.page.route('**/*', self.guard)
-        self.page.on('console', lambda m: m.type in ('error', 'warning') and self.found.append(f'console: {m.text}'))
+        self.page.on(
+            'console',
+            lambda m: m.type in ('error', 'warning') and self.found.append(f'console: {m.text}'),
+        )
         self.page.on('pageerror', lambda e: self.found.append(f'script: {e}'))
-        self.page.on('response', lambda r: r.status >= 400 and self.found.append(f'{r.status}: {r.url}'))
+        self.page.on(
+            'response', lambda r: r.status >= 400 and self.found.append(f'{r.status}: {r.url}')
+        )
         self.found = []
 
     def guard(self, route):
         "Nothing from outside is fetched, and whatever tries is reported"
-        if route.request.url.startswith((self.base, 'data:')): return route.continue_()
+        if route.request.url.startswith((self.base, 'data:')):
+            return route.continue_()
         self.found.append(f'outside: {route.request.url}')
         route.abort()
 
     def open(self, path, width=1280):
         self.found.clear()
         self.page.set_viewport_size(dict(width=width, height=900))
-        self.page.goto(self.base+path, wait_until='load')
+        self.page.goto(self.base + path, wait_until='load')
         self.page.evaluate('window.MathJax?.startup?.promise.then(() => true)')
 
     def examine(self, name):
@@ -66,10 +109,16 @@ class Reader:
         wrong = self.found + seen['wrong']
         self.page.set_viewport_size(dict(width=390, height=844))
         wide = self.page.evaluate(WIDE)
-        return wrong + [f'wider than a phone: {w}' for w in wide], seen['links'], set(seen['ids']), seen['formulas']
+        return (
+            wrong + [f'wider than a phone: {w}' for w in wide],
+            seen['links'],
+            set(seen['ids']),
+            seen['formulas'],
+        )
+
 
 # raw TeX is looked for in what a reader sees, outside of code
-LOOK = r'''async () => {
+LOOK = r"""async () => {
   const wrong = [], pictures = [...document.images];
   for (const i of pictures) { i.loading = 'eager'; await i.decode().catch(() => {}); if (!i.naturalWidth) wrong.push('picture: ' + i.src); if (!i.alt) wrong.push('picture without words: ' + i.src); }
   for (const e of document.querySelectorAll('mjx-merror, [data-mjx-error]')) wrong.push('formula: ' + (e.getAttribute('data-mjx-error') || e.title || e.textContent));
@@ -79,119 +128,216 @@ LOOK = r'''async () => {
   for (let n; n = walk.nextNode();) { const t = n.textContent; if (/\$\$|\\\(|\\\[|\\(frac|sum|text|mathrm|operatorname|begin|left|sqrt|cdot|le|in)\b|\$[^$\s][^$]*\$|\{py:|^:::|\]\([^)]*\)/m.test(t)) wrong.push('raw markup: ' + t.trim().slice(0, 80)); }
   const links = [...document.querySelectorAll('a[href]')].map(a => a.href), ids = [...document.querySelectorAll('[id]')].map(e => e.id);
   return {wrong, links, ids, formulas: rendered};
-}'''
-WIDE = r'''async () => {
+}"""
+WIDE = r"""async () => {
   for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
   const most = document.documentElement.clientWidth, over = Math.max(...[document.documentElement, document.querySelector('.content')].map(e => e.scrollWidth - e.clientWidth)); // the theme hides what sticks out of the page and lets .content scroll
   if (over < 1 && innerWidth <= 390) return [];
   const who = [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > most + 1 && ![...e.children].some(c => c.getBoundingClientRect().right > most + 1));
   return [`${over} px: ` + who.slice(0, 2).map(e => e.outerHTML.slice(0, 80)).join(' | ')];
-}'''
+}"""
+
 
 @pytest.fixture(scope='module')
 def browser(needed):
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update'])
+        b = p.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                '--no-sandbox',
+                '--disable-gpu',
+                '--disable-background-networking',
+                '--disable-component-update',
+            ],
+        )
         yield b
         b.close()
 
+
 @pytest.fixture(scope='module')
-def reader(browser, site): return Reader(browser, site)
+def reader(browser, site):
+    return Reader(browser, site)
+
 
 @pytest.fixture(scope='module')
 def pages(reader, site):
     "Every page examined once"
     return {p.name: reader.examine(p.name) for p in sorted(site.glob('*.html'))}
 
+
 def test_every_chapter_has_a_page(pages):
-    chapters = [re.sub(r'^\d+[a-z]*_', '', p.stem) for p in (root/'nbs').glob('[0-9]*.ipynb')]
-    assert {f'{c}.html' for c in (*chapters, 'api', 'genindex', 'search', 'decisions', 'contributing')} <= set(pages)
-    assert sum(formulas for *_,formulas in pages.values()) > 500, 'are formulas rendered at all?'
+    chapters = [re.sub(r'^\d+[a-z]*_', '', p.stem) for p in (root / 'nbs').glob('[0-9]*.ipynb')]
+    assert {
+        f'{c}.html' for c in (*chapters, 'api', 'genindex', 'search', 'decisions', 'contributing')
+    } <= set(pages)
+    assert sum(formulas for *_, formulas in pages.values()) > 500, 'are formulas rendered at all?'
+
 
 def test_nothing_is_wrong_on_any_page(pages):
     "No error, nothing from outside, formulas rendered, pictures there, no sideways scroll at 390 px"
-    assert not (bad := {name: wrong for name,(wrong,*_) in pages.items() if wrong}), '\n'.join(f'{n}: {w}' for n,o in bad.items() for w in o)
+    assert not (bad := {name: wrong for name, (wrong, *_) in pages.items() if wrong}), '\n'.join(
+        f'{n}: {w}' for n, o in bad.items() for w in o
+    )
+
 
 def lost(pages, base, folder):
     "Links between pages that do not land, with the pages where they stand"
-    for name,(_,links,*_) in pages.items():
+    for name, (_, links, *_) in pages.items():
         for to in links:
-            if not to.startswith(base): continue
-            path,_,anchor = to[len(base):].partition('#')
-            path,anchor = path.partition('?')[0] or 'index.html',unquote(anchor)
-            if path.startswith('_images/') and (folder/path).is_file(): continue # a picture in full size
-            if path not in pages: yield f'{name}: {path} is no page'
-            elif anchor and anchor not in pages[path][2]: yield f'{name}: {path} has no #{anchor}'
+            if not to.startswith(base):
+                continue
+            path, _, anchor = to[len(base) :].partition('#')
+            path = path.partition('?')[0] or 'index.html'
+            anchor = unquote(anchor)
+            if path.startswith('_images/') and (folder / path).is_file():
+                continue  # a picture in full size
+            if path not in pages:
+                yield f'{name}: {path} is no page'
+            elif anchor and anchor not in pages[path][2]:
+                yield f'{name}: {path} has no #{anchor}'
+
 
 def test_every_link_lands(pages, reader, site):
-    assert sum(to.startswith(reader.base) for _,links,*_ in pages.values() for to in links) > 2000
+    assert sum(to.startswith(reader.base) for _, links, *_ in pages.values() for to in links) > 2000
     assert not (bad := sorted(set(lost(pages, reader.base, site)))), '\n'.join(bad)
+
 
 def test_other_projects_links_land(pages):
     "Where nbdev sends those who use our symbols, there is something"
-    symbols = runpy.run_path(root/'eva'/'_modidx.py')['d']['syms']
-    public = [(s, at) for m in symbols.values() for s,(at,_) in m.items() if not any(p.startswith('_') for p in s.split('.')[2:])]
-    there = [s for s,at in public if (p := pages.get(at.partition('#')[0])) and at.partition('#')[2] in p[2]]
-    assert len(public) > 300 and len(there) > .8*len(public), (len(there), len(public)) # methods that say nothing of themselves have no entry
+    symbols = runpy.run_path(root / 'eva' / '_modidx.py')['d']['syms']
+    public = [
+        (s, at)
+        for m in symbols.values()
+        for s, (at, _) in m.items()
+        if not any(p.startswith('_') for p in s.split('.')[2:])
+    ]
+    there = [
+        s
+        for s, at in public
+        if (p := pages.get(at.partition('#')[0])) and at.partition('#')[2] in p[2]
+    ]
+    assert len(public) > 300 and len(there) > 0.8 * len(public), (
+        len(there),
+        len(public),
+    )  # methods that say nothing of themselves have no entry
 
-@pytest.mark.parametrize('word,page', [('absorbed', 'mla.html'),             # prose and code
-                                       ('quantisation', 'fp8.html'),         # prose
-                                       ('itertools', 'placement.html'),      # code that is no symbol of ours
-                                       ('LatentCache', 'cache.html'),        # a symbol
-                                       ('eva.moe.Gate', 'moe.html')])        # and its full name
+
+@pytest.mark.parametrize(
+    'word,page',
+    [
+        ('absorbed', 'mla.html'),  # prose and code
+        ('quantisation', 'fp8.html'),  # prose
+        ('itertools', 'placement.html'),  # code that is no symbol of ours
+        ('LatentCache', 'cache.html'),  # a symbol
+        ('eva.moe.Gate', 'moe.html'),
+    ],
+)  # and its full name
 def test_search_finds(reader, word, page):
     reader.open('index.html')
     reader.page.fill('input.sidebar-search', word)
     reader.page.press('input.sidebar-search', 'Enter')
-    reader.page.wait_for_function("document.querySelector('#search-results .search-summary')?.textContent.match(/found|did not match/)")
+    reader.page.wait_for_function(
+        "document.querySelector('#search-results "
+        ".search-summary')?.textContent.match(/found|did not match/)"
+    )
     hits = reader.page.eval_on_selector_all('#search-results li a', 'all => all.map(a => a.href)')
     assert any(page in h for h in hits), (word, hits)
     assert not reader.found
 
+
 def test_search_does_not_find_what_is_not_there(reader):
     reader.open('search.html?q=zygodactyl')
-    reader.page.wait_for_function("document.querySelector('#search-results .search-summary')?.textContent.match(/found|did not match/)")
+    reader.page.wait_for_function(
+        "document.querySelector('#search-results "
+        ".search-summary')?.textContent.match(/found|did not match/)"
+    )
     assert not reader.page.query_selector_all('#search-results li a')
+
 
 def test_a_reader_finds_the_way(reader):
     "Parts in the sidebar, next and previous, light and dark, the menu on a phone"
     reader.open('mla.html')
-    parts = reader.page.eval_on_selector_all('.sidebar-tree .caption-text', 'all => all.map(e => e.textContent)')
-    assert parts == ['1 Foundations', '2 Attention', '3 Experts', '4 Eight bits', '5 The whole model', '6 Production', 'The project']
-    assert 'rivals.html' in reader.page.get_attribute('a.next-page', 'href') and 'cache.html' in reader.page.get_attribute('a.prev-page', 'href')
-    paper = lambda: reader.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    card = lambda: reader.page.evaluate("getComputedStyle(document.querySelector('img.picture')).backgroundColor")
-    reader.page.emulate_media(color_scheme='light'); light = paper()
+    parts = reader.page.eval_on_selector_all(
+        '.sidebar-tree .caption-text', 'all => all.map(e => e.textContent)'
+    )
+    assert parts == [
+        '1 Foundations',
+        '2 Attention',
+        '3 Experts',
+        '4 Eight bits',
+        '5 The whole model',
+        '6 Production',
+        'The project',
+    ]
+    assert 'rivals.html' in reader.page.get_attribute(
+        'a.next-page', 'href'
+    ) and 'cache.html' in reader.page.get_attribute('a.prev-page', 'href')
+
+    def paper():
+        return reader.page.evaluate('getComputedStyle(document.body).backgroundColor')
+
+    def card():
+        return reader.page.evaluate(
+            "getComputedStyle(document.querySelector('img.picture')).backgroundColor"
+        )
+
+    reader.page.emulate_media(color_scheme='light')
+    light = paper()
     reader.page.emulate_media(color_scheme='dark')
-    assert light == 'rgb(255, 255, 255)' != paper() and card() == light # pictures have dark lines: they keep a light card
+    assert (
+        light == 'rgb(255, 255, 255)' != paper() and card() == light
+    )  # pictures have dark lines: they keep a light card
     reader.page.emulate_media(color_scheme='light')
     reader.open('mla.html', width=390)
     menu = reader.page.locator('.sidebar-drawer')
     assert menu.bounding_box()['x'] < 0
     reader.page.locator('label.nav-overlay-icon').click()
-    reader.page.wait_for_function("document.querySelector('.sidebar-drawer').getBoundingClientRect().x >= 0")
+    reader.page.wait_for_function(
+        "document.querySelector('.sidebar-drawer').getBoundingClientRect().x >= 0"
+    )
+
 
 def test_parameters_are_tables(reader):
     reader.open('fp8.html')
-    rows = reader.page.evaluate("[...document.getElementById('eva.fp8.quantize').closest('dl').querySelectorAll('table.parameters tr')].map(r => [...r.cells].map(c => c.textContent.trim()))")
-    assert rows[0] == ['name', 'type', 'default', 'what it is'] and rows[1][0] == 'x' and rows[1][1] == 'Tensor' and rows[-1][0] == 'gives' and all(r[3] for r in rows)
+    rows = reader.page.evaluate(
+        "[...document.getElementById('eva.fp8.quantize').closest('dl').querySelectorAll('table.parameters "
+        "tr')].map(r => [...r.cells].map(c => c.textContent.trim()))"
+    )
+    assert (
+        rows[0] == ['name', 'type', 'default', 'what it is']
+        and rows[1][0] == 'x'
+        and rows[1][1] == 'Tensor'
+        and rows[-1][0] == 'gives'
+        and all(r[3] for r in rows)
+    )
+
 
 BUGS = {
-    'console': '<script>throw new Error("planted")</script>', 'outside': '<img alt="a" src="https://example.com/a.png">',
-    'picture: ': '<img alt="a" src="nowhere.png">', 'picture without words': '<img src="favicon.svg">',
-    'raw formula': '<span class="math">x</span>', 'raw markup': r'<p>so $x_t$ is \frac{1}{2}</p>',
+    'console': '<script>throw new Error("planted")</script>',
+    'outside': '<img alt="a" src="https://example.com/a.png">',
+    'picture: ': '<img alt="a" src="nowhere.png">',
+    'picture without words': '<img src="favicon.svg">',
+    'raw formula': '<span class="math">x</span>',
+    'raw markup': r'<p>so $x_t$ is \frac{1}{2}</p>',
     'formula: ': r'<div class="math notranslate nohighlight">\[\frac{1}{\]</div>',
     'wider than a phone': '<p style="width:600px">wide</p>',
-    'no page': '<a href="gone.html">gone</a>', 'has no #': '<a href="mla.html#gone">gone</a>',
+    'no page': '<a href="gone.html">gone</a>',
+    'has no #': '<a href="mla.html#gone">gone</a>',
 }
+
+
 @pytest.mark.parametrize('kind', BUGS)
 def test_the_examination_bites(kind, browser, site, pages, tmp_path):
     "A page with one bug in it, each of another kind"
-    for p in ('_static', '_images', 'mla.html'): (tmp_path/p).symlink_to(site/p)
-    (tmp_path/'favicon.svg').write_bytes((root/'docs'/'favicon.svg').read_bytes())
-    whole = (site/'mla.html').read_text(encoding='utf-8')
-    (tmp_path/'planted.html').write_text(re.sub(r'(<article[^>]*>)', lambda m: m[1]+BUGS[kind], whole, count=1), encoding='utf-8')
+    for p in ('_static', '_images', 'mla.html'):
+        (tmp_path / p).symlink_to(site / p)
+    (tmp_path / 'favicon.svg').write_bytes((root / 'docs' / 'favicon.svg').read_bytes())
+    whole = (site / 'mla.html').read_text(encoding='utf-8')
+    (tmp_path / 'planted.html').write_text(
+        re.sub(r'(<article[^>]*>)', lambda m: m[1] + BUGS[kind], whole, count=1), encoding='utf-8'
+    )
     r = Reader(browser, tmp_path)
     wrong, links, ids, n = r.examine('planted.html')
     r.page.close()

@@ -1,82 +1,183 @@
 "A run that is killed, starved of disk or handed damaged files ends with the same bits, or says why not in one sentence"
-import errno, json, math, os, random, resource, signal, subprocess, sys, time
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
 from pathlib import Path
-import numpy as np
-import pytest, torch
-from safetensors.torch import load_file, save_file
-from eva.checkpoints import checkpoints, load_checkpoint, newest, save_checkpoint
+
+import pytest
+import torch
+
+from eva.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from eva.cli import eva_train
 from eva.config import Config
 from eva.data import Document, TokenStream, train_tokenizer, write_tokens
 from eva.model import DeepSeekV3
-from eva.train import Diverged, TrainConfig, Trainer, read_metrics
+from eva.train import TrainConfig, Trainer, read_metrics
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='signals and limits of POSIX')
-TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, moe_intermediate_size=8, n_routed_experts=4,
-            q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4)
+TINY = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=16,
+    moe_intermediate_size=8,
+    n_routed_experts=4,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+)
+
 
 @pytest.fixture(scope='module')
 def streams(tmp_path_factory):
-    root, text = tmp_path_factory.mktemp('streams'), 'for i in range(10):\n    print(i, i*i)\n'*40
+    root = tmp_path_factory.mktemp('streams')
+    text = 'for i in range(10):\n    print(i, i*i)\n' * 40
     tok = train_tokenizer([text], 270)
-    for n, t in (('train', text*3), ('held', text[:900])): write_tokens(root/f'{n}.npy', [Document(n, t)], tok)
+    for n, t in (('train', text * 3), ('held', text[:900])):
+        write_tokens(root / f'{n}.npy', [Document(n, t)], tok)
     return root, tok.get_vocab_size()
+
 
 def trainer(streams, out, **kw):
     root, vocab = streams
     torch.manual_seed(0)
-    c = TrainConfig(**dict(dict(steps=40, batch_size=2, micro_batch=2, seq_len=16, eval_every=10, save_every=2, lr=3e-3), **kw))
-    return Trainer(DeepSeekV3(Config.preset('mini', vocab_size=vocab, **TINY)), TokenStream(root/'train.npy'), TokenStream(root/'held.npy'), c, out)
+    c = TrainConfig(
+        **dict(
+            dict(
+                steps=40,
+                batch_size=2,
+                micro_batch=2,
+                seq_len=16,
+                eval_every=10,
+                save_every=2,
+                lr=3e-3,
+            ),
+            **kw,
+        )
+    )
+    return Trainer(
+        DeepSeekV3(Config.preset('mini', vocab_size=vocab, **TINY)),
+        TokenStream(root / 'train.npy'),
+        TokenStream(root / 'held.npy'),
+        c,
+        out,
+    )
 
-def weights(t): return {**{k: v.clone() for k, v in t.opt.state_dict().items()}, **{k: v.clone() for k, v in t.model.named_buffers()}}
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-def losses(t): return [(r['step'], r['loss'], r['grad_norm'], r['expert_load']) for r in read_metrics(t.out/'metrics.jsonl')]
 
-def names(folder): return sorted(p.name for p in folder.iterdir() if not p.name.startswith('.eva-')) # but for the lock and the list of what is ours
+def weights(t):
+    return {
+        **{k: v.clone() for k, v in t.opt.state_dict().items()},
+        **{k: v.clone() for k, v in t.model.named_buffers()},
+    }
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def losses(t):
+    return [
+        (r['step'], r['loss'], r['grad_norm'], r['expert_load'])
+        for r in read_metrics(t.out / 'metrics.jsonl')
+    ]
+
+
+def names(folder):
+    return sorted(
+        p.name for p in folder.iterdir() if not p.name.startswith('.eva-')
+    )  # but for the lock and the list of what is ours
+
 
 def in_child(work):
     "Fork, so that nothing has to be imported again; the child's outcome is its exit code"
     pid = os.fork()
-    if pid: return pid
-    torch.set_num_threads(1) # threads do not survive a fork
-    try: work(); os._exit(0)
-    except BaseException: import traceback; traceback.print_exc(); os._exit(1)
+    if pid:
+        return pid
+    torch.set_num_threads(1)  # threads do not survive a fork
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
 
 def finishes(work):
     "Exit code of a child"
     return os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1])
 
+
 def killed_often(streams, out, steps, least, precision='fp32'):
     "Kill a run at random moments until it comes to its end in spite of it; kills, and kills in the middle of a save"
-    rng, kills, mid_save, idle, longest = random.Random(0), 0, 0, 0, .3
+    rng = random.Random(0)
+    kills = 0
+    mid_save = 0
+    idle = 0
+    longest = 0.3
+
     def work():
         t = trainer(streams, out, steps=steps, precision=precision)
-        t.resume(); t.fit()
-    def at(): return max([int(p.name[5:]) for p in checkpoints(out/'checkpoints')], default=0)
+        t.resume()
+        t.fit()
+
+    def at():
+        return max([int(p.name[5:]) for p in checkpoints(out / 'checkpoints')], default=0)
+
     while True:
-        before, pid, end = at(), in_child(work), time.monotonic()+rng.uniform(0, longest)
-        while time.monotonic() < end and (done := os.waitpid(pid, os.WNOHANG))[0] == 0: time.sleep(.0005)
-        if done[0] == pid: assert os.waitstatus_to_exitcode(done[1]) == 0; return kills, mid_save
-        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        before = at()
+        pid = in_child(work)
+        end = time.monotonic() + rng.uniform(0, longest)
+        while time.monotonic() < end and (done := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            time.sleep(0.0005)
+        if done[0] == pid:
+            assert os.waitstatus_to_exitcode(done[1]) == 0
+            return kills, mid_save
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
         kills += 1
-        mid_save += any((out/'checkpoints').glob('.step-*')) if (out/'checkpoints').exists() else 0
-        idle = 0 if at() > before else idle+1
-        longest *= 1.1 if idle > 3 else .9 if at()-before > steps/(2*least) else 1. # often enough, on a slow machine too
+        mid_save += (
+            any((out / 'checkpoints').glob('.step-*')) if (out / 'checkpoints').exists() else 0
+        )
+        idle = 0 if at() > before else idle + 1
+        longest *= (
+            1.1 if idle > 3 else 0.9 if at() - before > steps / (2 * least) else 1.0
+        )  # often enough, on a slow machine too
+
 
 def straight_and_killed(streams, tmp_path, steps, least, **kw):
-    straight = trainer(streams, tmp_path/'straight', steps=steps, **kw)
+    straight = trainer(streams, tmp_path / 'straight', steps=steps, **kw)
     assert finishes(straight.fit) == 0
-    kills, mid_save = killed_often(streams, tmp_path/'killed', steps, least, **kw)
-    a, b = (trainer(streams, tmp_path/o, steps=steps, **kw) for o in ('straight', 'killed'))
-    for t in (a, b): assert t.resume().startswith(f'finished: all {steps} steps')
-    assert same(weights(a), weights(b)) and losses(a) == losses(b) and [s for s, *_ in losses(b)] == list(range(1, steps+1))
-    assert not any((tmp_path/'killed'/'checkpoints').glob('.step-*')) and len(checkpoints(tmp_path/'killed'/'checkpoints')) == 2
+    kills, mid_save = killed_often(streams, tmp_path / 'killed', steps, least, **kw)
+    a, b = (trainer(streams, tmp_path / o, steps=steps, **kw) for o in ('straight', 'killed'))
+    for t in (a, b):
+        assert t.resume().startswith(f'finished: all {steps} steps')
+    assert (
+        same(weights(a), weights(b))
+        and losses(a) == losses(b)
+        and [s for s, *_ in losses(b)] == list(range(1, steps + 1))
+    )
+    assert (
+        not any((tmp_path / 'killed' / 'checkpoints').glob('.step-*'))
+        and len(checkpoints(tmp_path / 'killed' / 'checkpoints')) == 2
+    )
     print(f'{kills} kills, {mid_save} of them in the middle of a save')
     return kills, mid_save
+
 
 def test_killed_several_times(streams, tmp_path):
     kills, _ = straight_and_killed(streams, tmp_path, 60, 8)
     assert kills >= 4
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp8'])
@@ -84,164 +185,290 @@ def test_killed_a_hundred_times(streams, tmp_path, precision):
     kills, mid_save = straight_and_killed(streams, tmp_path, 900, 130, precision=precision)
     assert kills >= 100 and mid_save >= 5
 
+
 CALLS = [(os, o) for o in ('fsync', 'replace', 'mkdir', 'unlink', 'rmdir')]
+
 
 def test_killed_between_any_two_calls(streams, tmp_path, every=6):
     "The process dies before its i-th call that flushes or renames, for every i"
+
     def work(out, i=None):
         count = [0]
+
         def counted(call):
             def f(*args, **kw):
                 count[0] += 1
-                if count[0] == i: os.kill(os.getpid(), signal.SIGKILL)
+                if count[0] == i:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 return call(*args, **kw)
+
             return f
-        for m, o in CALLS: setattr(m, o, counted(getattr(m, o)))
+
+        for m, o in CALLS:
+            setattr(m, o, counted(getattr(m, o)))
         t = trainer(streams, out, steps=6)
-        t.resume(); t.fit()
-        if i is None: (out/'calls').write_text(str(count[0]))
-    assert finishes(lambda: work(tmp_path/'straight')) == 0
-    n, want = int((tmp_path/'straight'/'calls').read_text()), trainer(streams, tmp_path/'straight', steps=6)
+        t.resume()
+        t.fit()
+        if i is None:
+            (out / 'calls').write_text(str(count[0]))
+
+    assert finishes(lambda: work(tmp_path / 'straight')) == 0
+    n = int((tmp_path / 'straight' / 'calls').read_text())
+    want = trainer(streams, tmp_path / 'straight', steps=6)
     want.resume()
     assert n > 40
-    for i in range(1, n+1, every):
-        out = tmp_path/f'{i}'
+    for i in range(1, n + 1, every):
+        out = tmp_path / f'{i}'
         assert finishes(lambda: work(out, i)) == -signal.SIGKILL, i
         assert finishes(lambda: work(out)) == 0, i
         t = trainer(streams, out, steps=6)
-        assert t.resume().startswith('finished') and same(weights(t), weights(want)) and losses(t) == losses(want), i
+        assert (
+            t.resume().startswith('finished')
+            and same(weights(t), weights(want))
+            and losses(t) == losses(want)
+        ), i
+
 
 @pytest.mark.slow
-def test_killed_between_all_calls(streams, tmp_path): test_killed_between_any_two_calls(streams, tmp_path, 1)
+def test_killed_between_all_calls(streams, tmp_path):
+    test_killed_between_any_two_calls(streams, tmp_path, 1)
+
 
 def begun(streams, out):
     "A run of 40 steps that was stopped after 6, with checkpoints of steps 4 and 6, and the run that was not stopped"
+
     def half():
         t = trainer(streams, out)
         t.fit(lambda row: setattr(t, 'stop', 'SIGINT') if row['step'] == 6 else None)
+
     assert finishes(half) == 0 and finishes(trainer(streams, out.with_name('straight')).fit) == 0
-    want = trainer(streams, out.with_name('straight')); want.resume()
+    want = trainer(streams, out.with_name('straight'))
+    want.resume()
     return want
 
+
 def ends_alike(streams, out, want):
-    def work(): t = trainer(streams, out); t.resume(); t.fit()
+    def work():
+        t = trainer(streams, out)
+        t.resume()
+        t.fit()
+
     assert finishes(work) == 0
-    t = trainer(streams, out); t.resume()
+    t = trainer(streams, out)
+    t.resume()
     return same(weights(t), weights(want)) and losses(t) == losses(want)
+
 
 def test_disk_full(streams, tmp_path):
     "A limit on the size of files stands for a full disk: the save fails in one sentence, what was there stays, and later it goes on"
-    want, out = begun(streams, tmp_path/'run'), tmp_path/'run'
+    want = begun(streams, tmp_path / 'run')
+    out = tmp_path / 'run'
+
     def work():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)) # a checkpoint has more
-        t = trainer(streams, out); t.resume()
-        try: t.fit()
-        except OSError as e: assert 'step-000008: could not be written' in str(e) and 'what was saved before is untouched' in str(e), e
-        else: raise AssertionError('nothing was refused')
-    assert max(p.stat().st_size for p in (out/'checkpoints').rglob('*')) > 20_000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a checkpoint has more
+        t = trainer(streams, out)
+        t.resume()
+        try:
+            t.fit()
+        except OSError as e:
+            assert 'step-000008: could not be written' in str(
+                e
+            ) and 'what was saved before is untouched' in str(e), e
+        else:
+            raise AssertionError('nothing was refused')
+
+    assert max(p.stat().st_size for p in (out / 'checkpoints').rglob('*')) > 20_000
     assert finishes(work) == 0
-    assert names(out/'checkpoints') == ['step-000004', 'step-000006'] # nothing half-written is left
+    assert names(out / 'checkpoints') == [
+        'step-000004',
+        'step-000006',
+    ]  # nothing half-written is left
     assert ends_alike(streams, out, want)
+
 
 @pytest.mark.parametrize('what', ['state.json', 'tensors', 'fsync', 'rename'])
 def test_disk_full_at_each_file(streams, tmp_path, monkeypatch, what):
-    full = lambda *args, **kw: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    save_checkpoint(tmp_path/'step-000001', dict(x=torch.ones(3)), {})
-    if what == 'state.json': monkeypatch.setattr(Path, 'write_text', full)
-    if what == 'tensors': monkeypatch.setattr('eva.checkpoints.save_file', full)
-    if what == 'fsync': monkeypatch.setattr(os, 'fsync', full)
-    if what == 'rename': monkeypatch.setattr(os, 'replace', full)
-    with pytest.raises(OSError, match='step-000002: could not be written.*No space left'): save_checkpoint(tmp_path/'step-000002', dict(x=torch.ones(3)), {})
+    def full(*args, **kw):
+        return (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+    save_checkpoint(tmp_path / 'step-000001', dict(x=torch.ones(3)), {})
+    if what == 'state.json':
+        monkeypatch.setattr(Path, 'write_text', full)
+    if what == 'tensors':
+        monkeypatch.setattr('eva.checkpoints.save_file', full)
+    if what == 'fsync':
+        monkeypatch.setattr(os, 'fsync', full)
+    if what == 'rename':
+        monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(OSError, match='step-000002: could not be written.*No space left'):
+        save_checkpoint(tmp_path / 'step-000002', dict(x=torch.ones(3)), {})
     assert names(tmp_path) == ['step-000001']
 
+
 def test_folder_that_cannot_be_written(streams, tmp_path):
-    want, out = begun(streams, tmp_path/'run'), tmp_path/'run'
-    os.chmod(out/'checkpoints', 0o555)
+    want = begun(streams, tmp_path / 'run')
+    out = tmp_path / 'run'
+    os.chmod(out / 'checkpoints', 0o555)
+
     def work():
-        t = trainer(streams, out); t.resume()
-        if os.geteuid() == 0: # root may write anywhere: go on as nobody, from inside, where the folders above do not matter
-            for p in (out, out/'metrics.jsonl'): os.chown(p, 65534, 65534)
-            os.chdir(out); t.out = Path('.')
-            os.setgroups([]); os.setgid(65534); os.setuid(65534)
-        try: t.fit()
-        except OSError as e: assert 'step-000008: could not be written (' in str(e) and 'give write access, then resume' in str(e), e
-        else: raise AssertionError('nothing was refused')
+        t = trainer(streams, out)
+        t.resume()
+        # root may write anywhere: go on as nobody, from inside, where the folders above do not
+        # matter
+        if os.geteuid() == 0:
+            for p in (out, out / 'metrics.jsonl'):
+                os.chown(p, 65534, 65534)
+            os.chdir(out)
+            t.out = Path('.')
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        try:
+            t.fit()
+        except OSError as e:
+            assert 'step-000008: could not be written (' in str(
+                e
+            ) and 'give write access, then resume' in str(e), e
+        else:
+            raise AssertionError('nothing was refused')
+
     assert finishes(work) == 0
-    os.chmod(out/'checkpoints', 0o755)
+    os.chmod(out / 'checkpoints', 0o755)
     assert ends_alike(streams, out, want)
+
 
 def damage(path, kind, rng):
     raw = bytearray(path.read_bytes())
-    if kind == 'cut': del raw[rng.randrange(len(raw)):]
-    if kind == 'flipped': raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
-    if kind == 'zeroed': i = rng.randrange(len(raw)); raw[i:i+512] = bytes(len(raw[i:i+512])); raw[-1] ^= 1 # a block that never reached the disk
-    if kind == 'empty': raw = b''
+    if kind == 'cut':
+        del raw[rng.randrange(len(raw)) :]
+    if kind == 'flipped':
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    if kind == 'zeroed':
+        i = rng.randrange(len(raw))
+        raw[i : i + 512] = bytes(len(raw[i : i + 512]))
+        raw[-1] ^= 1  # a block that never reached the disk
+    if kind == 'empty':
+        raw = b''
     path.unlink() if kind == 'gone' else path.write_bytes(raw)
+
 
 @pytest.mark.parametrize('file', ['tensors.safetensors', 'state.json'])
 @pytest.mark.parametrize('kind', ['cut', 'flipped', 'zeroed', 'empty', 'gone'])
 def test_damaged_checkpoint(streams, tmp_path, file, kind):
     "The one before is used, and both are said"
-    out = tmp_path/'run'
-    t = trainer(streams, out, steps=6); t.fit()
+    out = tmp_path / 'run'
+    t = trainer(streams, out, steps=6)
+    t.fit()
     kept = weights(t)
-    damage(out/'checkpoints'/'step-000006'/file, kind, random.Random(1))
+    damage(out / 'checkpoints' / 'step-000006' / file, kind, random.Random(1))
     again = trainer(streams, out, steps=6)
     said = again.resume()
-    assert 'step-000006: no complete checkpoint (' in said and said.endswith('going on from step 4 of 6') and said.count('\n') == 0
+    assert (
+        'step-000006: no complete checkpoint (' in said
+        and said.endswith('going on from step 4 of 6')
+        and said.count('\n') == 0
+    )
     again.fit()
     assert same(weights(again), kept)
-    for p in checkpoints(out/'checkpoints'): damage(p/file, kind, random.Random(2))
+    for p in checkpoints(out / 'checkpoints'):
+        damage(p / file, kind, random.Random(2))
     said = trainer(streams, out, steps=6).resume()
-    assert said.count('no complete checkpoint') == 2 and said.endswith(f'nothing to resume from in {out}: starting at the beginning')
+    assert said.count('no complete checkpoint') == 2 and said.endswith(
+        f'nothing to resume from in {out}: starting at the beginning'
+    )
+
 
 def test_every_flipped_bit_is_found(tmp_path):
     torch.manual_seed(0)
-    save_checkpoint(tmp_path/'step-000001', dict(x=torch.randn(20), y=torch.arange(5)), dict(step=1, seconds=.1, name='x'))
+    save_checkpoint(
+        tmp_path / 'step-000001',
+        dict(x=torch.randn(20), y=torch.arange(5)),
+        dict(step=1, seconds=0.1, name='x'),
+    )
     for file in ('tensors.safetensors', 'state.json'):
-        path = tmp_path/'step-000001'/file
+        path = tmp_path / 'step-000001' / file
         raw = path.read_bytes()
-        for bit in range(8*len(raw)):
-            path.write_bytes(raw[:bit//8] + bytes([raw[bit//8] ^ 1 << bit%8]) + raw[bit//8+1:])
-            with pytest.raises(ValueError, match='no complete checkpoint'): load_checkpoint(tmp_path/'step-000001')
+        for bit in range(8 * len(raw)):
+            path.write_bytes(
+                raw[: bit // 8] + bytes([raw[bit // 8] ^ 1 << bit % 8]) + raw[bit // 8 + 1 :]
+            )
+            with pytest.raises(ValueError, match='no complete checkpoint'):
+                load_checkpoint(tmp_path / 'step-000001')
         path.write_bytes(raw)
-    assert load_checkpoint(tmp_path/'step-000001')[1] == dict(step=1, seconds=.1, name='x', sha256=load_checkpoint(tmp_path/'step-000001')[1]['sha256'])
+    assert load_checkpoint(tmp_path / 'step-000001')[1] == dict(
+        step=1, seconds=0.1, name='x', sha256=load_checkpoint(tmp_path / 'step-000001')[1]['sha256']
+    )
+
 
 def test_terminated(streams, tmp_path):
     "SIGTERM: the step is finished and saved, and the end is the same"
-    want, out = begun(streams, tmp_path/'run'), tmp_path/'run'
+    want = begun(streams, tmp_path / 'run')
+    out = tmp_path / 'run'
+
     def work():
-        t = trainer(streams, out); t.resume()
+        t = trainer(streams, out)
+        t.resume()
         t.fit(lambda row: os.kill(os.getpid(), signal.SIGTERM) if row['step'] == 17 else None)
-        assert (t.step, t.stop, checkpoints(out/'checkpoints')[-1].name) == (17, 'SIGTERM', 'step-000017')
+        assert (t.step, t.stop, checkpoints(out / 'checkpoints')[-1].name) == (
+            17,
+            'SIGTERM',
+            'step-000017',
+        )
+
     assert finishes(work) == 0
     assert ends_alike(streams, out, want)
 
+
 def test_changed_run_is_refused_with_the_difference(streams, tmp_path):
-    out = tmp_path/'run'
-    t = trainer(streams, out, steps=4); t.fit()
-    with pytest.raises(ValueError, match='step-000004: was written by a run with other settings, steps=4 and not 6, lr=0.003 and not 0.004; resume with those'): trainer(streams, out, steps=6, lr=.004).resume()
+    out = tmp_path / 'run'
+    t = trainer(streams, out, steps=4)
+    t.fit()
+    with pytest.raises(
+        ValueError,
+        match=(
+            'step-000004: was written by a run with other settings, '
+            'steps=4 and not 6, lr=0.003 and not 0.004; resume with those'
+        ),
+    ):
+        trainer(streams, out, steps=6, lr=0.004).resume()
     root, vocab = streams
     other = trainer(streams, out, steps=4)
-    other.train = TokenStream(root/'held.npy')
-    with pytest.raises(ValueError, match=r'other settings, tokens=\d+ and not \d+'): other.resume()
-    wider = Trainer(DeepSeekV3(Config.preset('mini', vocab_size=vocab, **TINY | dict(hidden_size=32))), t.train, t.held_out, t.cfg, out)
-    with pytest.raises(ValueError, match='hidden_size=16 and not 32'): wider.resume()
-    assert len(checkpoints(out/'checkpoints')) == 2 # none was set aside
+    other.train = TokenStream(root / 'held.npy')
+    with pytest.raises(ValueError, match=r'other settings, tokens=\d+ and not \d+'):
+        other.resume()
+    wider = Trainer(
+        DeepSeekV3(Config.preset('mini', vocab_size=vocab, **TINY | dict(hidden_size=32))),
+        t.train,
+        t.held_out,
+        t.cfg,
+        out,
+    )
+    with pytest.raises(ValueError, match='hidden_size=16 and not 32'):
+        wider.resume()
+    assert len(checkpoints(out / 'checkpoints')) == 2  # none was set aside
+
 
 def test_random_states_go_on(streams, tmp_path):
     "Whoever draws numbers while training draws the same ones after resuming"
+
     def run(out, until=None):
-        t = trainer(streams, out, steps=8); t.resume(); drawn = []
+        t = trainer(streams, out, steps=8)
+        t.resume()
+        drawn = []
+
         def watch(row):
             drawn.append(torch.rand(()).item())
-            if row['step'] == until: t.stop = 'SIGINT'
+            if row['step'] == until:
+                t.stop = 'SIGINT'
+
         t.fit(watch)
         return drawn
-    whole = run(tmp_path/'whole')
-    first = run(tmp_path/'parts', 5); torch.manual_seed(77)
-    assert first + run(tmp_path/'parts') == whole
+
+    whole = run(tmp_path / 'whole')
+    first = run(tmp_path / 'parts', 5)
+    torch.manual_seed(77)
+    assert first + run(tmp_path / 'parts') == whole
 
 
 # eva_train itself, killed at any moment, with files of a user's in its folder
@@ -269,7 +496,22 @@ OTHERS = {  # paths, and what is made there
     'tokens/link': lambda path: path.symlink_to('../notes.txt'),
     'tokens/pipe': os.mkfifo,
 }
-RUN = '--steps 6 --seq_len 16 --batch_size 2 --save_every 1 --precision fp32 --device cpu --seed 1'.split()
+RUN = [
+    '--steps',
+    '6',
+    '--seq_len',
+    '16',
+    '--batch_size',
+    '2',
+    '--save_every',
+    '1',
+    '--precision',
+    'fp32',
+    '--device',
+    'cpu',
+    '--seed',
+    '1',
+]
 SOURCES = {  # what is read decides what is written before run.json
     'text': ['--data', 'text', '--vocab_size', '300'],
     'lines': ['--data', 'lines.jsonl', '--vocab_size', '300', '--fim', '0.5'],
@@ -280,9 +522,6 @@ SOURCES = {  # what is read decides what is written before run.json
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
     "Data to train on, the smallest model there is, and everything imported that a child will need"
-    import matplotlib.pyplot
-
-    import eva.report, eva.talk
 
     preset = Config.preset
     monkeypatch.setattr(Config, 'preset', lambda name, **kw: preset(name, **TINY | kw))
@@ -292,7 +531,9 @@ def sources(tmp_path, monkeypatch):
     texts = [f'def f{i}(x):\n    return x + {i}\n' * 12 for i in range(30)]
     for i, text in enumerate(texts):
         (tmp_path / 'text' / f'{i}.py').write_text(text)
-    (tmp_path / 'lines.jsonl').write_text(''.join(json.dumps(dict(text=text)) + '\n' for text in texts * 8))
+    (tmp_path / 'lines.jsonl').write_text(
+        ''.join(json.dumps(dict(text=text)) + '\n' for text in texts * 8)
+    )
 
 
 def train_in_child(*argv, err='err.txt', before=lambda: None):
@@ -302,7 +543,8 @@ def train_in_child(*argv, err='err.txt', before=lambda: None):
         with open(err, 'w') as f, open(os.devnull, 'w') as shown:
             os.dup2(f.fileno(), 2)
             os.dup2(shown.fileno(), 1)
-            sys.stderr, sys.stdout = f, shown  # pytest's own, where it captures, lead elsewhere
+            sys.stderr = f
+            sys.stdout = shown  # pytest's own, where it captures, lead elsewhere
             before()
             code = eva_train([str(o) for o in argv])
             f.flush()
@@ -333,21 +575,28 @@ def about(path):
     "What must not change"
     if not os.path.lexists(path):
         return 'gone'
-    content = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+    content = (
+        os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+    )
     state = os.lstat(path)
     return state.st_mode, state.st_ino, state.st_mtime_ns, state.st_size, content
 
 
 def killed_among_files(run, straight, seconds, kills, rng):
     "Kill eva_train at random moments and put files beside what it left, until it comes to its end"
-    mine, refused, when = {}, [], []
+    mine = {}
+    refused = []
+    when = []
     names = [*USERS, *OTHERS]
     for name in ('notes.txt', 'pipe', 'checkpoints/notes.txt', 'data/deep/a.npy'):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         mine |= put(run, name)
     while True:
-        pid, end = train_in_child('--out', run, *RUN, *SOURCES['text'], '--resume'), time.monotonic() + rng.uniform(0, seconds)
-        while (done := os.waitpid(pid, os.WNOHANG))[0] == 0 and (kills <= 0 or time.monotonic() < end):
+        pid = train_in_child('--out', run, *RUN, *SOURCES['text'], '--resume')
+        end = time.monotonic() + rng.uniform(0, seconds)
+        while (done := os.waitpid(pid, os.WNOHANG))[0] == 0 and (
+            kills <= 0 or time.monotonic() < end
+        ):
             time.sleep(0.001)
         if done[0] == 0:
             os.kill(pid, signal.SIGKILL)
@@ -360,7 +609,14 @@ def killed_among_files(run, straight, seconds, kills, rng):
         if done[0] == pid:  # refused, for something that lies where the run wants to write
             said = Path('err.txt').read_text()
             assert os.waitstatus_to_exitcode(done[1]) == 2 and said.count('\n') == 1, said
-            name = next((n for n in mine if f'{run}/{n}' in said or '/' in n and f'{run}/{Path(n).parent}' in said), None)
+            name = next(
+                (
+                    n
+                    for n in mine
+                    if f'{run}/{n}' in said or '/' in n and f'{run}/{Path(n).parent}' in said
+                ),
+                None,
+            )
             assert name, said
             refused.append(name)
             inside = [n for n in mine if n.split('/')[0] == name.split('/')[0]]
@@ -372,7 +628,13 @@ def killed_among_files(run, straight, seconds, kills, rng):
                         break
                     above.rmdir()
             continue
-        when.append('before' if not (run / 'run.json').exists() else 'after' if (run / 'report.png').exists() else 'while')
+        when.append(
+            'before'
+            if not (run / 'run.json').exists()
+            else 'after'
+            if (run / 'report.png').exists()
+            else 'while'
+        )
         for name in names if kills <= 0 else rng.sample(names, 3):
             mine |= put(run, name)
 
@@ -380,16 +642,29 @@ def killed_among_files(run, straight, seconds, kills, rng):
 def files_and_kills(tmp_path, kills):
     "Spend a number of kills on as many runs as it takes"
     start = time.monotonic()
-    assert exit_code(train_in_child('--out', 'straight', *RUN, *SOURCES['text'])) == 0, Path('err.txt').read_text()
-    seconds, straight = time.monotonic() - start, Path('straight/model.safetensors').read_bytes()
-    rng, files, refused, when = random.Random(0), 0, [], []
+    assert exit_code(train_in_child('--out', 'straight', *RUN, *SOURCES['text'])) == 0, Path(
+        'err.txt'
+    ).read_text()
+    seconds = time.monotonic() - start
+    straight = Path('straight/model.safetensors').read_bytes()
+    rng = random.Random(0)
+    files = 0
+    refused = []
+    when = []
     while len(when) < kills:
         run = tmp_path / f'run{len(when)}'
         found = killed_among_files(run, straight, seconds, min(8, kills - len(when)), rng)
-        files, refused, when = files + found[0], refused + found[1], when + found[2]
+        files = files + found[0]
+        refused = refused + found[1]
+        when = when + found[2]
     phases = {phase: when.count(phase) for phase in ('before', 'while', 'after')}
-    print(f'{files} files of a user are as they were; kills: {phases}; refused for: {" ".join(refused)}')
-    assert files >= 7 and sum(phases.values()) == len(when) >= kills  # when they fell depends on the machine
+    print(
+        f'{files} files of a user are as they were; kills: '
+        f'{phases}; refused for: {" ".join(refused)}'
+    )
+    assert (
+        files >= 7 and sum(phases.values()) == len(when) >= kills
+    )  # when they fell depends on the machine
 
 
 def test_a_users_files_survive_kills(sources, tmp_path):
@@ -421,10 +696,15 @@ def killed_before_it_was_a_run(tmp_path, kind, every):
             setattr(module, name, counted(getattr(module, name)))
 
     assert exit_code(train_in_child('--out', 'straight', *argv)) == 0, Path('err.txt').read_text()
-    straight, i, moments = Path('straight/model.safetensors').read_bytes(), 1, 0
+    straight = Path('straight/model.safetensors').read_bytes()
+    i = 1
+    moments = 0
     while True:
         run = tmp_path / f'run{i}'
-        assert exit_code(train_in_child('--out', run, *argv, before=lambda: killed_at(i))) == -signal.SIGKILL, i
+        assert (
+            exit_code(train_in_child('--out', run, *argv, before=lambda: killed_at(i)))
+            == -signal.SIGKILL
+        ), i
         if (run / 'run.json').exists():
             break
         run.mkdir(exist_ok=True)
@@ -432,8 +712,11 @@ def killed_before_it_was_a_run(tmp_path, kind, every):
         before = about(run / 'notes.txt')
         code = exit_code(train_in_child('--out', run, *argv))  # the same command, without --resume
         assert code == 0, (i, Path('err.txt').read_text())
-        assert (run / 'model.safetensors').read_bytes() == straight and about(run / 'notes.txt') == before
-        i, moments = i + every, moments + 1
+        assert (run / 'model.safetensors').read_bytes() == straight and about(
+            run / 'notes.txt'
+        ) == before
+        i = i + every
+        moments = moments + 1
     print(f'{kind}: killed at {moments} moments before there was a run')
     assert moments >= 2
 

@@ -1,4 +1,5 @@
 "Build the distributions and try the wheel alone, away from the repository: `python tools/check_wheel.py [FOLDER]`"
+
 import argparse
 import json
 import os
@@ -16,9 +17,21 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = 'eva-deepseek'
 COMMANDS = ('eva_train', 'eva_generate', 'eva_convert', 'eva_bench', 'eva_plan')
-# One compares with transformers, one writes files of weights, one reads the results inside the package.
+# One compares with transformers, one writes files of weights, one reads the results inside the
+# package.
 CHAPTERS = ('02_rope', '12b_files', '17b_when')
-SMALL_RUN = '--data synthetic:copy --steps 2 --batch_size 1 --seq_len 32 --out runs/mini'.split()
+SMALL_RUN = [
+    '--data',
+    'synthetic:copy',
+    '--steps',
+    '2',
+    '--batch_size',
+    '1',
+    '--seq_len',
+    '32',
+    '--out',
+    'runs/mini',
+]
 RUN_BLOCKS = """
 import contextlib, io, json, sys
 scope = {}
@@ -56,7 +69,9 @@ def needed(
     requirements: list[Requirement],  # what is asked for, with extras
 ) -> dict[str, Distribution]:  # name -> what is installed here
     "Return the installed distributions that the requirements lead to, and nothing else"
-    found, seen, open_ = {}, set(), list(requirements)
+    found = {}
+    seen = set()
+    open_ = list(requirements)
     while open_:
         wanted = open_.pop()
         name = canonicalize_name(wanted.name)
@@ -84,19 +99,19 @@ def link_distribution(found: Distribution, prefix: Path, site_packages: Path) ->
     for file in found.files or ():
         if file.parts[0] != '..':
             if file.parts[0] != '__pycache__':
-                link(here/file.parts[0], site_packages/file.parts[0])
+                link(here / file.parts[0], site_packages / file.parts[0])
             continue
         # what Jupyter keeps beside the packages: kernels and templates
-        source = Path(os.path.normpath(here/file))
+        source = Path(os.path.normpath(here / file))
         for folder in ('share', 'etc'):
-            if source.is_relative_to(here.parents[2]/folder):
-                link(source, prefix/source.relative_to(here.parents[2]))
+            if source.is_relative_to(here.parents[2] / folder):
+                link(source, prefix / source.relative_to(here.parents[2]))
 
 
 def environment(folder: Path, wheel: Path) -> Path:
     "Make an environment of the wheel and of what it says that it and the chapters need; return its Python"
     venv.create(folder, symlinks=True)
-    python = folder/'bin'/'python'
+    python = folder / 'bin' / 'python'
     code = 'import sysconfig; print(sysconfig.get_path("purelib"))'
     site_packages = Path(run(python, '-c', code).strip())
     pip = (sys.executable, '-m', 'pip', '--python', python)
@@ -148,12 +163,14 @@ def check_commands(python: Path, away: Path) -> None:
     run(python.with_name('eva_train'), *SMALL_RUN, cwd=away)
     some = ('--prompt', 's1 s2', '--max_new_tokens', 4)
     run(python.with_name('eva_generate'), 'runs/mini', *some, cwd=away)
-    print(f'{len(COMMANDS)} commands explain themselves, and a run of two steps is trained and asked')
+    print(
+        f'{len(COMMANDS)} commands explain themselves, and a run of two steps is trained and asked'
+    )
 
 
 def check_readme(python: Path, away: Path) -> None:
     "The README's Python code runs and prints what the README shows"
-    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     blocks = re.findall(r'```python\n(.*?)```(?:\n\n```\n(.*?)```)?', readme, flags=re.S)
     given = json.dumps([(code, shown or None) for code, shown in blocks])
     run(python, '-c', RUN_BLOCKS, cwd=away, given=given)
@@ -163,10 +180,10 @@ def check_readme(python: Path, away: Path) -> None:
 def check_chapters(python: Path, away: Path) -> None:
     "Chapters run from top to bottom in a real kernel, in a folder that holds nothing else"
     for name in CHAPTERS:
-        folder = away/name
+        folder = away / name
         folder.mkdir()
-        chapter = folder/f'{name}.ipynb'
-        chapter.write_bytes((ROOT/'nbs'/chapter.name).read_bytes())
+        chapter = folder / f'{name}.ipynb'
+        chapter.write_bytes((ROOT / 'nbs' / chapter.name).read_bytes())
         run(python, '-m', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', chapter)
         print(f'{name}: run in a kernel', flush=True)
 
@@ -177,10 +194,16 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        away = folder/'away'
+        away = folder / 'away'
         away.mkdir(parents=True)
-        python = environment(folder/'environment', build(folder/'dist'))
-        for check in (check_contents, check_description, check_commands, check_readme, check_chapters):
+        python = environment(folder / 'environment', build(folder / 'dist'))
+        for check in (
+            check_contents,
+            check_description,
+            check_commands,
+            check_readme,
+            check_chapters,
+        ):
             check(python, away)
 
 
