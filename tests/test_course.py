@@ -14,7 +14,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 nbs = Path(__file__).parents[1] / 'nbs'
-chapters = sorted(nbs.glob('[0-9]*.ipynb'))
+chapters = sorted(p for p in nbs.rglob('[0-9]*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+
+def name_of(path):
+    "A notebook as a reader finds it: its folder in nbs and its name"
+    return path.relative_to(nbs).as_posix()
 
 
 def cells(path, kind=None):
@@ -22,15 +27,14 @@ def cells(path, kind=None):
     return [''.join(c['source']) for c in found if kind in (None, c['cell_type'])]
 
 
-@pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', chapters, ids=name_of)
 def test_opening(path):
     title, callout, fetch = cells(path)[:3]
     assert re.fullmatch(r'# [^\n]+\n\n> [^\n]+[^.\n]', title.strip()), title
     assert '**You will be able to**' in callout and '**Time**' in callout and 'CPU' in callout
-    assert (
-        f'](hosted.svg)](https://colab.research.google.com/github/eva-project/eva/blob/main/nbs/{path.name})'
-        in callout
-    )
+    up = '../' * len(path.relative_to(nbs).parts[:-1])
+    hosted = 'https://colab.research.google.com/github/eva-project/eva/blob/main/nbs'
+    assert f']({up}hosted.svg)]({hosted}/{name_of(path)})' in callout
     assert (
         fetch.startswith('#| eval: false')
         and "find_spec('eva')" in fetch
@@ -38,7 +42,7 @@ def test_opening(path):
     )
 
 
-@pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', chapters, ids=name_of)
 def test_exercises(path):
     text = '\n'.join(cells(path, 'markdown'))
     code = '\n'.join(cells(path, 'code'))
@@ -53,7 +57,7 @@ def test_exercises(path):
     assert len(re.findall(r'test_fail\(', code)) >= number, 'checkers that accept anything?'
 
 
-@pytest.mark.parametrize('path', chapters, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', chapters, ids=name_of)
 def test_ending(path):
     text = cells(path, 'markdown')
     assert any('## What was proved' in c for c in text)
@@ -62,19 +66,22 @@ def test_ending(path):
 
 
 def test_links_lead_somewhere():
-    there = {p.name for p in nbs.glob('*.ipynb')}
-    for path in nbs.glob('*.ipynb'):
-        for to in re.findall(r'\]\((\w+\.ipynb)(?:#[^)]*)?\)', '\n'.join(cells(path, 'markdown'))):
-            assert to in there, (path.name, to)
+    links = 0
+    for path in nbs.rglob('*.ipynb'):
+        text = '\n'.join(cells(path, 'markdown'))
+        for to in re.findall(r'\]\(([\w./]+\.(?:ipynb|svg|md|py|ini))(?:#[^)]*)?\)', text):
+            assert (path.parent / to).is_file(), (name_of(path), to)
+            links += 1
+    assert links > 5 * len(chapters), 'does this test still read links?'
 
 
 def test_the_index_lists_every_chapter():
     listed = re.findall(
-        r'^\|[^|]*\| \[[^]]*\]\((\d\w+\.ipynb)\)',
+        r'^\|[^|]*\| \[[^]]*\]\((\d[\w/]+\.ipynb)\)',
         '\n'.join(cells(nbs / 'index.ipynb', 'markdown')),
         flags=re.M,
     )
-    assert sorted(listed) == [p.name for p in chapters] and len(set(listed)) == len(listed)
+    assert sorted(listed) == list(map(name_of, chapters)) and len(set(listed)) == len(listed)
 
 
 def code_of(path: Path) -> str:
@@ -128,18 +135,18 @@ def test_chapters_need_only_the_extra_course():
 
 
 def test_exporting_is_no_part_of_a_chapter():
-    for path in nbs.glob('*.ipynb'):
+    for path in nbs.rglob('*.ipynb'):
         assert 'nbdev_export' not in '\n'.join(cells(path, 'code')), path.name
 
 
 # These two describe the repository itself, and say so where it is not around them.
-ABOUT_THE_REPOSITORY = {'18_production', 'index'}
+ABOUT_THE_REPOSITORY = {'production', 'index'}
 
 
 def test_chapters_run_from_any_folder():
-    "No chapter reads a file that only a clone has; what long cells leave and read again is below ../runs"
+    "No chapter reads a file that only a clone has; what long cells leave and read again is below nbs/../runs"
     outside = re.compile(
-        r'(\.\./(?!runs/)|(results|docs|nbs|tests|tools)/)\S*\.(json|md|py|ipynb|png|ini)$'
+        r'((\.\./)+(?!\.\./|runs/)|(results|docs|nbs|tests|tools)/)\S*\.(json|md|py|ipynb|png|ini)$'
     )
     for path in (*chapters, nbs / 'index.ipynb'):
         code = code_of(path)
@@ -150,7 +157,7 @@ def test_chapters_run_from_any_folder():
         ]
         in_package = re.findall(r"files\('eva'\)/'([^']+)'", code)
         only_there = [s for s in read if outside.match(s) and s not in in_package]
-        if path.stem in ABOUT_THE_REPOSITORY:
+        if path.stem.lstrip('0123456789_') in ABOUT_THE_REPOSITORY:
             assert 'run it in the folder nbs of a clone' in code
         else:
             assert not only_there, (path.name, only_there)

@@ -25,8 +25,18 @@ cfg = parser['DEFAULT']
 # --- notebooks
 
 
-def page_of(stem):
-    return re.sub(r'^\d+[a-z]*_', '', stem)  # as nbdev names pages
+NBS = root / 'nbs'
+
+
+def chapter_paths():
+    "The numbered notebooks in reading order: part by part, chapter by chapter"
+    return sorted(p for p in NBS.rglob('[0-9]*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+
+def page_of(path):
+    "The page of a notebook as nbdev names it: its folder, and its name without the number"
+    folder = path.parent.relative_to(NBS)
+    return (folder / re.sub(r'^\d+[a-z]*_', '', path.stem)).as_posix()
 
 
 def directives(source):
@@ -55,7 +65,7 @@ class Chapter:
 
     def __init__(self, path):
         self.path = path
-        self.page = page_of(path.stem)
+        self.page = page_of(path)
         self.cells = [
             Cell(c)
             for c in json.loads(path.read_text(encoding='utf-8'))['cells']
@@ -75,7 +85,7 @@ class Chapter:
         code = '\n'.join(c.code for c in self.cells)
         self.uses = {
             n.split(' as ')[0].strip()
-            for m in re.findall(rf'from {cfg["lib_path"]}\.\w+ import ([^\n#]+)', code)
+            for m in re.findall(rf'from {cfg["lib_path"]}\.[\w.]+ import ([^\n#]+)', code)
             for n in m.split(',')
         }
 
@@ -252,14 +262,10 @@ class Site:
 
     def __init__(self, src):
         self.src = src
-        self.chapters = [
-            Chapter(p)
-            for p in [
-                *sorted((root / 'nbs').glob('[0-9]*.ipynb')),
-                root / 'nbs' / 'index.ipynb',
-            ]
-        ]
-        self.pages = {c.path.stem: c.page for c in self.chapters}
+        self.chapters = [Chapter(p) for p in [*chapter_paths(), NBS / 'index.ipynb']]
+        self.pages = {
+            c.path.relative_to(NBS).with_suffix('').as_posix(): c.page for c in self.chapters
+        }
         if len(set(self.pages.values())) < len(self.pages):
             sys.exit('two notebooks differ only in their number: their pages would have one name')
         self.project = [
@@ -323,14 +329,18 @@ class Site:
             return m[0]
 
         s = SPANS.sub(span, s)
-        s = re.sub(
-            r'\]\((?:\.\./)?(?:nbs/)?(\w+)\.ipynb(#[^)]*)?\)',
-            lambda m: f']({self.pages.get(m[1], m[1])}.md{m[2] or ""})',
-            s,
-        )
+
+        def to_chapter(m):
+            here = chapter.path.parent if chapter else NBS
+            plain = re.sub(r'^(\.\./)*(nbs/)?', '', m[1])
+            candidates = (os.path.relpath(here / m[1], NBS), plain)
+            page = next((self.pages[c] for c in candidates if c in self.pages), plain)
+            return f'](/{page}.md{m[2] or ""})'
+
+        s = re.sub(r'\]\(((?:\.\./)*(?:\w+/)*\w+)\.ipynb(#[^)]*)?\)', to_chapter, s)
         s = re.sub(
             r'\]\((?:\.\./|docs/|\./)*(\w+)\.md(#[^)]*)?\)',
-            lambda m: f']({"index" if m[1] == "README" else m[1].lower()}.md{m[2] or ""})',
+            lambda m: f'](/{"index" if m[1] == "README" else m[1].lower()}.md{m[2] or ""})',
             s,
         )
         return re.sub(
@@ -369,7 +379,7 @@ class Site:
             text = ''.join(o['text']) if o.get('name') == 'stdout' else ''
             if 'image/png' in data:
                 self.pictures += 1
-                name = f'{chapter.page}_{self.pictures}.png'
+                name = f'{chapter.page.replace("/", "_")}_{self.pictures}.png'
                 png = base64.b64decode(''.join(data['image/png']))
                 (self.src / 'pictures' / name).write_bytes(png)
                 width = (
@@ -381,7 +391,7 @@ class Site:
                     or f'Picture {self.pictures} of this chapter'
                 )
                 yield (
-                    f'```{{image}} pictures/{name}\n:class: '
+                    f'```{{image}} /pictures/{name}\n:class: '
                     f'picture\n:width: {width}px\n:alt: {alt}\n```'
                 )
             elif 'text/markdown' in data:
@@ -536,11 +546,11 @@ class Site:
         parts = {}
         table = '\n'.join(c.source for c in self.chapters[-1].cells if c.markdown)
         for part, title, stem in re.findall(
-            r'^\|([^|]*)\| \[([^\]]*)\]\((\d\w+)\.ipynb\)', table, flags=re.M
+            r'^\|([^|]*)\| \[([^\]]*)\]\((\d[\w/]+)\.ipynb\)', table, flags=re.M
         ):
             if part.strip():
                 here = parts.setdefault(part.strip(), [])
-            here.append((title[0].upper() + title[1:], page_of(stem)))
+            here.append((title[0].upper() + title[1:], page_of(NBS / f'{stem}.ipynb')))
         missing = (
             {c.page for c in self.chapters} - {p for o in parts.values() for _, p in o} - {'index'}
         )
@@ -586,9 +596,9 @@ class Site:
         mathjax(self.src / 'mathjax')
 
     def page(self, name, parts):
-        (self.src / f'{name}.md').write_text(
-            '\n\n'.join(p.strip('\n') for p in parts) + '\n', encoding='utf-8'
-        )
+        path = self.src / f'{name}.md'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('\n\n'.join(p.strip('\n') for p in parts) + '\n', encoding='utf-8')
 
 
 def mathjax(to):
@@ -641,7 +651,7 @@ if __name__ == '__main__':
     a = p.parse_args()
     code = build(a.out.resolve(), a.src.resolve())
     print(
-        f'{len(list(a.out.glob("*.html")))} pages in {a.out}'
+        f'{len(list(a.out.rglob("*.html")))} pages in {a.out}'
         if not code
         else 'the site has errors',
         flush=True,

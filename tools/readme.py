@@ -18,7 +18,7 @@ def shown(cell, pictures):
             r'^:::.*\n?', '', src, flags=re.M
         )  # Quarto's fences mean nothing on a code host
         return re.sub(
-            r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', src
+            r'\]\(((?:\w+/)*\w+\.ipynb)\)', r'](nbs/\1)', src
         )  # chapters are one folder down from here
     if re.match(r'#\s*\|\s*hide', src):
         return ''

@@ -49,14 +49,24 @@ if __name__ == '__main__':
     a = p.parse_args()
     cfg = get_config()
     os.environ['IN_TEST'] = '1'
-    found = [f for f in sorted(cfg.nbs_path.glob('*.ipynb')) if not a.names or f.stem in a.names]
+    notebooks = {
+        f.relative_to(cfg.nbs_path).with_suffix('').as_posix(): f
+        for f in sorted(cfg.nbs_path.rglob('*.ipynb'))
+        if '.ipynb_checkpoints' not in f.parts
+    }
+    unknown = set(a.names) - notebooks.keys()
+    if unknown:
+        p.error(
+            f'no notebook {", ".join(sorted(unknown))}; give names such as {next(iter(notebooks))}'
+        )
+    found = {name: f for name, f in notebooks.items() if not a.names or name in a.names}
     if a.here:
-        run(found[0], set(cfg.tst_flags.split()) - set(a.flags.split()))
+        run(next(iter(found.values())), set(cfg.tst_flags.split()) - set(a.flags.split()))
         sys.exit()
-    for f in found:  # a fresh process each, as for a reader who opens one chapter
+    for name in found:  # a fresh process each, as for a reader who opens one chapter
         t = time.time()
         if subprocess.run(
-            [sys.executable, __file__, f.stem, '--flags', a.flags, '--here']
+            [sys.executable, __file__, name, '--flags', a.flags, '--here']
         ).returncode:
             sys.exit(1)
-        print(f'{f.stem}: {time.time() - t:.0f} s', flush=True)
+        print(f'{name}: {time.time() - t:.0f} s', flush=True)
