@@ -155,7 +155,7 @@ def test_chapters_run_from_any_folder():
             for node in ast.walk(ast.parse(code))
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         ]
-        in_package = re.findall(r"files\('eva'\)/'([^']+)'", code)
+        in_package = re.findall(r"files\('eva'\) ?/ ?'([^']+)'", code)
         only_there = [s for s in read if outside.match(s) and s not in in_package]
         if path.stem.lstrip('0123456789_') in ABOUT_THE_REPOSITORY:
             assert 'run it in the folder nbs of a clone' in code
