@@ -19,7 +19,7 @@ import codecs
 import io
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -1686,18 +1686,12 @@ def eva_generate(
         )
         terminal = sys.stdin is not None and sys.stdin.isatty()
         if args.prompt is None and terminal:
-            import contextlib
-
-            with contextlib.suppress(ImportError):
-                pass  # lines can be edited
+            with suppress(ImportError):
+                import readline  # noqa: F401 - importing it makes lines editable
             return converse(speaker, args.max_new_tokens)
-        prompt = (
-            args.prompt
-            if args.prompt is not None
-            else ''
-            if sys.stdin is None
-            else sys.stdin.read()
-        )
+        prompt = args.prompt
+        if prompt is None:
+            prompt = '' if sys.stdin is None else sys.stdin.read()
         before = '' if speaker.template else prompt
         code = 0  # not shown before something follows it
         try:
