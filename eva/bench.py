@@ -278,7 +278,9 @@ def run(
 
 
 def _check(out):
-    "Refuse a folder with a bench.json that is somebody else's; one that was written before Eva kept lists is ours"
+    """Refuse a folder with a bench.json that is somebody else's
+
+    One that was written before Eva kept lists of its files is ours."""
     from eva.fileio import Manifest, locked
 
     with locked(out):
@@ -296,15 +298,15 @@ def keep(lines, out, device, **about):  # a Path
     "Write the lines, beside those of other cases that are there already, and a picture"
     from eva.checkpoints import owned_write
 
-    new = {l.kind for l in lines}
+    new = {row.kind for row in lines}
     if (
         not about['quick'] and (out / 'bench.json').exists()
     ):  # other cases stay, if they are of this machine
         old, then = read(out / 'bench.json')
         if then['machine'] == machine(device) and not then['quick']:
             lines = sorted(
-                [l for l in old if l.kind not in new] + lines,
-                key=lambda l: [*CASES, l.kind].index(l.kind),
+                [row for row in old if row.kind not in new] + lines,
+                key=lambda row: [*CASES, row.kind].index(row.kind),
             )
     about = dict(
         machine=machine(device),
@@ -312,7 +314,7 @@ def keep(lines, out, device, **about):  # a Path
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         **about,
-        lines=[asdict(l) for l in lines],
+        lines=[asdict(row) for row in lines],
     )
     with owned_write(out / 'bench.json') as f:
         f.write_text(json.dumps(about, indent=1), encoding='utf-8')
@@ -339,22 +341,22 @@ def table(
 ) -> str:  # Markdown
     "Eva, peers, goals and limit, one row a line"
     rows = ['| case | Eva | against | times Eva | limit |', '|---|---|---|---|---|']
-    for l in lines:
-        if kinds and l.kind not in kinds:
+    for line in lines:
+        if kinds and line.kind not in kinds:
             continue
-        against = '; '.join(f'{n} {v:.4g}' for n, v in l.peers.items())
+        against = '; '.join(f'{n} {v:.4g}' for n, v in line.peers.items())
         times = '; '.join(
             f'{v:.2f}'
             + (
-                f' ({"missed" if n in l.short() else "reached"} {l.goals[n]:.3g})'
-                if n in l.goals
+                f' ({"missed" if n in line.short() else "reached"} {line.goals[n]:.3g})'
+                if n in line.goals
                 else ''
             )
-            for n, v in l.times.items()
+            for n, v in line.times.items()
         )
         rows.append(
-            f'| {l.case} | {l.eva:.4g} {l.unit} | {against} | {times} | '
-            f'{"" if l.bound is None else f"Eva takes {l.over:.2f} of it"} |'
+            f'| {line.case} | {line.eva:.4g} {line.unit} | {against} | {times} | '
+            f'{"" if line.bound is None else f"Eva takes {line.over:.2f} of it"} |'
         )
     return '\n'.join(rows)
 
@@ -366,7 +368,7 @@ def read(
     path = files('eva') / 'results' / 'bench_cpu.json' if path is None else Path(path)
     about = read_json(path)
     try:
-        return [Line(**l) for l in about.pop('lines')], about
+        return [Line(**line) for line in about.pop('lines')], about
     except (KeyError, TypeError) as e:
         raise ValueError(
             f'{path}: no figures of eva_bench ({e}); move it away, or choose another folder'
@@ -380,24 +382,26 @@ def picture(
     "How many times better Eva's figure is than each peer's, case by case"
     from matplotlib.figure import Figure
 
-    some = [(l, n) for l in lines for n in l.times if l.times[n] > 0]
+    some = [(line, n) for line in lines for n in line.times if line.times[n] > 0]
 
-    def ahead(l, n):
-        return 1 / l.times[n] if l.unit.endswith('/s') else l.times[n]  # of a rate, more is better
+    def ahead(line, n):
+        return (
+            1 / line.times[n] if line.unit.endswith('/s') else line.times[n]
+        )  # of a rate, more is better
 
     fig = Figure(figsize=(7, max(2, 0.19 * len(some) + 1)), layout='constrained')
     ax = fig.subplots()
-    for i, (l, n) in enumerate(some):
-        ax.plot([1, x := ahead(l, n)], [i, i], color='C0' if x >= 1 else 'C1', lw=2)
+    for i, (line, n) in enumerate(some):
+        ax.plot([1, x := ahead(line, n)], [i, i], color='C0' if x >= 1 else 'C1', lw=2)
         ax.plot(x, i, 'o', ms=3, color='C0' if x >= 1 else 'C1')
-        if n in l.goals:
-            ax.plot(l.goals[n], i, '|', color='k', ms=7)
+        if n in line.goals:
+            ax.plot(line.goals[n], i, '|', color='k', ms=7)
     ax.axvline(1, color='gray', lw=0.8)
     ax.set(
         xscale='log',
         xlabel="how many times better Eva's figure is; a stroke is the goal",
         yticks=range(len(some)),
-        yticklabels=[f'{l.case}: {n}' for l, n in some],
+        yticklabels=[f'{line.case}: {n}' for line, n in some],
         title='Right of 1, Eva is ahead',
     )
     ax.tick_params(axis='y', labelsize=6)

@@ -206,7 +206,10 @@ GROWTH = """
 import sys
 from pathlib import Path
 from eva.interop import load_pretrained
-own = lambda: next(int(l.split()[1]) for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon')) # pages of the mapped file do not count
+def own():
+    lines = Path('/proc/self/status').read_text().splitlines()
+    # pages of the mapped file do not count
+    return next(int(line.split()[1]) for line in lines if line.startswith('RssAnon'))
 before = own()
 model = load_pretrained(sys.argv[1]); sum(p.sum().item() for p in model.parameters())
 print(1024*(own()-before))

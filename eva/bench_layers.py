@@ -128,8 +128,8 @@ def attention(
     torch.manual_seed(0)
     layers = dict(eva=MLA(cfg), wide=MultiHead(cfg, 96), narrow=MultiHead(cfg, 64))
     for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
-        for l in layers.values():
-            l.to(device, dtype)
+        for line in layers.values():
+            line.to(device, dtype)
         about = limits(device, dtype)
         for n in (256, 512) if quick else (256, 512, 1024, 2048, 4096, 8192):
             h = torch.randn(1, n, cfg.hidden_size, device=device, dtype=dtype, requires_grad=True)
@@ -137,7 +137,7 @@ def attention(
             check_attention(layers['eva'], h, rope, 1e-4 if dtype == torch.float32 else 0.05)
             for backward in (False, True):
                 times = in_turn(
-                    {k: step_of(l, h, rope, backward=backward) for k, l in layers.items()}
+                    {k: step_of(line, h, rope, backward=backward) for k, line in layers.items()}
                     | {k: f for k, (f, _) in about.items()},
                     2 if quick else 9 if n < 2048 else 5,
                     device,
@@ -241,16 +241,16 @@ def moe(
                 own_dense=MLP(cfg.hidden_size, k * width),
                 transformers=None,
             )
-            for l in layers.values():
-                if l is not None:
-                    l.to(device, dtype)
+            for layer in layers.values():
+                if layer is not None:
+                    layer.to(device, dtype)
             layers['transformers'] = transformers_moe(layers['eva'])
             h = torch.randn(
                 1, tokens, cfg.hidden_size, device=device, dtype=dtype, requires_grad=True
             )
             if layers['transformers'] is not None:
                 check_moe(layers['eva'], layers['transformers'], h)
-            work = {n: step_of(l, h) for n, l in layers.items() if l is not None}
+            work = {n: step_of(layer, h) for n, layer in layers.items() if layer is not None}
             times = in_turn(work | {n: f for n, (f, _) in about.items()}, 2 if quick else 7, device)
             used = 3 * cfg.hidden_size * width
             bound = bounds(
@@ -301,12 +301,13 @@ def experts(
         layers[e] = MoE(
             small_config(n_routed_experts=e, moe_intermediate_size=256, n_shared_experts=0)
         ).to(device)
-    work = {e: step_of(l, h) for e, l in layers.items()}
+    work = {e: step_of(layer, h) for e, layer in layers.items()}
     times = in_turn(work, 2 if quick else 7, device)
     lines = []
     held = {
-        e: sum(p.numel() * p.element_size() for p in l.parameters()) + peak_bytes(work[e], device)
-        for e, l in layers.items()
+        e: sum(p.numel() * p.element_size() for p in layer.parameters())
+        + peak_bytes(work[e], device)
+        for e, layer in layers.items()
     }
     for e in counts:
         fixed = (

@@ -27,8 +27,6 @@ from .rivals import KVCache, with_attention
 def transformers_model(model):
     "The same weights in transformers, or None where it is not installed"
     try:
-        import logging
-
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
         from transformers.utils import logging as quiet
     except ImportError:
@@ -249,7 +247,9 @@ def decode(
 
 
 def in_a_row(step, n, device):
-    "Seconds of a step among its like, as when text is written: the first finds others' data in the caches and does not count"
+    """Seconds of a step among its like, as when text is written
+
+    The first one finds others' data in the processor's caches and does not count."""
 
     def timed():
         at = []

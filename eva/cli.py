@@ -771,7 +771,7 @@ MAY_CHANGE = ['out', 'resume', 'device', 'ep', 'pp', 'schedule', 'fsdp', 'recomp
 def given_arguments(
     args,  # from train_parser
 ) -> dict:  # name to value, what JSON can hold
-    "What decides how a run goes, of what stood on the command line: every option but those that may change"
+    "The options of the command line that decide how a run goes: all but those that may change"
     given = {
         name: value
         for name, value in vars(args).items()
@@ -995,7 +995,7 @@ def step_memory(
     cfg,  # of the model to be trained
     tcfg,  # the TrainConfig
 ) -> dict:  # part -> bytes
-    "Estimate what training takes: weights and optimizer, and what a micro-batch keeps until its backward pass"
+    "Estimate the memory of training: weights, optimizer, and activations of one micro-batch"
     from eva.mla import KEPT_UP_TO
     from eva.model import LOGITS
     from eva.plan import block_activations
@@ -1024,7 +1024,7 @@ def step_memory(
 def memory_of(
     device: str = 'cpu',  # or cuda
 ) -> int:  # bytes
-    "Return how much memory there is: of the GPU, or of the machine and of the container that this process is in"
+    "Return the memory of the GPU, or of the machine or container that this process runs in"
     import os
 
     if device == 'cuda':
@@ -1198,7 +1198,6 @@ def finish(
     from eva.report import balance_summary, draw_report
     from eva.train import bits_per_byte, read_metrics
 
-    out = trainer.out
     rows = read_metrics(trainer.out / 'metrics.jsonl')
     model = trainer.model
     manifest = Manifest(trainer.out)

@@ -1,4 +1,4 @@
-"Every chapter has what a reader is promised: an opening, exercises with checkers that bite, an ending, and links that lead somewhere"
+"Every chapter has an opening, exercises with checkers that bite, an ending, and sound links"
 
 import ast
 import json
@@ -102,7 +102,7 @@ def imported(code: str) -> set[str]:
 
 
 def promised(*lists: str) -> set[str]:
-    "Distributions that an installation of the package and of these extras brings, as far as they are here"
+    "Distributions that an installation of the package and of these extras brings"
     parser = ConfigParser(delimiters=['='])
     parser.read(nbs.parent / 'settings.ini', encoding='utf-8')
     open_ = [r for name in lists for r in map(Requirement, shlex.split(parser['DEFAULT'][name]))]
@@ -123,7 +123,7 @@ OPTIONAL = {'datasets', 'pyarrow', 'tensorboard', 'zstandard'}
 
 
 def test_chapters_need_only_the_extra_course():
-    "What a reader has who installed `eva-deepseek[course]`: no tool that exports, and nothing that only developers have"
+    "A chapter imports only what `eva-deepseek[course]` installs, and no tool of developers"
     there = promised('requirements', 'course_requirements')
     brought_by = packages_distributions()
     for path in chapters:
@@ -144,7 +144,7 @@ ABOUT_THE_REPOSITORY = {'production', 'index'}
 
 
 def test_chapters_run_from_any_folder():
-    "No chapter reads a file that only a clone has; what long cells leave and read again is below nbs/../runs"
+    "No chapter reads a file that only a clone has; what long cells leave is below runs"
     outside = re.compile(
         r'((\.\./)+(?!\.\./|runs/)|(results|docs|nbs|tests|tools)/)\S*\.(json|md|py|ipynb|png|ini)$'
     )

@@ -137,7 +137,7 @@ LISTS = sorted(k for k in cfg if k.endswith('requirements'))
 
 @pytest.mark.parametrize('name', LISTS)
 def test_every_dependency_has_a_floor(name):
-    "A name alone would accept a release from years ago; and what is tested here lies within the bounds"
+    "A name alone would accept a release from years ago; what is tested lies in the bounds"
     for wanted in map(Requirement, shlex.split(cfg[name])):
         assert any(s.operator in ('>=', '==') for s in wanted.specifier), f'{name}: {wanted}'
         if name == 'requirements':

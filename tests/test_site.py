@@ -118,24 +118,8 @@ class Reader:
 
 
 # raw TeX is looked for in what a reader sees, outside of code
-LOOK = r"""async () => {
-  const wrong = [], pictures = [...document.images];
-  for (const i of pictures) { i.loading = 'eager'; await i.decode().catch(() => {}); if (!i.naturalWidth) wrong.push('picture: ' + i.src); if (!i.alt) wrong.push('picture without words: ' + i.src); }
-  for (const e of document.querySelectorAll('mjx-merror, [data-mjx-error]')) wrong.push('formula: ' + (e.getAttribute('data-mjx-error') || e.title || e.textContent));
-  const rendered = document.querySelectorAll('mjx-container').length, asked = document.querySelectorAll('.math').length;
-  for (const m of document.querySelectorAll('.math')) if (!m.querySelector('mjx-container')) wrong.push('raw formula: ' + m.textContent.slice(0, 80));
-  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT, {acceptNode: n => n.parentElement.closest('pre, code, script, style, mjx-container, .sig, title') ? 2 : 1});
-  for (let n; n = walk.nextNode();) { const t = n.textContent; if (/\$\$|\\\(|\\\[|\\(frac|sum|text|mathrm|operatorname|begin|left|sqrt|cdot|le|in)\b|\$[^$\s][^$]*\$|\{py:|^:::|\]\([^)]*\)/m.test(t)) wrong.push('raw markup: ' + t.trim().slice(0, 80)); }
-  const links = [...document.querySelectorAll('a[href]')].map(a => a.href), ids = [...document.querySelectorAll('[id]')].map(e => e.id);
-  return {wrong, links, ids, formulas: rendered};
-}"""
-WIDE = r"""async () => {
-  for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
-  const most = document.documentElement.clientWidth, over = Math.max(...[document.documentElement, document.querySelector('.content')].map(e => e.scrollWidth - e.clientWidth)); // the theme hides what sticks out of the page and lets .content scroll
-  if (over < 1 && innerWidth <= 390) return [];
-  const who = [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > most + 1 && ![...e.children].some(c => c.getBoundingClientRect().right > most + 1));
-  return [`${over} px: ` + who.slice(0, 2).map(e => e.outerHTML.slice(0, 80)).join(' | ')];
-}"""
+LOOK = (root / 'tests' / 'site_examination.js').read_text(encoding='utf-8')
+WIDE = (root / 'tests' / 'site_width.js').read_text(encoding='utf-8')
 
 
 @pytest.fixture(scope='module')
@@ -302,8 +286,8 @@ def test_a_reader_finds_the_way(reader):
 def test_parameters_are_tables(reader):
     reader.open('fp8.html')
     rows = reader.page.evaluate(
-        "[...document.getElementById('eva.fp8.quantize').closest('dl').querySelectorAll('table.parameters "
-        "tr')].map(r => [...r.cells].map(c => c.textContent.trim()))"
+        "[...document.getElementById('eva.fp8.quantize').closest('dl')"
+        ".querySelectorAll('table.parameters tr')].map(r => [...r.cells].map(c => c.textContent.trim()))"
     )
     assert (
         rows[0] == ['name', 'type', 'default', 'what it is']
