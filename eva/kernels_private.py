@@ -52,7 +52,7 @@ def cpu_multiplies_bf16() -> bool:  # on this machine
     "Say whether the processor has instructions for products in bfloat16 (AVX-512 BF16)"
     if BF16_SUPPORTED is None:
         # Newer releases list what a processor can do; without the list the answer is the safe one.
-        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+        capabilities: dict[str, Any] = getattr(torch.cpu, 'get_capabilities', dict)()
         return bool(capabilities.get('avx512_bf16', False))
     return bool(BF16_SUPPORTED())
 

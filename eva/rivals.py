@@ -116,10 +116,7 @@ def attention_params(
     heads = cfg.num_attention_heads
     q_features = heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
     kv_features = heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
-    if cfg.q_lora_rank:
-        queries = (hidden + q_features) * cfg.q_lora_rank
-    else:
-        queries = hidden * q_features
+    queries = (hidden + q_features) * cfg.q_lora_rank if cfg.q_lora_rank else hidden * q_features
     down = hidden * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
     up = cfg.kv_lora_rank * kv_features
     return queries + down + up + heads * cfg.v_head_dim * hidden
