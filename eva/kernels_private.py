@@ -27,7 +27,9 @@ def private(
 ONEDNN_LINEAR = private(torch.ops.mkldnn, '_linear_pointwise')  # PyTorch 2.13
 SOFTMAX_BACKWARD = private(torch.ops.aten, '_softmax_backward_data')  # PyTorch 2.13
 BF16_SUPPORTED = private(torch.cpu, '_is_avx512_bf16_supported')  # PyTorch 2.13
-KEEP_GRAPH = private(torch._C._autograd, '_get_current_graph_task_keep_graph')  # PyTorch 2.13
+KEEP_GRAPH = private(  # PyTorch 2.13
+    private(torch._C, '_autograd'), '_get_current_graph_task_keep_graph'
+)
 FOREACH_ZERO = private(torch, '_foreach_zero_')  # PyTorch 2.13
 FOREACH_NORM = private(torch, '_foreach_norm')  # PyTorch 2.13
 FOREACH_MUL = private(torch, '_foreach_mul_')  # PyTorch 2.13
