@@ -73,6 +73,8 @@ def route(
     q: Tensor,  # queries of all heads (heads, seq, width)
 ) -> tuple[int, Times]:  # how many heads at once, and x yᵀ of each
     "Choose how the blocks are multiplied"
+    # One head after the other keeps its block of scores in the processor's cache, which pays from
+    # this many rows on; fewer are too little work for a call of their own.
     if q.dtype == torch.float32 and onednn_pays() and q.shape[1] >= HEADS_APART_FROM:
         return 1, times_by_onednn
     if multiplies_slowly(q):
