@@ -73,8 +73,8 @@ def route(
     q: Tensor,  # queries of all heads (heads, seq, width)
 ) -> tuple[int, Times]:  # how many heads at once, and x yᵀ of each
     "Choose how the blocks are multiplied"
-    # One head after the other keeps its block of scores in the processor's cache, which pays from
-    # this many rows on; fewer are too little work for a call of their own.
+    # Where rows are many, one head after the other keeps its block of scores in the cache of the
+    # processor.
     if q.dtype == torch.float32 and onednn_pays() and q.shape[1] >= HEADS_APART_FROM:
         return 1, times_by_onednn
     if multiplies_slowly(q):
@@ -170,8 +170,8 @@ def causal_attention(
     seq = q.shape[-2]
     whole = mask is None and seq == k.shape[-2] and q.device.type == 'cpu'
     # Up to 1024 positions blocks are 0.9 to 1.6 times as fast as PyTorch's operator in float32 and
-    # 2.0 to 2.6 times in bfloat16 (table in 01e_memory). Beyond, probabilities are computed twice,
-    # which pays in bfloat16, and in float32 only where oneDNN multiplies.
+    # 2.0 to 2.6 times in bfloat16 (table in 01e_memory). Beyond, where probabilities are computed
+    # twice, it was 1.4 to 1.7 times in bfloat16, and 1.3 to 1.4 in float32 with oneDNN.
     if whole and (seq <= KEPT_UP_TO or q.dtype == torch.bfloat16 or onednn_pays()):
         return CausalSlices.apply(q, k, v, scale)
     return plain_causal_attention(q, k, v, scale, mask)
