@@ -21,7 +21,11 @@ from .rope import rotate, softmax_scale
 
 # %% ../nbs/04_mla.ipynb #4c40d339
 from .kernels_causal_attention import KEPT_UP_TO  # noqa: F401 - moved
-from .kernels_memory import freed_memory_kept, keep_freed_memory, return_freed_memory  # noqa: F401 - moved
+from eva.kernels_memory import (
+    freed_memory_kept,  # noqa: F401 - moved
+    keep_freed_memory,  # noqa: F401 - moved
+    return_freed_memory,  # noqa: F401 - moved
+)
 from .products import as_written  # noqa: F401 - moved
 
 # %% ../nbs/04_mla.ipynb #31e6da0e
