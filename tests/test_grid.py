@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+import eva.kernels_causal_attention as kernel
 import eva.mla
 import eva.precision
 from eva.cache import LatentCache
@@ -270,13 +271,13 @@ def switched(route, absorb, at_once=None):
     "A route with one evaluation of attention forced"
 
     def run(model, ids, masks):
-        old = eva.mla.absorbing_pays, eva.mla.LIFTED
+        old = eva.mla.absorbing_pays, kernel.LIFTED
         eva.mla.absorbing_pays = lambda *sizes: absorb
-        eva.mla.LIFTED = at_once or old[1]
+        kernel.LIFTED = at_once or old[1]
         try:
             return route(model, ids, masks)
         finally:
-            eva.mla.absorbing_pays, eva.mla.LIFTED = old
+            eva.mla.absorbing_pays, kernel.LIFTED = old
 
     return run
 
