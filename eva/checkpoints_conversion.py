@@ -168,7 +168,7 @@ def _convert_tensor(job: _Job, name: str) -> tuple[Tensor, ...]:
         job.ck.scale(name, tensor, job.block)  # checked, though it stays
     return (tensor.to(out[name][0]),)
 
-
+# %% ../nbs/13_conversion.ipynb #c1300014
 def _refuse(job: _Job):
     "Refuse what cannot be done as it was asked for, before anything is written"
     eight = [name for name in job.ck if job.ck.shape(name)[0] == torch.float8_e4m3fn]

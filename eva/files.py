@@ -186,7 +186,7 @@ def _split_dim(short_name: str) -> int | None:
 
 def _join(parts: list[Tensor], dim: int, name: str, files: list[Path]) -> Tensor:
     "Put the parts of a tensor together"
-    # The library of PyTorch joins no types of eight bits, so these are joined as bytes.
+    # PyTorch cannot join tensors of eight-bit floats, so these are joined as bytes.
     raw = [part.view(torch.uint8) if part.element_size() == 1 else part for part in parts]
     try:
         return torch.cat(raw, dim).view(parts[0].dtype)

@@ -182,7 +182,7 @@ def load_pretrained(
         model.lm_head.weight = cast(nn.Embedding, model.model['embed_tokens']).weight
     return model.eval()
 
-
+# %% ../nbs/13_interop.ipynb #c1300012
 def _without_missing_mtp(cfg: Config, ck: Checkpoint) -> Config:
     "Leave out MTP modules that the config promises and the files do not hold"
     first = f'model.layers.{cfg.num_hidden_layers}.'
@@ -291,7 +291,7 @@ def _left_over(names, used, cfg):
             'check num_hidden_layers, n_routed_experts and num_nextn_predict_layers'
         )
 
-
+# %% ../nbs/13_interop.ipynb #c1300013
 def _read(pieces, want, ck, block, dtype):
     "Assemble one of our tensors from its published pieces"
     out = None

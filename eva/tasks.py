@@ -16,7 +16,7 @@ import numpy as np
 BOS = '<｜begin▁of▁sentence｜>'
 EOS = '<｜end▁of▁sentence｜>'
 
-
+# %% ../nbs/09b_tasks.ipynb #c9b00004
 class Task:
     "A source of documents of one length: what it draws, and what each token costs"
 
@@ -251,7 +251,7 @@ def stationary(
     right_side = np.eye(states + 1)[-1]
     return np.linalg.lstsq(equations, right_side, rcond=None)[0].clip(0)
 
-
+# %% ../nbs/09b_tasks.ipynb #c9b00003
 class Markov(Task):
     "A walk along a fixed chain"
 
