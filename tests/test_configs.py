@@ -1,4 +1,7 @@
-"Configurations are read as `transformers` reads them: left out, null, renamed, contradicting, in both families"
+"""Configurations are read as `transformers` reads them, in both families
+
+Fields may be left out, null, renamed, or contradict each other.
+"""
 
 import copy
 import json
@@ -18,14 +21,37 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 SMALL = dict(
-    vocab_size=60, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-    q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
-    intermediate_size=20, moe_intermediate_size=12, first_k_dense_replace=1, n_routed_experts=8,
-    n_shared_experts=1, num_experts_per_tok=2, n_group=4, topk_group=2, max_position_embeddings=128,
-    hidden_act='silu', initializer_range=0.1, rms_norm_eps=1e-6, tie_word_embeddings=False,
-    rope_theta=10000.0, rope_scaling=None, norm_topk_prob=True, routed_scaling_factor=1.5,
-    bos_token_id=3, eos_token_id=4, pad_token_id=None,
-)  # fmt: skip
+    vocab_size=60,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=12,
+    kv_lora_rank=10,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    intermediate_size=20,
+    moe_intermediate_size=12,
+    first_k_dense_replace=1,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    max_position_embeddings=128,
+    hidden_act='silu',
+    initializer_range=0.1,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.5,
+    bos_token_id=3,
+    eos_token_id=4,
+    pad_token_id=None,
+)
 FILES = dict(
     deepseek_v3=SMALL
     | dict(
@@ -106,21 +132,41 @@ def test_the_defaults_are_those_of_the_peers_class(family):
 
 YARN = YARN_V3 | dict(factor=8.0, original_max_position_embeddings=32)
 PAIRS = [
-    (dict(rope_theta=5e4, rope_parameters=dict(rope_type='default', rope_theta=1e4)), 'rope_theta=50000.0 and rope_parameters.rope_theta=10000.0'),
-    (dict(rope_theta=5e4, rope_scaling=YARN | dict(rope_theta=1e4)), 'rope_theta=50000.0 and rope_scaling.rope_theta=10000.0'),
-    (dict(rope_scaling=YARN | dict(rope_theta=5e4), rope_parameters=YARN | dict(rope_theta=1e4)), 'rope_scaling.rope_theta=50000.0 and rope_parameters.rope_theta=10000.0'),
-    (dict(rope_scaling=YARN, rope_parameters=YARN | dict(factor=4.0)), "'factor': 8.0.*'factor': 4.0"),
-    (dict(rope_scaling=dict(type='default'), rope_parameters=YARN), 'rope_scaling=None and rope_parameters='),
+    (
+        dict(rope_theta=5e4, rope_parameters=dict(rope_type='default', rope_theta=1e4)),
+        'rope_theta=50000.0 and rope_parameters.rope_theta=10000.0',
+    ),
+    (
+        dict(rope_theta=5e4, rope_scaling=YARN | dict(rope_theta=1e4)),
+        'rope_theta=50000.0 and rope_scaling.rope_theta=10000.0',
+    ),
+    (
+        dict(rope_scaling=YARN | dict(rope_theta=5e4), rope_parameters=YARN | dict(rope_theta=1e4)),
+        'rope_scaling.rope_theta=50000.0 and rope_parameters.rope_theta=10000.0',
+    ),
+    (
+        dict(rope_scaling=YARN, rope_parameters=YARN | dict(factor=4.0)),
+        "'factor': 8.0.*'factor': 4.0",
+    ),
+    (
+        dict(rope_scaling=dict(type='default'), rope_parameters=YARN),
+        'rope_scaling=None and rope_parameters=',
+    ),
     (dict(rope_scaling=YARN | dict(rope_type='default')), "type='yarn' and rope_type='default'"),
-    (dict(rope_scaling=YARN, original_max_position_embeddings=64), ('original_max_position_embeddings=64 and rope '
-    'settings: original_max_position_embeddings=32')),
+    (
+        dict(rope_scaling=YARN, original_max_position_embeddings=64),
+        (
+            'original_max_position_embeddings=64 and rope '
+            'settings: original_max_position_embeddings=32'
+        ),
+    ),
     (dict(num_key_value_heads=2), 'num_key_value_heads=2 and num_attention_heads=4'),
     (dict(head_dim=128), 'head_dim=128 and qk_rope_head_dim=4'),
     (dict(qk_head_dim=12), 'qk_head_dim=12 and qk_nope_head_dim . qk_rope_head_dim=10'),
     (dict(num_experts=16), 'n_routed_experts=8 and num_experts=16'),
     (dict(num_local_experts=16), 'n_routed_experts=8 and num_local_experts=16'),
     (dict(architectures=['LlamaForCausalLM', 'DeepseekV{}ForCausalLM']), 'contradict each other'),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize('family', FILES)
@@ -136,13 +182,28 @@ def test_contradictions_are_refused_with_both_values(family, changes, said):
 
 
 NULLS = [
-    dict(eos_token_id=None), dict(eos_token_id=[4, 5, 6]), dict(eos_token_id=[4]), dict(eos_token_id=[]), dict(bos_token_id=None),
-    dict(pad_token_id=None), dict(pad_token_id=7), dict(pad_token_id=-1), dict(rope_scaling={}), dict(rope_scaling=None), dict(q_lora_rank=None),
-    dict(rope_scaling=dict(type='default')), dict(rope_scaling=dict(rope_type='default')), dict(rope_parameters=None),
-    dict(rope_parameters=dict(rope_type='default', rope_theta=1e4)), dict(num_key_value_heads=None), dict(head_dim=4),
-    dict(rope_scaling=YARN), dict(rope_scaling=None, rope_parameters=YARN | dict(rope_theta=1e4, rope_type='yarn')),
-    dict(rope_scaling=YARN, rope_parameters=YARN), dict(norm_topk_prob=None),
-]  # fmt: skip
+    dict(eos_token_id=None),
+    dict(eos_token_id=[4, 5, 6]),
+    dict(eos_token_id=[4]),
+    dict(eos_token_id=[]),
+    dict(bos_token_id=None),
+    dict(pad_token_id=None),
+    dict(pad_token_id=7),
+    dict(pad_token_id=-1),
+    dict(rope_scaling={}),
+    dict(rope_scaling=None),
+    dict(q_lora_rank=None),
+    dict(rope_scaling=dict(type='default')),
+    dict(rope_scaling=dict(rope_type='default')),
+    dict(rope_parameters=None),
+    dict(rope_parameters=dict(rope_type='default', rope_theta=1e4)),
+    dict(num_key_value_heads=None),
+    dict(head_dim=4),
+    dict(rope_scaling=YARN),
+    dict(rope_scaling=None, rope_parameters=YARN | dict(rope_theta=1e4, rope_type='yarn')),
+    dict(rope_scaling=YARN, rope_parameters=YARN),
+    dict(norm_topk_prob=None),
+]
 
 
 @pytest.mark.parametrize('family', FILES)
@@ -218,23 +279,42 @@ def test_a_bias_is_refused_by_its_name(key, tmp_path):
 
 
 def odd_file(seed):
-    "A config.json as somebody might write it: odd sizes, fields left out, other names for them, nulls"
+    "A config.json as somebody might write it: odd sizes, missing or renamed fields, nulls"
     rng = random.Random(seed)
     family = rng.choice(list(FILES))
     groups, per_group = rng.choice(((1, 6), (2, 3), (4, 2), (3, 4)))
     chosen = rng.randint(1, groups)
     heads = rng.randint(1, 4)
     found = dict(
-        model_type=family, vocab_size=rng.randint(20, 70), hidden_size=heads * rng.randint(3, 12), num_hidden_layers=rng.randint(1, 3),
-        num_attention_heads=heads, q_lora_rank=rng.choice((None, 5, 12)), kv_lora_rank=rng.randint(3, 14),
-        qk_nope_head_dim=rng.randint(3, 9), qk_rope_head_dim=2 * rng.randint(1, 4), v_head_dim=rng.randint(3, 9),
-        intermediate_size=rng.randint(5, 30), moe_intermediate_size=rng.randint(5, 20), n_routed_experts=groups * per_group,
-        num_experts_per_tok=rng.randint(1, chosen * per_group), n_group=groups, topk_group=chosen, first_k_dense_replace=rng.randint(0, 1),
-        n_shared_experts=rng.randint(1, 2), num_nextn_predict_layers=0, max_position_embeddings=rng.choice((64, 128)),
-        routed_scaling_factor=rng.choice((1.0, 2.5, 16.0)), norm_topk_prob=rng.random() < 0.5, rms_norm_eps=rng.choice((1e-6, 1e-5, 1e-3)),
-        hidden_act=rng.choice(('silu', 'gelu', 'gelu_pytorch_tanh', 'relu')), tie_word_embeddings=rng.random() < 0.3,
-        topk_method=rng.choice(('greedy', 'group_limited_greedy')), bos_token_id=None, eos_token_id=rng.choice((None, 1, [1, 2])),
-    )  # fmt: skip
+        model_type=family,
+        vocab_size=rng.randint(20, 70),
+        hidden_size=heads * rng.randint(3, 12),
+        num_hidden_layers=rng.randint(1, 3),
+        num_attention_heads=heads,
+        q_lora_rank=rng.choice((None, 5, 12)),
+        kv_lora_rank=rng.randint(3, 14),
+        qk_nope_head_dim=rng.randint(3, 9),
+        qk_rope_head_dim=2 * rng.randint(1, 4),
+        v_head_dim=rng.randint(3, 9),
+        intermediate_size=rng.randint(5, 30),
+        moe_intermediate_size=rng.randint(5, 20),
+        n_routed_experts=groups * per_group,
+        num_experts_per_tok=rng.randint(1, chosen * per_group),
+        n_group=groups,
+        topk_group=chosen,
+        first_k_dense_replace=rng.randint(0, 1),
+        n_shared_experts=rng.randint(1, 2),
+        num_nextn_predict_layers=0,
+        max_position_embeddings=rng.choice((64, 128)),
+        routed_scaling_factor=rng.choice((1.0, 2.5, 16.0)),
+        norm_topk_prob=rng.random() < 0.5,
+        rms_norm_eps=rng.choice((1e-6, 1e-5, 1e-3)),
+        hidden_act=rng.choice(('silu', 'gelu', 'gelu_pytorch_tanh', 'relu')),
+        tie_word_embeddings=rng.random() < 0.3,
+        topk_method=rng.choice(('greedy', 'group_limited_greedy')),
+        bos_token_id=None,
+        eos_token_id=rng.choice((None, 1, [1, 2])),
+    )
     rope = dict(
         rope_type='yarn', factor=rng.choice((2.0, 40.0)), original_max_position_embeddings=16
     )
@@ -248,9 +328,13 @@ def odd_file(seed):
     )
     theta = rng.choice((100.0, 10000.0, 50000.0))
     places = (
-        dict(rope_theta=theta), dict(rope_theta=theta, rope_scaling=rope), dict(rope_scaling=rope | dict(rope_theta=theta)), dict(rope_scaling={}),
-        dict(rope_parameters=rope | dict(rope_theta=theta)), dict(rope_theta=theta, rope_scaling=None, rope_parameters=rope),
-    )  # fmt: skip
+        dict(rope_theta=theta),
+        dict(rope_theta=theta, rope_scaling=rope),
+        dict(rope_scaling=rope | dict(rope_theta=theta)),
+        dict(rope_scaling={}),
+        dict(rope_parameters=rope | dict(rope_theta=theta)),
+        dict(rope_theta=theta, rope_scaling=None, rope_parameters=rope),
+    )
     found |= rng.choice(places)
     found['num_key_value_heads'] = rng.choice(
         (None, heads)

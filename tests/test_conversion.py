@@ -1,4 +1,4 @@
-"Conversion of checkpoints: killed at any moment it goes on, and its memory does not grow with the checkpoint"
+"Conversion goes on after a kill at any moment, and its memory does not grow with the checkpoint"
 
 import itertools
 import json
@@ -36,17 +36,36 @@ def big_folder(path, files, rows=2048, columns=1024, each=8):  # 32 MB a file
 
 
 SCRIPT = """
-import sys, threading, time, torch
+import sys
+import threading
+import time
+
+import torch
+
 from eva.interop import convert_checkpoint
-def anonymous(): return next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith('RssAnon'))
-torch.randn(2048, 1024).bfloat16().float().sum() # what PyTorch itself keeps
-start = peak = anonymous(); stop = False
+
+
+def anonymous():
+    with open('/proc/self/status') as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith('RssAnon'))
+
+
 def watch():
     global peak
-    while not stop: peak = max(peak, anonymous()); time.sleep(.001)
-t = threading.Thread(target=watch); t.start()
+    while not stop:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+
+torch.randn(2048, 1024).bfloat16().float().sum()  # what PyTorch itself keeps
+start = peak = anonymous()
+stop = False
+watcher = threading.Thread(target=watch)
+watcher.start()
 convert_checkpoint(*sys.argv[1:4])
-stop = True; t.join(); print(peak-start)
+stop = True
+watcher.join()
+print(peak - start)
 """
 
 
@@ -108,9 +127,21 @@ def small_folder(path, dtype):
 
     torch.manual_seed(0)
     cfg = Config.preset(
-        'mini', vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4,
-        qk_rope_head_dim=4, v_head_dim=4, intermediate_size=16, moe_intermediate_size=8, n_routed_experts=4, initializer_range=0.1,
-    )  # fmt: skip
+        'mini',
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=4,
+        v_head_dim=4,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        n_routed_experts=4,
+        initializer_range=0.1,
+    )
     save_pretrained(DeepSeekV3(cfg).to(dtype), path)
 
 
