@@ -182,7 +182,9 @@ class Emulate:
         self.rounding = Rounding(recipe)
         self.remembers = recipe.history > 0
 
-    def __call__(self, x: Tensor, W: Tensor, ends: Tensor | None = None, update: bool = True):
+    def __call__(
+        self, x: Tensor, W: Tensor, ends: Tensor | None = None, update: bool = True
+    ) -> Tensor:
         "See `GemmBackend`"
         return RoundedProduct.apply(x, W, self.rounding, ends, update)
 
