@@ -8,7 +8,8 @@ __all__ = ['TE_STATE', 'GemmBackend', 'sizes_of', 'column_major', 'native_matmul
 
 # %% ../nbs/07d_fp8_backends.ipynb #cc3d1a38
 import importlib
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -106,14 +107,24 @@ class NativeProduct(torch.autograd.Function):
     "A linear layer's product and its two gradients by PyTorch's scaled product"
 
     @staticmethod
-    def forward(ctx, x, W, recipe):
+    def forward(
+        ctx,
+        x: Tensor,  # activations (rows, in)
+        W: Tensor,  # (out, in)
+        recipe: Recipe,  # blocks, formats, scales
+    ) -> Tensor:  # (rows, out)
+        "Multiply activations by the weight"
         ctx.save_for_backward(x, W)
         ctx.recipe = recipe
         return native_matmul(x, W, recipe, 'xw', x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(
+        ctx,
+        g: Tensor,  # gradients of the output (rows, out)
+    ) -> tuple[Tensor | None, ...]:  # of x and W, as far as they are asked for
+        "Multiply gradients by the weight, and by the rounded activations"
         x, W = ctx.saved_tensors
         recipe = ctx.recipe
         dx = None
@@ -141,7 +152,9 @@ class Native:
         self.recipe = recipe
         self.remembers = False
 
-    def __call__(self, x: Tensor, W: Tensor, ends: Tensor | None = None, update: bool = True):
+    def __call__(
+        self, x: Tensor, W: Tensor, ends: Tensor | None = None, update: bool = True
+    ) -> Tensor:
         "See `GemmBackend`"
         if ends is None:
             return NativeProduct.apply(x, W, self.recipe)
@@ -161,7 +174,7 @@ class Native:
         "Do nothing: there is no state"
 
 # %% ../nbs/07d_fp8_backends.ipynb #7022e25a
-def transformer_engine():  # its modules `pytorch` and `common.recipe`
+def transformer_engine() -> tuple[ModuleType, ModuleType]:  # `pytorch` and `common.recipe` of it
     "Return the two modules of Transformer Engine, or raise a `RuntimeError` that says why not"
     try:
         layers = importlib.import_module('transformer_engine.pytorch')
@@ -177,8 +190,8 @@ def transformer_engine():  # its modules `pytorch` and `common.recipe`
 
 def te_recipe(
     recipe: Recipe,  # ours
-    module,  # transformer_engine.common.recipe
-):  # theirs
+    module: ModuleType,  # transformer_engine.common.recipe
+) -> Any:  # theirs
     "Return the recipe of Transformer Engine that comes nearest"
     hybrid = module.Format.HYBRID
     if recipe.history:
@@ -217,7 +230,9 @@ class Engine:
         for name in self.names:
             del self.layer._parameters[name]  # ours are lent at each call
 
-    def __call__(self, x: Tensor, W: Tensor, ends: Tensor | None = None, update: bool = True):
+    def __call__(
+        self, x: Tensor, W: Tensor, ends: Tensor | None = None, update: bool = True
+    ) -> Tensor:
         "See `GemmBackend`; delayed scales move wherever gradients are made, whatever `update` says"
         self.layer.__dict__.update(zip(self.names, [W] if ends is None else W.unbind(0)))
         try:

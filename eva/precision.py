@@ -25,7 +25,7 @@ from eva.fp8_backends import (
 )
 from .fp8_kv_cache import FP8LatentCache  # noqa: F401 - moved
 from .fp8_recipes import RECIPES, Recipe, Rounding, named_recipe
-from .moe import Collect, Dispatch, Experts, Gate, grouped_linear, layout
+from .moe import Collect, Dispatch, Experts, Gate, Routing, grouped_linear, layout
 from .products import Linear, multiplies_slowly, product
 
 # %% ../nbs/08_precision.ipynb #0ae3bf32
@@ -67,8 +67,15 @@ class RoundedProduct(torch.autograd.Function):
     "A linear layer's product and its two gradients, each of rounded tensors"
 
     @staticmethod
-    def forward(ctx, x, W, rounding, ends, update=True):
-        # x is (rows, in), W is (out, in) or (experts, out, in)
+    def forward(
+        ctx,
+        x: Tensor,  # activations (rows, in)
+        W: Tensor,  # (out, in), or a stack of them (experts, out, in)
+        rounding: Rounding,  # of the layer
+        ends: Tensor | None,  # where each expert's rows end (experts,), int32
+        update: bool = True,  # may delayed scales remember this call?
+    ) -> Tensor:  # (rows, out)
+        "Multiply rounded activations by the rounded weight"
         x_rounded = rounding(x, 'x', update=update)
         W_rounded = rounding(W, 'w', update=update)
         ctx.update = update
@@ -78,7 +85,11 @@ class RoundedProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(
+        ctx,
+        g: Tensor,  # gradients of the output (rows, out)
+    ) -> tuple[Tensor | None, ...]:  # of x and W, as far as they are asked for
+        "Multiply rounded gradients by the rounded weight, and by the rounded activations"
         x_rounded, W_rounded, W, ends = ctx.saved_tensors
         rounding = ctx.rounding
         dx = None
@@ -350,7 +361,7 @@ def chosen_experts(
     "Return which experts are chosen while a function runs"
     seen = []
 
-    def see(gate, args, routing):
+    def see(gate: nn.Module, args: tuple, routing: Routing) -> None:
         chosen = torch.zeros_like(routing.scores, dtype=torch.bool)
         seen.append(chosen.scatter_(-1, routing.indices, True).flatten(0, -2))
 
