@@ -15,14 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from eva.fp8_backends import (
-    Engine,
-    GemmBackend,
-    Native,
-    best_backend,
-    sizes_of,
-    why_not,
-)
+from .fp8_backends import Engine, GemmBackend, Native, best_backend, sizes_of, why_not
 from .fp8_kv_cache import FP8LatentCache  # noqa: F401 - moved
 from .fp8_recipes import RECIPES, Recipe, Rounding, named_recipe
 from .moe import Collect, Dispatch, Experts, Gate, Routing, grouped_linear, layout
