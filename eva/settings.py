@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 
 from .balance import BALANCE_LOSSES
-from .fp8 import RECIPES
+from .fp8_recipes import RECIPES
 
 # %% ../nbs/10b_settings.ipynb #1c508fe9
 DTYPES = dict(

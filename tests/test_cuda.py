@@ -6,9 +6,11 @@ from torch.testing import assert_close
 
 from eva.cache import LatentCache
 from eva.config import Config
-from eva.fp8 import RECIPES, quantize, snr_db
+from eva.fp8 import quantize, snr_db
+from eva.fp8_backends import why_not
+from eva.fp8_recipes import RECIPES
 from eva.model import DeepSeekV3
-from eva.precision import convert, why_not
+from eva.precision import convert
 
 pytestmark = [
     pytest.mark.cuda,

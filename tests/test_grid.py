@@ -14,7 +14,8 @@ import eva.precision
 from eva.cache import LatentCache
 from eva.config import Config
 from eva.context import Context
-from eva.fp8 import RECIPES, dequantize
+from eva.fp8 import dequantize
+from eva.fp8_recipes import RECIPES
 from eva.generate import generate
 from eva.model import DeepSeekV3
 from eva.precision import (
@@ -162,15 +163,13 @@ def use(model, precision):
         return model.bfloat16() if precision == 'bfloat16' else model
     recipe, backend = precision.split('-')
     for module in model.modules():
-        kind = KINDS.get(type(module))
-        if kind and module is not model.lm_head:
+        if type(module) in KINDS and module is not model.lm_head:
             real = PRODUCTS['emulate']
             PRODUCTS['emulate'] = BACKENDS[backend]
             try:
                 made = products_of(module, recipe, 'emulate')
             finally:
                 PRODUCTS['emulate'] = real
-            module.__class__ = kind
             equip(module, made, precision)
     return model
 

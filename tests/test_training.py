@@ -13,7 +13,7 @@ import torch
 
 from eva.config import Config
 from eva.data import Document, train_tokenizer, write_tokens
-from eva.fp8 import RECIPES
+from eva.fp8_recipes import RECIPES
 from eva.interop import load_pretrained, save_pretrained
 from eva.model import DeepSeekV3
 from eva.stability import StabilityMonitor

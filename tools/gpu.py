@@ -1,7 +1,8 @@
-"""Measure on a GPU what no CPU can, and write it to a file that the chapters show: `python tools/gpu.py`
+"""Measure on a GPU what no CPU can, for a file that the chapters show: `python tools/gpu.py`
 
-Agreement first (bytes of the GPU equal to the CPU's, products within what their order of summation allows), then times:
-block-scaled products against the chip's peak, and a training step of V3-shaped layers in fp32, bf16 and FP8.
+Agreement first (bytes of the GPU equal to the CPU's, products within what their order of summation
+allows), then times: block-scaled products against the chip's peak, and a training step of V3-shaped
+layers in fp32, bf16 and FP8.
 """
 
 import argparse
@@ -12,16 +13,20 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from eva.config import Config
 from eva.data import replacing
-from eva.fp8 import RECIPES, dequantize, quantize, snr_db
+from eva.fp8 import dequantize, quantize, snr_db
+from eva.fp8_backends import native_matmul, why_not
+from eva.fp8_recipes import RECIPES
 from eva.moe import MLP, Experts
-from eva.precision import PRODUCTS, convert, native_matmul, why_not
+from eva.precision import PRODUCTS, convert
 
 PEAK = {
     'H100': 1979e12,
@@ -69,43 +74,42 @@ def agreement(device, size):
     return out
 
 
+def scaled_product(a, b):
+    "A call that multiplies two matrices in blocks, which are quantised beforehand"
+    kinds = F.ScalingType
+    (qa, sa), (qb, sb) = quantize(a), quantize(b, (128, 128))
+    return partial(
+        F.scaled_mm,
+        qa,
+        qb.T,
+        scale_a=sa.T.contiguous().T,
+        scale_recipe_a=kinds.BlockWise1x128,
+        scale_b=nn.functional.pad(sb, (0, -sb.shape[1] % 4)).T,
+        scale_recipe_b=kinds.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )
+
+
 def products(device, sizes, repeat):
     "Block-scaled products alone: operands are quantised beforehand"
-    import torch.nn.functional as F
-
     rows = []
-    T = F.ScalingType
     for m, n, k in sizes:
         a, b = (torch.randn(o, k, device=device, dtype=torch.bfloat16) for o in (m, n))
-        row = dict(
-            m=m, n=n, k=k, bf16=2 * m * n * k / seconds(lambda: a @ b.T, device, repeat) / 1e12
-        )
+        calls = dict(bf16=partial(torch.matmul, a, b.T))
         if not why_not('native', device, 'block'):
-            (qa, sa), (qb, sb) = quantize(a), quantize(b, (128, 128))
-            sa = sa.T.contiguous().T
-            sb = nn.functional.pad(sb, (0, -sb.shape[1] % 4)).T
-            row['fp8'] = (
-                2
-                * m
-                * n
-                * k
-                / seconds(
-                    lambda: F.scaled_mm(
-                        qa,
-                        qb.T,
-                        scale_a=sa,
-                        scale_recipe_a=T.BlockWise1x128,
-                        scale_b=sb,
-                        scale_recipe_b=T.BlockWise128x128,
-                        output_dtype=torch.bfloat16,
-                    ),
-                    device,
-                    repeat,
-                )
-                / 1e12
-            )
+            calls['fp8'] = scaled_product(a, b)
+        row = dict(m=m, n=n, k=k)
+        for name, call in calls.items():
+            row[name] = 2 * m * n * k / seconds(call, device, repeat) / 1e12
         rows.append(row)
     return rows
+
+
+def step(layer, x, *routing):
+    "A forward and a backward pass"
+    layer[0](x, *routing).square().mean().backward()
+    layer.zero_grad()
+    x.grad = None
 
 
 def steps(device, hidden, width, experts, tokens, repeat):
@@ -132,18 +136,9 @@ def steps(device, hidden, width, experts, tokens, repeat):
                 convert(layer, 'block_pow2', name)
             x = torch.randn(tokens, hidden, device=device, dtype=dtype, requires_grad=True)
             indices = torch.rand(tokens, experts, device=device).topk(min(8, experts))[1]
-            args = (
-                (x,)
-                if part == 'dense'
-                else (x, torch.ones_like(indices, dtype=torch.float32), indices)
-            )
-
-            def step():
-                layer[0](*args).square().mean().backward()
-                layer.zero_grad()
-                x.grad = None
-
-            out[f'{part}, {name}'] = 1e3 * seconds(step, device, repeat)
+            routing = (torch.ones_like(indices, dtype=torch.float32), indices)
+            call = partial(step, layer, x, *(() if part == 'dense' else routing))
+            out[f'{part}, {name}'] = 1e3 * seconds(call, device, repeat)
     return out
 
 
