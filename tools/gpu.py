@@ -1,7 +1,10 @@
-"""Measure on a GPU what no CPU can, and write it to a file that the chapters show: `python tools/gpu.py`
+"""Measure on a GPU what no CPU can, and write it to a file that the chapters show
 
-Agreement first (bytes of the GPU equal to the CPU's, products within what their order of summation allows), then times:
-block-scaled products against the chip's peak, and a training step of V3-shaped layers in fp32, bf16 and FP8.
+`python tools/gpu.py`.
+
+Agreement first (bytes of the GPU equal to the CPU's, products within what their order of summation
+allows), then times: block-scaled products against the chip's peak, and a training step of V3-shaped
+layers in fp32, bf16 and FP8.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,7 +82,10 @@ def products(device, sizes, repeat):
     for m, n, k in sizes:
         a, b = (torch.randn(o, k, device=device, dtype=torch.bfloat16) for o in (m, n))
         row = dict(
-            m=m, n=n, k=k, bf16=2 * m * n * k / seconds(lambda: a @ b.T, device, repeat) / 1e12
+            m=m,
+            n=n,
+            k=k,
+            bf16=2 * m * n * k / seconds(lambda a=a, b=b: a @ b.T, device, repeat) / 1e12,
         )
         if not why_not('native', device, 'block'):
             (qa, sa), (qb, sb) = quantize(a), quantize(b, (128, 128))
@@ -90,7 +97,8 @@ def products(device, sizes, repeat):
                 * n
                 * k
                 / seconds(
-                    lambda: F.scaled_mm(
+                    partial(
+                        F.scaled_mm,
                         qa,
                         qb.T,
                         scale_a=sa,
@@ -138,7 +146,7 @@ def steps(device, hidden, width, experts, tokens, repeat):
                 else (x, torch.ones_like(indices, dtype=torch.float32), indices)
             )
 
-            def step():
+            def step(layer=layer, args=args, x=x):
                 layer[0](*args).square().mean().backward()
                 layer.zero_grad()
                 x.grad = None
