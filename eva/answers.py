@@ -71,7 +71,7 @@ def _check(messages: Any, tok: Tokenizer):
                 f'{found}: it would be read as one; take it out'
             )
 
-
+# %% ../nbs/12d_answers.ipynb #8945dd1f
 def encode_conversation(
     messages: Any,  # a list of objects, each with role and content
     template: ChatTemplate,  # of the checkpoint
@@ -172,7 +172,7 @@ def _write_stream(
         writer.add(ids, 0, learn)
     return nbytes
 
-
+# %% ../nbs/12d_answers.ipynb #05247ca2
 def write_conversations(
     folder: str | Path,  # gets train/ and held_out/
     talks: Iterable[tuple[str, dict]],  # a name, and {'messages': …}, as of `eva.ingest.rows`

@@ -241,7 +241,7 @@ def is_number(
         return False
     return abs(value) < 10**300 and not math.isnan(value)
 
-
+# %% ../nbs/00e_config_published.ipynb #5338478c
 def _fill_groups(out: dict[str, Any], found: dict[str, Any], family: str):
     "Give experts that are not in groups one group"
     if out['n_group'] is None:

@@ -122,6 +122,20 @@ class ShardWriter:
         return ShardStream(self.folder)
 
 # %% ../nbs/10ca_data_shards.ipynb #b8add408
+def _open_shard(file: Path, count: int, dtype: np.dtype) -> np.ndarray:
+    "Open a file, and check it against the index"
+    try:
+        shard = memory_map(file)
+    except (OSError, ValueError) as e:
+        raise ValueError(f'{file}: not a readable shard ({e}); tokenise again') from None
+    if shard.shape != (count,) or shard.dtype != dtype:
+        raise ValueError(
+            f'{file}: {shard.dtype} of shape {shard.shape}, but '
+            f'the index promises {count} of {dtype}; tokenise again'
+        )
+    return shard
+
+# %% ../nbs/10ca_data_shards.ipynb #c8863cdd
 class Row:
     "Arrays of one size in a row, memory-mapped when they are needed"
 
@@ -140,20 +154,10 @@ class Row:
         return self.ends[-1]
 
     def _shard(self, number: int) -> np.ndarray:
-        "Open a file when it is first needed, and check it against the index"
+        "Open a file when it is first needed"
         if number not in self.open:
-            file = self.files[number]
-            try:
-                shard = memory_map(file)
-            except (OSError, ValueError) as e:
-                raise ValueError(f'{file}: not a readable shard ({e}); tokenise again') from None
             count = self.ends[number] - (self.ends[number - 1] if number else 0)
-            if shard.shape != (count,) or shard.dtype != self.dtype:
-                raise ValueError(
-                    f'{file}: {shard.dtype} of shape {shard.shape}, but '
-                    f'the index promises {count} of {self.dtype}; tokenise again'
-                )
-            self.open[number] = shard
+            self.open[number] = _open_shard(self.files[number], count, self.dtype)
         return self.open[number]
 
     def __getitem__(self, key):
@@ -216,7 +220,7 @@ def _check_shards(meta: dict[str, Any]):
     if not is_list or sum(count for _, count, _ in shards) != meta['tokens']:
         raise ValueError('shards that do not add up')
 
-
+# %% ../nbs/10ca_data_shards.ipynb #e45a1348
 class ShardStream(TokenStream):
     "A row of tokens in shards, cut into shuffled windows"
 
