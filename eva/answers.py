@@ -6,16 +6,17 @@
 __all__ = ['TEMPLATE', 'ROLES', 'answer_spans', 'encode_conversation', 'packed', 'write_conversations']
 
 # %% ../nbs/12d_answers.ipynb #15abd2ca
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from .chat import ChatTemplate
-from .corpus import ShardWriter
 from .data import TokenStream
-from .fileio import Manifest
+from .data_shards import ShardWriter
+from .fileio_manifest import Manifest
 
 # %% ../nbs/12d_answers.ipynb #46548950
 TEMPLATE = (
@@ -46,9 +47,33 @@ def answer_spans(
         spans.append((len(before), len(through)))
     return text, spans
 
+# %% ../nbs/12d_answers.ipynb #473379c0
+def _is_message(message: Any) -> bool:
+    "Has this a known role, and a text?"
+    if not isinstance(message, dict):
+        return False
+    return message.get('role') in ROLES and isinstance(message.get('content'), str)
 
+
+def _check(messages: Any, tok: Tokenizer):
+    "Refuse what is no conversation, and a text that spells a mark"
+    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+        raise ValueError(
+            f'messages={str(messages)[:80]}: must be a list of '
+            f'{{"role": …, "content": …}} with roles {", ".join(ROLES)}'
+        )
+    marks = [t.content for t in tok.get_added_tokens_decoder().values() if t.special]
+    for message in messages:
+        found = next((mark for mark in marks if mark in message['content']), None)
+        if found:
+            raise ValueError(
+                f'content of {message["role"]} spells the mark '
+                f'{found}: it would be read as one; take it out'
+            )
+
+# %% ../nbs/12d_answers.ipynb #8945dd1f
 def encode_conversation(
-    messages: list[dict],  # each with role and content
+    messages: Any,  # a list of objects, each with role and content
     template: ChatTemplate,  # of the checkpoint
     tok: Tokenizer,  # of the checkpoint
     bos: int = 0,  # the start token
@@ -62,74 +87,95 @@ def encode_conversation(
             'learn; messages need one with role assistant'
         )
     tok.encode_special_tokens = False  # the template writes marks
-    e = tok.encode(text, add_special_tokens=False)
-    ids = np.array(e.ids, np.int64)
-    learn = np.array([any(a <= s < b for a, b in spans) and t > s for s, t in e.offsets])
+    encoding = tok.encode(text, add_special_tokens=False)
+    ids = np.array(encoding.ids, np.int64)
+    learn = np.array(
+        [any(a <= start < b for a, b in spans) and end > start for start, end in encoding.offsets]
+    )
     if len(ids) and ids[0] == bos:
         return ids, learn
     return np.r_[bos, ids], np.r_[False, learn]
 
-
-def _check(messages, tok):
-    if not (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, dict) and m.get('role') in ROLES and isinstance(m.get('content'), str)
-            for m in messages
-        )
-    ):
-        raise ValueError(
-            f'messages={str(messages)[:80]}: must be a list of '
-            f'{{"role": …, "content": …}} with roles {", ".join(ROLES)}'
-        )
-    marks = [t.content for t in tok.get_added_tokens_decoder().values() if t.special]
-    for m in messages:
-        if found := next((o for o in marks if o in m['content']), None):
-            raise ValueError(
-                f'content of {m["role"]} spells the mark '
-                f'{found}: it would be read as one; take it out'
-            )
-
 # %% ../nbs/12d_answers.ipynb #51b3a520
+def _full_row(part: list[tuple[np.ndarray, np.ndarray]], seq: int, pad: int) -> tuple:
+    "Conversations as one row of tokens and learned, filled up"
+    missing = seq - sum(len(ids) for ids, _ in part)
+    ids = np.r_[tuple(ids for ids, _ in part) + (np.full(missing, pad),)]
+    learn = np.r_[tuple(learn for _, learn in part) + (np.zeros(missing, bool),)]
+    return ids, learn
+
+
 def packed(
     talks: Iterable[tuple[np.ndarray, np.ndarray]],  # tokens and learned, of each conversation
     seq: int,  # tokens of a row
     pad: int = 1,  # what fills the rest
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # rows of tokens and learned
     "Whole conversations in rows of one length"
-
-    def full(part, n):
-        return (
-            np.r_[tuple(o[0] for o in part) + (np.full(seq - n, pad),)],
-            np.r_[tuple(o[1] for o in part) + (np.zeros(seq - n, bool),)],
-        )
-
-    part = []
-    n = 0
+    part: list[tuple[np.ndarray, np.ndarray]] = []
+    size = 0
     for ids, learn in talks:
         ids = ids[:seq]
         learn = learn[:seq]
         if not learn.any():
             continue  # its answers are beyond the row
-        if n + len(ids) > seq:
-            yield full(part, n)
+        if size + len(ids) > seq:
+            yield _full_row(part, seq, pad)
             part = []
-            n = 0
+            size = 0
         part.append((ids, learn))
-        n += len(ids)
+        size += len(ids)
     if part:
-        yield full(part, n)
+        yield _full_row(part, seq, pad)
 
+# %% ../nbs/12d_answers.ipynb #1c87228b
+class _Encoded:
+    "Conversations as tokens, one pass for each of two streams"
 
+    def __init__(
+        self,
+        pairs: Iterable[tuple[str, dict]],  # a name, and {'messages': …}
+        encode: Callable[[Any], tuple[np.ndarray, np.ndarray]],  # tokens and learned
+        hold_out: int,  # conversations that are held out at most: every twentieth
+    ):
+        self.pairs = pairs
+        self.encode = encode
+        self.hold_out = hold_out
+        self.number = 0  # of conversations, held out or not
+
+    def stream(self, held_out: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        "Encode those to train on, or those held out"
+        for place, (name, row) in enumerate(self.pairs):
+            self.number = place + 1
+            is_held_out = place % 20 == 0 and place < 20 * self.hold_out
+            if is_held_out != held_out:
+                continue
+            try:
+                encoded = self.encode(row.get('messages'))
+            except ValueError as e:
+                raise ValueError(f'{name}: {e}') from None
+            yield encoded
+
+# %% ../nbs/12d_answers.ipynb #68649374
+def _write_stream(
+    writer: ShardWriter, talks: Iterable[tuple], tok: Tokenizer, seq: int, pad: int
+) -> int:
+    "Write packed rows, and return the bytes of the answers in them"
+    nbytes = 0
+
+    def counted():
+        nonlocal nbytes
+        for ids, learn in talks:
+            nbytes += len(tok.decode(ids[:seq][learn[:seq]].tolist()).encode())
+            yield ids, learn
+
+    for ids, learn in packed(counted(), seq, pad):
+        writer.add(ids, 0, learn)
+    return nbytes
+
+# %% ../nbs/12d_answers.ipynb #05247ca2
 def write_conversations(
     folder: str | Path,  # gets train/ and held_out/
-    talks: Iterable[
-        tuple[str, dict]
-        # from `eva.corpus.rows`: a name, and {'messages': …}; what is no iterator is read twice
-        # instead
-        # of being kept
-    ],
+    talks: Iterable[tuple[str, dict]],  # a name, and {'messages': …}, as of `eva.ingest.rows`
     template: ChatTemplate,  # of the checkpoint
     tok: Tokenizer,  # of the checkpoint
     seq: int,  # tokens of a row
@@ -138,35 +184,24 @@ def write_conversations(
     hold_out: int = 200,  # conversations that are held out at most: every twentieth
     manifest: Manifest | None = None,  # of the run; None: of each of the two folders
 ) -> tuple[TokenStream, TokenStream]:  # to train on, to test on; `bytes` is that of the answers
-    "Conversations as two streams"
-    size = [0, 0]
-    number = 0
+    """Write conversations as two streams
 
-    def encoded(which, pairs):
-        nonlocal number
-        for n, (name, row) in enumerate(pairs):
-            number = n + 1
-            if (n % 20 == 0 and n < 20 * hold_out) != which:
-                continue
-            try:
-                ids, learn = encode_conversation(row.get('messages'), template, tok, bos)
-            except ValueError as e:
-                raise ValueError(f'{name}: {e}') from None
-            size[which] += len(tok.decode(ids[:seq][learn[:seq]].tolist()).encode())
-            yield ids, learn
-
+    They are read twice. An iterator, which can be read once, is kept in memory instead.
+    """
     pairs = list(talks) if isinstance(talks, Iterator) else talks
-    out = []
-    for which, name in ((False, 'train'), (True, 'held_out')):
-        w = ShardWriter(Path(folder) / name, tok.get_vocab_size(), learned=True, manifest=manifest)
-        for ids, learn in packed(encoded(which, pairs), seq, pad):
-            w.add(ids, 0, learn)
-        if not w.documents:
+    encoded = _Encoded(pairs, lambda m: encode_conversation(m, template, tok, bos), hold_out)
+
+    def write(name: str, held_out: bool) -> TokenStream:
+        vocab_size = tok.get_vocab_size()
+        writer = ShardWriter(Path(folder) / name, vocab_size, learned=True, manifest=manifest)
+        nbytes = _write_stream(writer, encoded.stream(held_out), tok, seq, pad)
+        if not writer.documents:
             raise ValueError(
-                f'{number} conversations: too few to hold one out, or answers '
+                f'{encoded.number} conversations: too few to hold one out, or answers '
                 f'beyond the first {seq} tokens; give more, or a longer seq_len'
             )
-        for _ in range(2):
-            w.add(np.full(seq, pad), 0, np.zeros(seq, bool))  # windows look beyond their end
-        out.append(w.close(align=seq, bytes=max(1, size[which])))
-    return tuple(out)
+        for _ in range(2):  # windows look beyond their end
+            writer.add(np.full(seq, pad), 0, np.zeros(seq, bool))
+        return writer.close(align=seq, bytes=max(1, nbytes))
+
+    return write('train', False), write('held_out', True)

@@ -1,7 +1,10 @@
-"""Folders from outside that were damaged: loaded and equal, or refused in one sentence that names the file
+"""Folders from outside that were damaged: loaded and equal, or refused in one sentence
+
+The sentence names the file.
 
 Every case runs in a child process with a bounded address space, and its time is bounded too.
-`EVA_FUZZ=50000 pytest tests/test_fuzz_files.py` tries more cases of each kind, `--flags slow` ten thousand in all.
+`EVA_FUZZ=50000 pytest tests/test_fuzz_files.py` tries more cases of each kind, `--flags slow` ten
+thousand in all.
 """
 
 import json
@@ -31,11 +34,13 @@ SECONDS_OF_A_HANG = 120  # by the clock, on a machine that does other things too
 BYTES_OF_A_CHILD = 6 * 2**30  # of address space, 2 of which PyTorch reserves
 GROWTH_OF_A_CHILD = 600 * 2**20  # of resident memory, beyond what it has after the first load
 ODD = [
-    None, -1, 0, 1, 2, 3, 1e30, 1e-30, float('nan'), float('inf'), 'x', '', '8', [], [1], [[1]], {}, {'type': 'yarn'}, True, False,
-    2**31, 2**40, 2**62, 2**70, -(2**63), 10**29, 0.5, 128, 'a' * 10**5, list(range(1000)),
+    None, -1, 0, 1, 2, 3, 1e30, 1e-30, float('nan'), float('inf'), 'x', '', '8', [], [1], [[1]], {},
+    {'type': 'yarn'}, True, False, 2**31, 2**40, 2**62, 2**70, -(2**63), 10**29, 0.5, 128,
+    'a' * 10**5, list(range(1000)),
 ]  # fmt: skip
 FILES = (
-    'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'model.safetensors.index.json',
+    'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json',
+    'generation_config.json', 'model.safetensors.index.json',
 )  # fmt: skip
 
 
@@ -45,8 +50,9 @@ def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp('sources')
     torch.manual_seed(0)
     cfg = Config.preset(
-        'mini', vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=8, kv_lora_rank=8,
-        qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, intermediate_size=16, moe_intermediate_size=8, n_routed_experts=4,
+        'mini', vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4,
+        intermediate_size=16, moe_intermediate_size=8, n_routed_experts=4,
     )  # fmt: skip
     tokenizer = train_tokenizer(['def f(x): return x\n' * 20], 280)
     save_pretrained(DeepSeekV3(cfg), root / 'plain', tokenizer)
@@ -263,14 +269,17 @@ def attempt(folder):
     s = Speaker(folder)
     found = hashlib.sha256()
     for name, t in s.model.state_dict().items():
-        found.update(name.encode()); found.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(name.encode())
+        found.update(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 for line in sys.stdin:
     start = time.process_time()
     try: said = dict(loaded=attempt(Path(line.rstrip())))
     except ValueError as e: said = dict(refused=str(e))
     except BaseException as e: said = dict(fault=f'{type(e).__name__}: {e}'[:500])
-    print(json.dumps(said | dict(seconds=time.process_time()-start, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = time.process_time() - start
+    print(json.dumps(said | dict(seconds=seconds, peak=peak)), flush=True)
 """
 
 

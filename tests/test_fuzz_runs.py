@@ -1,4 +1,7 @@
-"Checkpoints, logs and token files with mutated contents: taken up, or refused with a ValueError, quickly; `EVA_FUZZ=20000 pytest tests/test_fuzz_runs.py` tries more"
+"""Checkpoints, logs and token files with mutated contents: taken up, or refused with a ValueError
+
+Quickly, too. `EVA_FUZZ=20000 pytest tests/test_fuzz_runs.py` tries more.
+"""
 
 import ast
 import json
@@ -155,7 +158,7 @@ def test_mutated_state(run, tmp_path):
 
 
 def test_mutated_tensors(run, tmp_path):
-    "With a checksum that is right: a header that claims too much, names and shapes that are not ours"
+    "With a checksum that is right: a header that claims too much, names and shapes not ours"
     root, make = run
     source = checkpoints(root / 'run' / 'checkpoints')[-1]
     state = json.loads((source / 'state.json').read_text())
@@ -251,7 +254,7 @@ def test_mutated_tokens(run, tmp_path):
 
 def test_mutated_shards(tmp_path):
     w = ShardWriter(tmp_path / 's', 300, size=100, learned=True)
-    for i in range(30):
+    for _ in range(30):
         w.add(np.arange(17), 17, np.ones(17, bool))
     w.close(align=1)
     index = json.loads((tmp_path / 's' / 'index.json').read_text())

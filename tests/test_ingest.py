@@ -1,4 +1,8 @@
-"Training data of every kind, packed, encoded, damaged and named in every way: taken whole, or skipped whole with a reason; in bounded memory; and nothing of a user's is deleted"
+"""Training data of every kind, packed, encoded, damaged and named in every way
+
+A file is taken whole, or skipped whole with a reason; in bounded memory; and nothing of a user's is
+deleted.
+"""
 
 import codecs
 import gzip
@@ -361,7 +365,7 @@ def grown(tmp_path, shape, mb, vocab_size=258):
     [('words', 8), *(pytest.param(shape, 16, marks=pytest.mark.slow) for shape in SHAPES)],
 )
 def test_memory_of_a_corpus(tmp_path, shape, mb):
-    "Any shape takes less than half a gigabyte (before: 16 MB of words took 3.6, and a single line more)"
+    "Any shape takes less than half a gigabyte (before: 16 MB of words took 3.6, one line more)"
     assert grown(tmp_path, shape, mb) < 500
 
 
@@ -387,13 +391,25 @@ torch.set_num_threads(1)
 about = json.loads(sys.argv[1])
 text, tmp = 'for i in range(10):\n    print(i, i*i)\n'*4000, Path(tempfile.mkdtemp())
 tok = train_tokenizer([text], 270)
-streams = [write_tokens(tmp/f'{n}.npy', [Document(n, t)], tok) for n, t in (('train', text), ('held', text[:900]))]
+parts = dict(train=text, held=text[:900])
+streams = [write_tokens(tmp / f'{n}.npy', [Document(n, t)], tok) for n, t in parts.items()]
 cfg = Config.preset('mini', **{**about['model'], 'vocab_size': tok.get_vocab_size()})
 tcfg = TrainConfig(steps=2, eval_every=10, save_every=10, **about['train'])
-peak = lambda: 1024*int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) # of this program alone, not of the one that started it
+
+
+def peak():
+    # of this program alone, not of the one that started it
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(re.search(r'VmHWM:\s+(\d+)', status)[1])
+
+
 before = peak()
 t = Trainer(DeepSeekV3(cfg), *streams, tcfg, tmp/'run')
-for _ in range(2): t.gradients(t.train.batch(0, tcfg.batch_size, tcfg.seq_len, 1+len(t.model.mtp)), tcfg.batch_size, .1); t.opt.collect(); t.opt.step()
+for _ in range(2):
+    batch = t.train.batch(0, tcfg.batch_size, tcfg.seq_len, 1 + len(t.model.mtp))
+    t.gradients(batch, tcfg.batch_size, 0.1)
+    t.opt.collect()
+    t.opt.step()
 print(json.dumps(dict(measured=peak()-before, predicted=sum(step_memory(cfg, tcfg).values()))))
 """
 

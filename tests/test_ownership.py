@@ -1,6 +1,7 @@
 """Eva overwrites and deletes what its own lists name, and nothing else, whatever stands in its way
 
-Generated: each command, each name that it writes, each kind of thing that may have this name already.
+Generated: each command, each name that it writes, each kind of thing that may have this name
+already.
 """
 
 import contextlib
@@ -218,7 +219,7 @@ def test_out_is_something_else(tmp_path, monkeypatch, no_work, kind):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_resumed_run_meets_something_of_a_users(started, tmp_path, monkeypatch, no_work, kind):
-    "Where something of the run was replaced since, or something new has a name that is not yet written"
+    "Where something of the run was replaced since, or something new has a name not yet written"
     monkeypatch.chdir(tmp_path)
     shutil.copytree(started / 'run', 'copy')
     steps = (
@@ -310,7 +311,7 @@ def test_a_conversion_meets_something_of_a_users(started, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_an_interrupted_conversion_meets_something_of_a_users(started, tmp_path, monkeypatch, kind):
-    "The conversion is stopped before it takes its name; something is put into its folder, and the same call goes on"
+    "The conversion is stopped before it takes its name, and goes on with something in its folder"
     monkeypatch.chdir(tmp_path)
 
     def stop(*args):
@@ -434,7 +435,7 @@ def test_modes(started, tmp_path, monkeypatch, quick_case):
 
 
 def test_an_older_run_is_taken_over(started, tmp_path, monkeypatch):
-    "A run from before there were lists, and one that was copied without them: read, resumed, and said"
+    "A run from before there were lists, and one copied without them: read, resumed, and said"
     monkeypatch.chdir(tmp_path)
     shutil.copytree(started / 'run', 'run', copy_function=shutil.copyfile)
     for p in list(Path('run').rglob('.eva-*')):
@@ -591,7 +592,7 @@ def test_a_checkpoint_that_is_being_saved_is_left(tmp_path):
 
 
 def test_the_list_costs_a_step_nothing(tmp_path, monkeypatch):
-    "The list is written where files appear, and not where lines are appended: no more often for ten times the steps"
+    "The list is written where files appear, and not where lines are appended"
 
     def saves(folder, steps):
         count = []
@@ -624,7 +625,7 @@ def test_the_list_costs_a_step_nothing(tmp_path, monkeypatch):
 
 
 def test_the_list_itself(tmp_path):
-    "Of somebody who wishes us ill: names outside, links in the way, and contents of any kind are no way out of the folder"
+    "Names outside, links in the way, and contents of any kind are no way out of the folder"
     (tmp_path / 'precious').write_text('precious')
     run = tmp_path / 'run'
     (run / 'real').mkdir(parents=True)

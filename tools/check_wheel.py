@@ -1,4 +1,7 @@
-"Build the distributions and try the wheel alone, away from the repository: `python tools/check_wheel.py [FOLDER]`"
+"""Build the distributions and try the wheel alone, away from the repository
+
+`python tools/check_wheel.py [FOLDER]`
+"""
 
 import argparse
 import json
@@ -109,7 +112,7 @@ def link_distribution(found: Distribution, prefix: Path, site_packages: Path) ->
 
 
 def environment(folder: Path, wheel: Path) -> Path:
-    "Make an environment of the wheel and of what it says that it and the chapters need; return its Python"
+    "Make an environment of the wheel and of what it and the chapters need; return its Python"
     venv.create(folder, symlinks=True)
     python = folder / 'bin' / 'python'
     code = 'import sysconfig; print(sysconfig.get_path("purelib"))'

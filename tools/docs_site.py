@@ -1,4 +1,7 @@
-"The site from the stored notebooks, without running them: `python tools/docs_site.py [OUT]` writes `_site`"
+"""The site from the stored notebooks, without running them
+
+`python tools/docs_site.py [OUT]` writes `_site`.
+"""
 
 import argparse
 import ast
@@ -457,7 +460,6 @@ class Site:
 
     def entry(self, s, ticks=7):
         "Signature, sentence and table of one symbol"
-        page = s.chapter.page
         name = s.name
         sig = ', '.join(n + ('=' + d if d else '') for n, _, d, _ in s.args)
         head = name if s.kind in ('property', 'data') else f'{name}({sig})'
@@ -473,9 +475,9 @@ class Site:
         if 'exports' in s.chapter.cells[s.cell].flags:
             body.append(f'<p class="where"><a href="#cell-{s.cell}">source, in the chapter</a></p>')
         else:
-            body.append(
-                f'''<p class="where"><a href="{cfg['git_url']}/blob/{cfg['branch']}/{s.chapter.module.replace('.', '/')}.py">source</a></p>'''
-            )
+            file = f'{s.chapter.module.replace(".", "/")}.py'
+            address = f'{cfg["git_url"]}/blob/{cfg["branch"]}/{file}'
+            body.append(f'<p class="where"><a href="{address}">source</a></p>')
         body += [self.entry(m, ticks - 1) for m in s.members]
         return (
             f'{fence}{{py:{"method" if s.kind.endswith("method") else s.kind}}} {head}\n{option}\n'

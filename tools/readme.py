@@ -1,4 +1,7 @@
-"Write README.md and its pictures from nbs/index.ipynb: `python tools/readme.py`, or `--check` to see whether they are up to date"
+"""Write README.md and its pictures from nbs/index.ipynb
+
+`python tools/readme.py`, or `--check` to see whether they are up to date.
+"""
 
 import base64
 import json

@@ -1,4 +1,7 @@
-"Run chapters from top to bottom and store their outputs: `python tools/run_nbs.py [NAME…] [--flags 'slow cuda']`"
+"""Run chapters from top to bottom and store their outputs
+
+`python tools/run_nbs.py [NAME…] [--flags 'slow cuda']`
+"""
 
 import argparse
 import os
