@@ -25,7 +25,10 @@ from eva.kernels_permutation import (
     unpermute_sum,
 )
 from .kernels_swiglu import decode_experts, few_choices, gated_activation
-from .moe_router import Gate, Routing  # noqa: F401 - moved
+from eva.moe_router import (
+    Gate,
+    Routing,  # noqa: F401 - moved
+)
 from .products import Linear
 
 # %% ../nbs/05_moe.ipynb #df95dda7
