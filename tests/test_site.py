@@ -215,7 +215,7 @@ def test_other_projects_links_land(pages):
         ('quantisation', 'fp8.html'),  # prose
         ('itertools', 'placement.html'),  # code that is no symbol of ours
         ('LatentCache', 'cache.html'),  # a symbol
-        ('eva.moe.Gate', 'moe.html'),
+        ('eva.moe_router.Gate', 'router.html'),
     ],
 )  # and its full name
 def test_search_finds(reader, word, page):
