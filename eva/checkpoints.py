@@ -14,9 +14,11 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,12 +30,15 @@ from .fileio import Manifest, locked, open_regular, read_json
 LARGEST = 2**26  # bytes of a state.json: a real one has some thousands
 
 
-def _sha(path):
+def _sha(path: Path) -> str:
+    "SHA-256 of a file, as it lies on the disk"
     with open_regular(path) as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
+        # Typed as any binary stream; what is opened here has what `file_digest` needs.
+        return hashlib.file_digest(cast(BufferedReader, f), 'sha256').hexdigest()
 
 
-def _check(state):
+def _check(state: dict) -> str:
+    "SHA-256 of what a state.json says"
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -58,7 +63,7 @@ def owned_write(
     with locked(path.parent), Manifest(path.parent).write(path) as t:
         yield t
 
-
+# %% ../nbs/10c_checkpoints.ipynb #7e85158a
 def save_checkpoint(
     path: Path,  # the folder to be
     tensors: dict[str, Tensor],  # what to keep
@@ -77,10 +82,10 @@ def save_checkpoint(
             f'is untouched: make room or give write access, then resume'
         ) from None
 
-
+# %% ../nbs/10c_checkpoints.ipynb #3add8fa3
 def load_checkpoint(
     path: Path,  # the folder
-    read=load_file,  # called with the file of tensors, once it is known to be whole
+    read: Callable = load_file,  # called with the file of tensors, once it is known to be whole
 ) -> tuple[dict, dict]:  # tensors, state
     "Read a checkpoint, or say what is wrong with it"
     try:
@@ -108,7 +113,9 @@ def checkpoints(
 
 # %% ../nbs/10c_checkpoints.ipynb #3a659389
 def _recover(folder):
-    "Remove what a killed process left, unless another one is saving there: then what is temporary is its own"
+    """Remove what a killed process left
+
+    Unless another one is saving there: then what is temporary is its own."""
     manifest = Manifest(folder)
     if not manifest.temporary():
         return
@@ -118,7 +125,7 @@ def _recover(folder):
 
 def newest(
     folder: Path,  # where the checkpoints are
-    read=load_file,  # as of `load_checkpoint`
+    read: Callable = load_file,  # as of `load_checkpoint`
 ) -> tuple[
     Path | None, dict, dict, str
 ]:  # the checkpoint, its tensors, its state, and what was wrong with newer ones
@@ -155,20 +162,25 @@ def check_same(
     path: Path,  # of the checkpoint, for the message
     saved: dict,  # what the checkpoint says
     now: dict,  # what this run says
-    defaults: dict = {},  # of what older checkpoints do not say
+    defaults: dict | None = None,  # of what older checkpoints do not say
 ):
     "Refuse to go on with other settings, and name the difference"
+    defaults = defaults or {}
     if not isinstance(saved, dict):
         raise ValueError(
             f'{path}: its settings are a {type(saved).__name__}; '
             f'remove it to go on from an older one'
         )
-    other = {k: (a, v) for k, v in now.items() if (a := saved.get(k, defaults.get(k))) != v}
+    before = {name: saved.get(name, defaults.get(name)) for name in now}
+    other = [
+        f'{name}={before[name]!r} and not {value!r}'
+        for name, value in now.items()
+        if before[name] != value
+    ]
     if other:
         raise ValueError(
             f'{path}: was written by a run with other settings, '
-            f'{", ".join(f"{k}={a!r} and not {b!r}" for k, (a, b) in other.items())}; '
-            f'resume with those'
+            f'{", ".join(other)}; resume with those'
         )
 
 
@@ -176,22 +188,18 @@ def counter(
     path: Path,  # of the checkpoint, for the message
     state: dict,  # from its state.json
     name: str,  # of the counter
-    kind: type = int,  # int or float
+    kind: type[int] | type[float] = int,
     default=None,  # of what older checkpoints do not say
 ):  # a number that is not negative
     "A number from a state.json, checked"
-    v = state.get(name, default)
-    if (
-        isinstance(v, bool)
-        or not isinstance(v, (int, kind))
-        or not 0 <= v < 2**63
-        or not math.isfinite(v)
-    ):
+    value = state.get(name, default)
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 2**63 or not math.isfinite(value):
         raise ValueError(
-            f'{path}: {name}={v!r}: must be 0 or more; state.json was '
+            f'{path}: {name}={value!r}: must be 0 or more; state.json was '
             f'changed, remove the checkpoint to go on from an older one'
         )
-    return v
+    return value
 
 # %% ../nbs/10c_checkpoints.ipynb #ed73fecd
 MAX_METRICS_BYTES = 2**33  # of metrics.jsonl: V3 would write 90 kB a step
@@ -202,7 +210,7 @@ def read_metrics(
     path: Path,  # metrics.jsonl
 ) -> list[dict]:  # one entry a step; what comes after a line that is not whole is left out
     "What a run wrote about its steps"
-    rows = []
+    rows: list[dict] = []
     if not path.exists():
         return rows
     with open_regular(path, MAX_METRICS_BYTES) as f:
@@ -232,7 +240,9 @@ def cut_metrics(
 
 # %% ../nbs/10c_checkpoints.ipynb #afb1cbf7
 class RunLog:
-    "metrics.jsonl and events.jsonl of a run, and TensorBoard's files where that is installed; the folder is locked while the log is open"
+    """metrics.jsonl and events.jsonl of a run, and TensorBoard's files where that is installed
+
+    The folder is locked while the log is open."""
 
     def __init__(
         self,
@@ -253,7 +263,7 @@ class RunLog:
     def _open(self, step):
         "Open the files, to go on after a step"
         self.manifest.grow('metrics.jsonl')
-        self.file = open(self.path, 'a')
+        self.file = open(self.path, 'a')  # noqa: SIM115 - closed by `_close`
         self.board = None
         self._begun = False
         if self.wanted and importlib.util.find_spec('tensorboard'):
@@ -265,7 +275,8 @@ class RunLog:
             except Exception as e:  # a broken install may raise anything
                 warnings.warn(
                     f'TensorBoard is installed and does not '
-                    f'start ({e}); metrics.jsonl has everything'
+                    f'start ({e}); metrics.jsonl has everything',
+                    stacklevel=2,
                 )
 
     def _close(self):

@@ -1,4 +1,4 @@
-"A run that starts from a checkpoint keeps its marks and chat templates, and says what its model is for"
+"A run that starts from a checkpoint keeps its marks and chat templates and says its purpose"
 
 import contextlib
 import io

@@ -1,4 +1,6 @@
-"A run that is killed, starved of disk or handed damaged files ends with the same bits, or says why not in one sentence"
+"""A run that is killed, starved of disk or handed damaged files ends with the same bits
+
+Or it says why not, in one sentence."""
 
 import errno
 import json
@@ -118,7 +120,7 @@ def finishes(work):
 
 
 def killed_often(streams, out, steps, least, precision='fp32'):
-    "Kill a run at random moments until it comes to its end in spite of it; kills, and kills in the middle of a save"
+    "Kill a run at random moments until it ends in spite of it; kills, and kills during a save"
     rng = random.Random(0)
     kills = 0
     mid_save = 0
@@ -235,7 +237,7 @@ def test_killed_between_all_calls(streams, tmp_path):
 
 
 def begun(streams, out):
-    "A run of 40 steps that was stopped after 6, with checkpoints of steps 4 and 6, and the run that was not stopped"
+    "A run of 40 steps stopped after 6, with checkpoints of steps 4 and 6, and one not stopped"
 
     def half():
         t = trainer(streams, out)
@@ -260,7 +262,9 @@ def ends_alike(streams, out, want):
 
 
 def test_disk_full(streams, tmp_path):
-    "A limit on the size of files stands for a full disk: the save fails in one sentence, what was there stays, and later it goes on"
+    """A limit on the size of files stands for a full disk
+
+    The save fails in one sentence, what was there stays, and later it goes on."""
     want = begun(streams, tmp_path / 'run')
     out = tmp_path / 'run'
 
@@ -677,7 +681,7 @@ def test_a_users_files_survive_many_kills(sources, tmp_path):
 
 
 def killed_before_it_was_a_run(tmp_path, kind, every):
-    "Kill eva_train before its i-th call that changes the disk, as long as there is no run.json, and start it again"
+    "Kill eva_train before its i-th call that changes the disk, while there is no run.json; restart"
     argv = [*RUN, *SOURCES[kind], '--steps', '1']
 
     def killed_at(i):

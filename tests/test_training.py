@@ -178,7 +178,7 @@ WHOLE_GRID = [(*p, *o) for p in PRECISIONS for o in OPTIMIZERS]
 
 
 def go_back(streams, folder, settings, steps_saved, steps_after):
-    "Go back to each checkpoint, beside a fresh trainer that begins there; all must be the same, at once and later"
+    "Go back to each checkpoint; a fresh trainer that begins there is the same, at once and later"
     here = tiny_trainer(streams, folder, keep=9, **settings)
     saved = {}
     for step in steps_saved:
