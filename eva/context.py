@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['MTPWindow', 'mtp_inputs', 'run_mtp', 'catch_up', 'extend_window', 'read_piece', 'read_step', 'drop_states',
-           'takes_dtype', 'Context']
+           'make_room', 'fork_window', 'Context']
 
 # %% ../nbs/11f_context.ipynb #23946f74
 import copy
-import inspect
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cache import LatentCache
 from eva.generation_slots import (
@@ -28,6 +27,7 @@ from eva.generation_slots import (
     fork_table,
     keep_tokens,
     last_tokens,
+    make_table,
     place_tokens,
     set_upcoming,
     shared_prefix,
@@ -98,7 +98,7 @@ def run_mtp(
     finally:
         cache.length = end
 
-
+# %% ../nbs/11f_context.ipynb #a9028569
 def catch_up(
     window: MTPWindow,  # read as far as the tokens are known
 ):
@@ -138,7 +138,7 @@ def read_piece(
     window.states = states[:, -widths[0] :]
     window.stale = True
 
-
+# %% ../nbs/11f_context.ipynb #40574003
 def read_step(
     window: MTPWindow,  # that a step comes to
     new: Tensor,  # states of its slots (batch, seq, hidden_size)
@@ -159,15 +159,33 @@ def drop_states(
     window.states = left[:, window.start - window.table.cache.length :]
     window.stale = True
 
-# %% ../nbs/11f_context.ipynb #3aa2b059
-def takes_dtype(
-    kind: Callable,  # of a cache: a class, or a function that makes one
-) -> bool:  # False where its values have a type of their own, or one was chosen already
-    "Say whether the values of a cache may have the type of the model"
-    if 'dtype' in getattr(kind, 'keywords', {}):  # functools.partial
-        return False
-    parameters = inspect.signature(kind).parameters.values()
-    return any(p.name == 'dtype' or p.kind is p.VAR_KEYWORD for p in parameters)
+
+def make_room(
+    table: SlotTable,  # changed in place
+    window: MTPWindow | None,  # its slots stay as they are
+    spare: int,  # invalid slots to tolerate
+):
+    "Close gaps where there are more than are tolerated"
+    if table.valid is None or table.cache.length - table.longest <= spare:
+        return
+    won = close_gaps(table, table.cache.length if window is None else window.start)
+    if window is not None:
+        starts = (start - won for start in window.starts)
+        window.starts = deque(starts, maxlen=window.depths)
+
+# %% ../nbs/11f_context.ipynb #0d70596d
+def fork_window(
+    window: MTPWindow,  # to be copied
+    table: SlotTable,  # of the copy
+    rows: list[int] | None,  # which ones, all by default
+) -> MTPWindow:  # that goes its own way
+    "Return an independent copy over a copied table"
+    new = copy.copy(window)
+    new.table = table
+    new.starts = window.starts.copy()
+    if window.states is not None:
+        new.states = window.states[slice(None) if rows is None else rows].clone()
+    return new
 
 # %% ../nbs/11f_context.ipynb #25d31ab4
 class Context:
@@ -188,19 +206,7 @@ class Context:
         self.max_len = max_len
         self.depths = depths
         self.spare = spare
-        weight = cast(nn.Embedding, model.model['embed_tokens']).weight
-        slots = cache(
-            model.cfg,
-            batch,
-            max_len,
-            device=weight.device,
-            mtp=depths > 0,
-            spare=2 * spare if batch > 1 else 0,
-            **(dict(dtype=weight.dtype) if takes_dtype(cache) else {}),
-        )
-        # by position, with room for drafts
-        tokens = torch.zeros(batch, max_len + spare, dtype=torch.long, device=weight.device)
-        self.table = SlotTable(slots, tokens)
+        self.table = make_table(model, max_len, batch, depths, cache, spare)
         self.window: MTPWindow | None = None
         if depths:
             self.window = MTPWindow(model, depths, self.table, deque(maxlen=depths))
@@ -243,13 +249,7 @@ class Context:
         "Give new tokens to the model, behind the old ones"
         table = self.table
         seq = new.shape[1]
-        if table.valid is not None and table.cache.length - table.longest > self.spare:
-            # MTP modules need the slots of the window in their places
-            end = table.cache.length if self.window is None else self.window.start
-            won = close_gaps(table, end)
-            if self.window is not None:
-                starts = (start - won for start in self.window.starts)
-                self.window.starts = deque(starts, maxlen=self.depths)
+        make_room(table, self.window, self.spare)  # MTP modules need the window in its place
         check_capacity(table, seq, mask, self.max_len)
         if mask is not None and mask.all():
             mask = None
@@ -376,10 +376,5 @@ class Context:
         new = copy.copy(self)
         new.table = fork_table(self.table, rows)
         if self.window is not None:
-            new.window = copy.copy(self.window)
-            new.window.table = new.table
-            new.window.starts = self.window.starts.copy()
-            if self.window.states is not None:
-                pick = slice(None) if rows is None else rows
-                new.window.states = self.window.states[pick].clone()
+            new.window = fork_window(self.window, new.table, rows)
         return new

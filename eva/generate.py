@@ -291,6 +291,28 @@ def draft_count(
         )
     return drafts
 
+# %% ../nbs/12_generate.ipynb #90e6fc19
+@torch.inference_mode()
+def _stream(begin, input_ids, attention_mask, progress):
+    "The loop of `stream`"
+    start = time.perf_counter()
+    run = begin()
+    tally = run.tally
+    step = draft_step if run.drafts else plain_step
+    token = read_prompts(run, input_ids, attention_mask, progress)
+    new = token[:, None].tolist()
+    tally.reading += time.perf_counter() - start
+    while True:
+        said = run.ends.take(new)
+        tally.tokens += sum(map(len, said))
+        yield said
+        if not any(run.ends.left):
+            return
+        start = time.perf_counter()
+        token, new = step(run, token)
+        tally.steps += 1
+        tally.seconds += time.perf_counter() - start
+
 # %% ../nbs/12_generate.ipynb #48317a12
 def stream(
     model: DeepSeekV3,  # to speak
@@ -334,28 +356,6 @@ def stream(
         return Generation(made, how, drafts, dice, ends, Tally() if tally is None else tally)
 
     return _stream(begin, input_ids.long(), attention_mask, progress)
-
-
-@torch.inference_mode()
-def _stream(begin, input_ids, attention_mask, progress):
-    "The loop of `stream`"
-    start = time.perf_counter()
-    run = begin()
-    tally = run.tally
-    step = draft_step if run.drafts else plain_step
-    token = read_prompts(run, input_ids, attention_mask, progress)
-    new = token[:, None].tolist()
-    tally.reading += time.perf_counter() - start
-    while True:
-        said = run.ends.take(new)
-        tally.tokens += sum(map(len, said))
-        yield said
-        if not any(run.ends.left):
-            return
-        start = time.perf_counter()
-        token, new = step(run, token)
-        tally.steps += 1
-        tally.seconds += time.perf_counter() - start
 
 # %% ../nbs/12_generate.ipynb #18eb7198
 def generate(

@@ -188,7 +188,7 @@ def render(
             text = renderer(messages, answer, request['marks'], request['longest'])
         texts.append(text)
 
-
+# %% ../nbs/12bb_sandbox.ipynb #1ce0e87c
 def serve():
     "Render what standard input asks for, one JSON object a line, until it ends"
     import resource
@@ -243,7 +243,7 @@ def start_process() -> subprocess.Popen[bytes]:  # waits for requests
         env={k: os.environ[k] for k in KEPT if k in os.environ},
     )
 
-
+# %% ../nbs/12bb_sandbox.ipynb #f73077c2
 def exchange(
     process: subprocess.Popen[bytes],  # that renders
     line: bytes,  # a request

@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['SlotTable', 'token_positions', 'track_validity', 'place_tokens', 'count_tokens', 'set_upcoming', 'keep_tokens',
            'truncate_rows', 'close_gaps', 'check_capacity', 'check_rows', 'last_slots_valid', 'last_token_index',
-           'slots_of_last', 'fork_table', 'align_left', 'shared_prefix', 'last_tokens']
+           'slots_of_last', 'fork_table', 'takes_dtype', 'make_table', 'align_left', 'shared_prefix', 'last_tokens']
 
 # %% ../nbs/11ea_slots.ipynb #a415d54d
 import copy
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .cache import LatentCache
+from .model import DeepSeekV3
 
 # %% ../nbs/11ea_slots.ipynb #2999ac9e
 @dataclass(eq=False)
@@ -236,6 +240,40 @@ def fork_table(
     if table.row_lengths is not None:
         new.row_lengths = table.row_lengths[pick].clone()
     return new
+
+# %% ../nbs/11ea_slots.ipynb #3aa2b059
+def takes_dtype(
+    kind: Callable,  # of a cache: a class, or a function that makes one
+) -> bool:  # False where its values have a type of their own, or one was chosen already
+    "Say whether the values of a cache may have the type of the model"
+    if 'dtype' in getattr(kind, 'keywords', {}):  # functools.partial
+        return False
+    parameters = inspect.signature(kind).parameters.values()
+    return any(p.name == 'dtype' or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def make_table(
+    model: DeepSeekV3,  # that reads
+    max_len: int,  # positions it can take
+    batch: int,  # rows
+    depths: int,  # MTP modules that are to look ahead
+    cache: Callable[..., LatentCache],  # its kind
+    spare: int,  # invalid slots to tolerate
+) -> SlotTable:  # with its cache
+    "Make an empty table where the model is"
+    weight = cast(nn.Embedding, model.model['embed_tokens']).weight
+    slots = cache(
+        model.cfg,
+        batch,
+        max_len,
+        device=weight.device,
+        mtp=depths > 0,
+        spare=2 * spare if batch > 1 else 0,
+        **(dict(dtype=weight.dtype) if takes_dtype(cache) else {}),
+    )
+    # by position, with room for drafts
+    tokens = torch.zeros(batch, max_len + spare, dtype=torch.long, device=weight.device)
+    return SlotTable(slots, tokens)
 
 # %% ../nbs/11ea_slots.ipynb #64f6f64c
 def align_left(

@@ -187,7 +187,7 @@ def show(
         return
     aside(f'[{speaker.tally}]')
 
-
+# %% ../nbs/13c_talk.ipynb #b4cc7051
 def converse(
     speaker: Speaker,  # who answers
     limit: int = 256,  # new tokens of an answer at most
