@@ -1,4 +1,4 @@
-"The commands in the environments that cron jobs, containers, strict interpreters and other systems give them"
+"The commands in environments of cron jobs, containers, strict interpreters and other systems"
 
 import os
 import subprocess

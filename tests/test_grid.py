@@ -399,7 +399,7 @@ CARRIED = [
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('recipe, backend', [(None, None), *CARRIED])
 def test_evaluations_of_one_layer(recipe, backend, dtype):
-    """Absorbed, expanded and in pieces, of the same queries and latents, by each backend that runs here
+    """Absorbed, expanded and in pieces, of the same queries and latents, by each backend here
 
     The rounded latents and weights are the same numbers on each route, so that only sums differ:
     absorbed rounds latents, weights, queries, scores, probabilities, mixture and result, expanded
@@ -508,7 +508,10 @@ def compare_compiled(dtype, backend):
 
 @pytest.mark.filterwarnings('ignore')
 def test_compiled_is_the_same_function():
-    "Traced, but not translated: float32 with gradients crashed in the meta function of the grouped product"
+    """Traced, but not translated
+
+    Float32 with gradients crashed in the meta function of the grouped product.
+    """
     compare_compiled('float32', 'eager')
 
 
