@@ -130,7 +130,7 @@ class ShardedOptimizer(MasterOptimizer):
 
     def reduce(self):
         "Sum the gradients of weights that several ranks hold"
-        grads = {n: w.grad for n, w in self.masters.items()}
+        grads = {n: w.grad for n, w in self.masters.items() if w.grad is not None}
         sum_copies(grads, {n: group for n, (group, _) in self.divided.items()})
 
     def norm(
