@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .exchange import ParallelExperts
 from .model import Block, DeepSeekV3
 from .moe import Gate, MoE
+from .pipeline import layers_of
 from .train import TrainConfig
 
 # %% ../nbs/14db_dividing.ipynb #fec22822
@@ -96,28 +97,28 @@ def recompute(
 ):
     "Compute activations again in the backward pass; those of routers are kept"
     for block in blocks:
-        parts = [block.self_attn]
+        parts: list[nn.Module | None] = [block.self_attn]
         if isinstance(block.mlp, MoE):
             parts += [block.mlp.experts, block.mlp.shared_experts]
         else:
             parts.append(block.mlp)
         for part in parts:
             if part is not None and not isinstance(part, ParallelExperts):
-                part.forward = partial(again, part.forward)
+                cast(Any, part).forward = partial(again, part.forward)
 
 
 def blocks_of(
     model: DeepSeekV3,  # whole, or with the blocks of other ranks taken out
 ) -> list[Block]:
     "Return the blocks that are here, those of MTP modules among them"
-    return [block for block in model.model['layers'] if isinstance(block, Block)]
+    return [block for block in layers_of(model) if isinstance(block, Block)]
 
 # %% ../nbs/14db_dividing.ipynb #a80ac8ca
 def shard_block(
     block: Block,  # of a model
     data: DeviceMesh,  # ranks to divide it among
     aside: set[nn.Parameter],  # not to be divided among them
-) -> list[nn.Module]:  # units of FSDP
+) -> list[Any]:  # units of FSDP
     "Divide a block; parts of an MTP module, which are used from outside its forward, by themselves"
     if hasattr(block, 'eh_proj'):
         parts = [cast(nn.Module, block.eh_proj), block.self_attn, block.mlp]

@@ -146,7 +146,7 @@ def losses_of_states(
     def given_states(*args, **kw):
         return states
 
-    documents = tokens.eq(model.cfg.bos_token_id).cumsum(1)
+    documents = cast(Tensor, tokens == model.cfg.bos_token_id).cumsum(1)
     instance = cast(Any, model)  # an attribute of the instance hides the method for one call
     instance.hidden = given_states
     try:
