@@ -68,7 +68,7 @@ def check_batches(
                 f'among {ranks} ranks; use a share that gives a multiple of {ranks}, such as 1'
             )
 
-
+# %% ../nbs/14db_dividing.ipynb #62652ca6
 def accept_nan(*args):
     "Stand in for a router's check: one rank that stops would leave the others waiting"
 

@@ -82,7 +82,7 @@ def norm_bytes(
     wide = (2 if b == 2 else 1) * 4  # float32 copies of a norm's input, unless it is one itself
     return (wide * width if b == 2 else kept * b + wide * width) + 4
 
-
+# %% ../nbs/15b_plan.ipynb #af62fb8b
 def all_activations(
     cfg: Config,  # the model
     kind: str,  # dense or moe
@@ -175,7 +175,7 @@ def add_states(
 
 STATES = ('dense weights', 'expert weights', 'dense gradients', 'expert gradients', 'optimizer')
 
-
+# %% ../nbs/15b_plan.ipynb #fb27706d
 def stage_memory(
     cfg: Config,  # the model
     lay: Layout,  # checked
@@ -289,7 +289,7 @@ def ring(
     "Return what a sum sends that is spread over its holders"
     return (n - 1) / n if n > 1 else 0.0
 
-
+# %% ../nbs/15b_plan.ipynb #f88edd4a
 def zero_traffic(
     cfg: Config,  # the model
     lay: Layout,  # checked

@@ -102,7 +102,7 @@ def check_fields(
         if getattr(lay, name) not in known:
             refuse(lay, name, f'must be one of {", ".join(known)}')
 
-
+# %% ../nbs/15aa_layout.ipynb #dd218388
 def check_gpus(
     lay: 'Layout',  # of positive numbers
     cfg: Config,  # the model
@@ -146,7 +146,7 @@ def check_experts(
         text = f'fills no whole machines of {lay.per_node} GPUs; use a multiple of {lay.per_node}'
         refuse(lay, 'ep', text)
 
-
+# %% ../nbs/15aa_layout.ipynb #4c744aaa
 def check_batch(
     lay: 'Layout',  # whose GPUs divide
 ):

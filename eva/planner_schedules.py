@@ -130,7 +130,7 @@ def operations_of(
     entry: Entry,  # of a list
 ) -> tuple[Operation, ...]:  # one, or two that run together
     "Return what an entry of a list consists of"
-    return cast(Any, entry) if isinstance(entry[0], tuple) else (cast(Operation, entry),)
+    return cast(Any, entry) if isinstance(entry[0], tuple) else (entry,)
 
 
 def needed_by(

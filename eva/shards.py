@@ -208,7 +208,7 @@ def read_items(
         here.detach().copy_(part)
         planner.commit_tensor(item, here)
 
-
+# %% ../nbs/14b_shards.ipynb #2059b606
 class FromFile(StorageReader):
     "Reads a checkpoint of `torch.distributed.checkpoint` from one safetensors file"
 
@@ -271,7 +271,7 @@ def write_together(
     "Let all ranks write one file"
     dcp.save(tensors, storage_writer=OneFile(path))
 
-
+# %% ../nbs/14b_shards.ipynb #8b5145f4
 def read_together(
     path: Path,  # of the file
     # called with a name: the parameter that it belongs to, or None where this rank wants nothing of
