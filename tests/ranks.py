@@ -1,4 +1,7 @@
-"What each rank of a test runs: `torchrun … tests/ranks.py OUT CASE…`, a case being JSON; ranks leave OUT/NAME.json and OUT/NAME.safetensors"
+"""What each rank of a test runs: `torchrun … tests/ranks.py OUT CASE…`, a case being JSON
+
+Ranks leave OUT/NAME.json and OUT/NAME.safetensors.
+"""
 
 import json
 import os
@@ -70,10 +73,10 @@ def spoilt(s, bad=range(140, 144)):
 
 
 def trainer(
-    out, dtype='float64', steps=20, parallel=None, model={}, learn=False, spoil=False, **kw
+    out, dtype='float64', steps=20, parallel=None, model=None, learn=False, spoil=False, **kw
 ):
     torch.manual_seed(0)
-    net = DeepSeekV3(Config.preset('mini', **(SIZES | model))).to(getattr(torch, dtype))
+    net = DeepSeekV3(Config.preset('mini', **(SIZES | (model or {})))).to(getattr(torch, dtype))
     train = stream(out.parent / 'train.npy')
     held = stream(out.parent / 'held.npy')
     if spoil:

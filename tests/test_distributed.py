@@ -1,4 +1,7 @@
-"Several processes: the same result in every layout, checkpoints for any number of ranks, exports, and ranks that die"
+"""Several processes: the same result in every layout, and checkpoints for any number of ranks
+
+Exports, and ranks that die, too.
+"""
 
 import hashlib
 import json
@@ -27,7 +30,7 @@ ENV = os.environ | dict(
     MKL_NUM_THREADS='1',
     PYTHONPATH=f'{HERE.parent}{os.pathsep}{os.environ.get("PYTHONPATH", "")}',
 )
-FSDP = dict()
+FSDP: dict = {}
 EP = dict(ep=4, fsdp=False)
 BOTH = dict(ep=2)
 LAYOUTS = dict(
