@@ -1,6 +1,7 @@
-"Sphinx's settings; tools/docs_site.py copies them beside the pages it makes and hands over the project's own"
+"Sphinx's settings; tools/docs_site.py copies them and hands over the project's own"
 
-import json, os
+import json
+import os
 
 cfg = json.loads(os.environ['EVA_SETTINGS'])
 

@@ -7,9 +7,7 @@ __all__ = ['LOGITS', 'VOCABULARY_ROWS', 'plain_linear_cross_entropy', 'softmax_m
            'InParts', 'called_head_loss', 'head_loss']
 
 # %% ../nbs/01i_linear_cross_entropy.ipynb #48913d1e
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,15 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from .products import choosable, computes_in_sixteen_bits, is_plain_linear, multiply, product
+from .kernels_private import backward_keeps_graph
+from eva.products import (
+    as_written,
+    choosable,
+    computes_in_sixteen_bits,
+    is_plain_linear,
+    multiply,
+    product,
+)
 
 # %% ../nbs/01i_linear_cross_entropy.ipynb #aa572dbd
 def plain_linear_cross_entropy(
@@ -65,32 +71,12 @@ def add_product(
         else:
             part.addmm_(columns.T.to(total.dtype), b.to(total.dtype))
 
-# %% ../nbs/01i_linear_cross_entropy.ipynb #9f1f129c
-def _without_autocast(step: Callable[..., Any]) -> Callable[..., Any]:
-    "Run a step of an autograd function in the types that it is given"
-
-    @wraps(step)
-    def run(ctx, x, *args):
-        if not (torch.is_autocast_enabled('cpu') or torch.is_autocast_enabled('cuda')):
-            return step(ctx, x, *args)
-        with torch.autocast(x.device.type, enabled=False):
-            return step(ctx, x, *args)
-
-    return run
-
-
-def _graph_is_kept() -> bool:
-    "Say whether this backward pass may be repeated; pipelines take it in two parts"
-    # Private, seen in torch 2.11 to 2.13. Without it every pass is taken to be repeatable.
-    ask = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', None)
-    return ask is None or ask()
-
 # %% ../nbs/01i_linear_cross_entropy.ipynb #0d06cbe2
 class HeadLoss(torch.autograd.Function):
     "Summed cross-entropy of a linear layer, its gradients made along the way, summed in float32"
 
     @staticmethod
-    @_without_autocast
+    @as_written
     def forward(ctx, h, weight, targets, chunk):
         # Under autocast, states in bfloat16 meet a weight in float32.
         dtype = torch.promote_types(h.dtype, weight.dtype)
@@ -117,11 +103,11 @@ class HeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @_without_autocast
+    @as_written
     @once_differentiable
     def backward(ctx, grad):
         dh, dW = ctx.saved_tensors
-        scaled = torch.mul if _graph_is_kept() else torch.Tensor.mul_
+        scaled = torch.mul if backward_keeps_graph() else torch.Tensor.mul_
         if dh is not None:
             dh = scaled(dh, grad)
         if dW is not None:
