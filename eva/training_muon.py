@@ -126,6 +126,6 @@ class Muon(torch.optim.Optimizer):
     def directions(
         self,
         ahead: GradientList,  # parameters and what is to be orthogonalised
-    ) -> StepList:  # parameters, their orthogonal matrices, and how many rows and columns these have
+    ) -> StepList:  # parameters, their orthogonal matrices, and these matrices' rows and columns
         "Matrices of one shape together; overridden where processes share matrices"
         return orthogonalized_by_shape(ahead)
