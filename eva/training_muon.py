@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GradientList', 'StepList', 'orthogonal_dtype', 'orthogonalize', 'orthogonalized_by_shape', 'nesterov_momentum',
-           'check_matrices']
+           'check_matrices', 'Muon']
 
 # %% ../nbs/10g_muon.ipynb #5298b530
 import math
@@ -87,3 +87,45 @@ def check_matrices(
                 f'a parameter of shape {tuple(p.shape)}: Muon is '
                 f'for matrices and stacks of them; give it to AdamW'
             )
+
+# %% ../nbs/10g_muon.ipynb #54ec502e
+class Muon(torch.optim.Optimizer):
+    "Momentum, orthogonalised; for matrices and for stacks of them"
+
+    def __init__(
+        self,
+        params,  # parameters of two dimensions, or three for stacks (matrices, rows, columns)
+        lr: float = 0.02,  # length of a step per direction
+        momentum: float = 0.95,  # of the averaged gradient
+        weight_decay: float = 0.0,  # share of the weights taken off per unit of lr
+    ):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        for group in self.param_groups:
+            check_matrices(group['params'])
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]  # PyTorch types what a closure returns as a plain number
+        self,
+        closure: Callable[[], Tensor] | None = None,  # makes the gradients anew, returns the loss
+    ) -> Tensor | None:  # what the closure returned
+        "One step for all parameters that have a gradient; same shapes go through one product"
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr = group['lr']
+            trained = [p for p in group['params'] if p.grad is not None]
+            ahead = [(p, nesterov_momentum(p, self.state[p], group['momentum'])) for p in trained]
+            for p, direction, (rows, columns) in self.directions(ahead):
+                length = lr * math.sqrt(max(1, rows / columns))
+                p.mul_(1 - lr * group['weight_decay'])
+                p.add_(direction.to(p.dtype).view_as(p) * -length)
+        return loss
+
+    def directions(
+        self,
+        ahead: GradientList,  # parameters and what is to be orthogonalised
+    ) -> StepList:  # parameters, their orthogonal matrices, and these matrices' rows and columns
+        "Matrices of one shape together; overridden where processes share matrices"
+        return orthogonalized_by_shape(ahead)
