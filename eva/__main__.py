@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/main.ipynb #c27a90fb
 import sys
 
-from .cli import main
+from .cli.main import main
 
 if __name__ == '__main__' and __spec__:
     sys.exit(main())

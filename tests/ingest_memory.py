@@ -56,10 +56,10 @@ def write(shape, mb, root):
 
 write(shape, mb, root)
 
-import eva.cli as C
-import eva.corpus
-import eva.data
-import eva.train
+import eva.cli.main as C
+import eva.data.corpus
+import eva.data.text
+import eva.training.trainer
 
 
 def peak():
@@ -73,7 +73,7 @@ args = C.train_parser().parse_args(
 )
 before = peak()
 marks = []
-import eva.data as D
+import eva.data.text as D
 
 
 def watch(mod, name):
@@ -89,7 +89,7 @@ def watch(mod, name):
 
 for m, n in (
     (D, 'train_tokenizer'),
-    (eva.corpus, 'tokenise'),
+    (eva.data.corpus, 'tokenise'),
     (D, 'compressed_bits_per_byte'),
     (D, 'bigram_bits_per_byte'),
     (C, 'read_data'),

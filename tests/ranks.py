@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from eva.config import Config
-from eva.data import TokenStream, _write
-from eva.exchange import disband
-from eva.model import DeepSeekV3
-from eva.train import TrainConfig, Trainer
+from eva.data.text import TokenStream, _write
+from eva.distributed.expert_parallel import disband
+from eva.model.transformer import DeepSeekV3
+from eva.training.config import TrainConfig
+from eva.training.trainer import Trainer
 
 SIZES = dict(
     vocab_size=67,
@@ -114,8 +115,8 @@ def high_water():
 
 
 def run(out, case):
-    from eva.distributed import Parallel
-    from eva.shards import divided_like, write_together
+    from eva.distributed.checkpoint import divided_like, write_together
+    from eva.distributed.parallel import Parallel
 
     t = trainer(
         out / case.get('folder', case['name']),

@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 
-from eva.cli import eva_convert, eva_train, train_parser
+from eva.checkpoints.files import Checkpoint
+from eva.cli.main import eva_convert, eva_train, train_parser
 from eva.config import Config
-from eva.files import Checkpoint
-from eva.train import checkpoints, read_metrics
+from eva.training.checkpointing import checkpoints, read_metrics
 
 SMALL = [
     '--steps',
@@ -62,7 +62,7 @@ def test_a_streamed_run_is_killed(tmp_path, monkeypatch):
         [
             sys.executable,
             '-c',
-            'from eva.cli import eva_train; raise SystemExit(eva_train())',
+            'from eva.cli.main import eva_train; raise SystemExit(eva_train())',
             *SMALL,
             '--out',
             'killed',

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from eva.config import FAMILIES, IGNORED, YARN_V3, Config
-from eva.interop import load_pretrained, save_pretrained
-from eva.model import DeepSeekV3
+from eva.checkpoints.pretrained import load_pretrained, save_pretrained
+from eva.config import YARN_V3, Config
+from eva.model.transformer import DeepSeekV3
+from eva.published_config import FAMILIES, IGNORED
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

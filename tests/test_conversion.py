@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eva.checkpoints.files import Checkpoint
 from eva.config import Config
-from eva.files import Checkpoint
 
 
 def big_folder(path, files, rows=2048, columns=1024, each=8):  # 32 MB a file
@@ -42,7 +42,7 @@ import time
 
 import torch
 
-from eva.interop import convert_checkpoint
+from eva.checkpoints.conversion import convert_checkpoint
 
 
 def anonymous():
@@ -122,8 +122,8 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def small_folder(path, dtype):
-    from eva.interop import save_pretrained
-    from eva.model import DeepSeekV3
+    from eva.checkpoints.pretrained import save_pretrained
+    from eva.model.transformer import DeepSeekV3
 
     torch.manual_seed(0)
     cfg = Config.preset(
@@ -147,8 +147,8 @@ def small_folder(path, dtype):
 
 def expected(tensors, chain):
     "What a chain of conversions makes of tensors, by definition and in memory"
-    from eva.fp8 import dequantize, quantize
-    from eva.interop import EIGHT
+    from eva.checkpoints.conversion import EIGHT
+    from eva.fp8.formats import dequantize, quantize
 
     out = dict(tensors)
     for to in chain:
@@ -187,7 +187,8 @@ def test_every_chain_of_three_conversions(start, chain, tmp_path):
 
 
 def check_chain(start, chain, tmp_path):
-    from eva.interop import convert_checkpoint, load_pretrained, published_state
+    from eva.checkpoints.conversion import convert_checkpoint
+    from eva.checkpoints.pretrained import load_pretrained, published_state
 
     small_folder(tmp_path / 'at', start)
     first = dict(published_state(load_pretrained(tmp_path / 'at')))
@@ -209,7 +210,8 @@ def check_chain(start, chain, tmp_path):
 def test_a_scale_that_no_quantiser_writes_is_refused(value, to, tmp_path):
     from safetensors.torch import load_file
 
-    from eva.interop import convert_checkpoint, load_pretrained
+    from eva.checkpoints.conversion import convert_checkpoint
+    from eva.checkpoints.pretrained import load_pretrained
 
     small_folder(tmp_path / 'src', torch.bfloat16)
     convert_checkpoint(tmp_path / 'src', tmp_path / 'eight', 'fp8')
@@ -228,7 +230,7 @@ def test_a_scale_that_no_quantiser_writes_is_refused(value, to, tmp_path):
     'where', ['.', 'src', 'src/inside', 'src/a/b', 'link/inside', 'src/../src', 'src.partial']
 )
 def test_an_output_in_or_around_the_source_is_refused(where, tmp_path):
-    from eva.interop import convert_checkpoint
+    from eva.checkpoints.conversion import convert_checkpoint
 
     small_folder(tmp_path / 'src', torch.float32)
     (tmp_path / 'link').symlink_to(tmp_path / 'src')

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from eva.cache import LatentCache
+from eva.attention.kv_cache import LatentCache
 from eva.config import Config
-from eva.fp8 import quantize, snr_db
-from eva.fp8_backends import why_not
-from eva.fp8_recipes import RECIPES
-from eva.model import DeepSeekV3
-from eva.precision import convert
+from eva.fp8.backends import why_not
+from eva.fp8.formats import quantize, snr_db
+from eva.fp8.linear import convert
+from eva.fp8.recipes import RECIPES
+from eva.model.transformer import DeepSeekV3
 
 pytestmark = [
     pytest.mark.cuda,
@@ -82,8 +82,12 @@ def test_backends_agree_with_emulation(backend, recipe):
 
 
 def test_training_in_eight_bits(tmp_path):
-    from eva.data import Document, train_tokenizer, write_tokens
-    from eva.train import TrainConfig, Trainer, read_metrics
+    from eva.data.decode import Document
+    from eva.data.text import write_tokens
+    from eva.data.tokenizer import train_tokenizer
+    from eva.training.checkpointing import read_metrics
+    from eva.training.config import TrainConfig
+    from eva.training.trainer import Trainer
 
     text = 'if x == 1: y = 2\nelse: y = 3\n' * 60
     tok = train_tokenizer([text], 270)
@@ -107,7 +111,7 @@ def test_training_in_eight_bits(tmp_path):
 
 @pytest.mark.parametrize('speculate', [0, 2])
 def test_generation_says_on_the_gpu_what_it_says_on_the_cpu(speculate):
-    from eva.generate import generate
+    from eva.generation.generate import generate
 
     torch.manual_seed(0)
     model = (

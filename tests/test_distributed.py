@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from eva.checkpoints import checkpoints, load_checkpoint, read_metrics
-from eva.exchange import torchrun
-from eva.interop import load_pretrained, save_pretrained
+from eva.checkpoints.pretrained import load_pretrained, save_pretrained
+from eva.distributed.expert_parallel import torchrun
+from eva.training.checkpointing import checkpoints, load_checkpoint, read_metrics
 
 HERE = Path(__file__).parent
 ENV = os.environ | dict(
@@ -380,7 +380,7 @@ def job(folder, *options, restarts=0):
     (folder / 'text.txt').write_text(
         'if x == 1: y = 2\nelse: y = 3\nfor i in range(10): print(i, x*y)\n' * 300
     )
-    (folder / 'go.py').write_text('import sys, eva.cli\nsys.exit(eva.cli.eva_train())\n')
+    (folder / 'go.py').write_text('import sys, eva.cli.main\nsys.exit(eva.cli.main.eva_train())\n')
     return subprocess.Popen(
         [*START, '--max-restarts', str(restarts), 'go.py', *TRAIN, '--out', 'run', *options],
         cwd=folder,

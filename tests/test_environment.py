@@ -50,10 +50,10 @@ def test_help(command, environment):
     assert f'usage: eva_{command}'.encode() in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize('module', ['eva', 'eva.cli'])
+@pytest.mark.parametrize('module', ['eva', 'eva.cli.main'])
 @pytest.mark.parametrize('environment', ENVIRONMENTS)
 def test_list_of_commands(module, environment):
-    "`python -m eva` and `python -m eva.cli` say what there is, and refuse what there is not"
+    "`python -m eva` and `python -m eva.cli.main` say what there is, and refuse what there is not"
     done = run('-m', module, environment=environment)
     assert done.returncode == 0 and not done.stderr, said(done)
     assert all(f'    {c} ' in done.stdout.decode() for c in COMMANDS)
@@ -63,9 +63,9 @@ def test_list_of_commands(module, environment):
 
 TINY = """
 from eva.config import Config
-from eva.data import train_tokenizer
-from eva.interop import save_pretrained
-from eva.model import DeepSeekV3
+from eva.data.tokenizer import train_tokenizer
+from eva.checkpoints.pretrained import save_pretrained
+from eva.model.transformer import DeepSeekV3
 
 tok = train_tokenizer(['naïve café größer als √2'] * 9, 300)
 small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -101,7 +101,7 @@ def chain(folder: Path, tiny: Path, environment: str) -> dict[str, str]:
         'plan': ('plan', '--out', 'plan.json'),
     }
     printed = {}
-    for module, (name, argv) in zip(('eva', 'eva.cli') * 2, commands.items()):
+    for module, (name, argv) in zip(('eva', 'eva.cli.main') * 2, commands.items()):
         done = run('-m', module, *argv, environment=environment, cwd=folder)
         printed[name] = said(done)
         assert done.returncode == 0, (name, printed[name])
@@ -126,7 +126,7 @@ def test_train_generate_convert_plan(environment, tiny, tmp_path):
 @pytest.mark.parametrize('command', COMMANDS)
 @pytest.mark.parametrize('arguments', [(), ('--help',), ('--nonsense',)], ids=' '.join)
 def test_windows_is_refused_in_one_sentence(command, arguments):
-    fake = 'import sys, eva.cli as c; sys.platform = "win32"; sys.exit(c.main(sys.argv[1:]))'
+    fake = 'import sys, eva.cli.main as c; sys.platform = "win32"; sys.exit(c.main(sys.argv[1:]))'
     done = run('-c', fake, command, *arguments)
     sentence = 'eva: Windows is not supported; use Linux, or the Windows Subsystem for Linux\n'
     assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b'', sentence)

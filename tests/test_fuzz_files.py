@@ -22,10 +22,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from eva.checkpoints.conversion import convert_checkpoint
+from eva.checkpoints.pretrained import save_pretrained
 from eva.config import Config
-from eva.data import train_tokenizer
-from eva.interop import convert_checkpoint, save_pretrained
-from eva.model import DeepSeekV3
+from eva.data.tokenizer import train_tokenizer
+from eva.model.transformer import DeepSeekV3
 
 ROUNDS = int(os.environ.get('EVA_FUZZ', 25))  # cases of each kind of damage
 SLOW_ROUNDS = int(os.environ.get('EVA_FUZZ', 1000))
@@ -259,10 +260,10 @@ import json, hashlib, resource, sys, time, warnings
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from eva.chat import ChatTemplate
-from eva.files import load_tokenizer
-from eva.interop import load_pretrained
-from eva.talk import Speaker
+from eva.generation.chat_templates import ChatTemplate
+from eva.checkpoints.tokenizers import load_tokenizer
+from eva.checkpoints.pretrained import load_pretrained
+from eva.generation.chat import Speaker
 warnings.simplefilter('ignore')
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),)*2)
 def attempt(folder):

@@ -16,17 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from eva.checkpoints import (
-    _check,
-    _sha,
-    checkpoints,
-    read_metrics,
-)
 from eva.config import Config
-from eva.corpus import ShardStream, ShardWriter, documents
-from eva.data import Document, TokenStream, train_tokenizer, write_tokens
-from eva.model import DeepSeekV3
-from eva.train import TrainConfig, Trainer
+from eva.data.decode import Document
+from eva.data.ingest import documents
+from eva.data.shards import ShardStream, ShardWriter
+from eva.data.text import TokenStream, write_tokens
+from eva.data.tokenizer import train_tokenizer
+from eva.model.transformer import DeepSeekV3
+from eva.training.checkpointing import _check, _sha, checkpoints, read_metrics
+from eva.training.config import TrainConfig
+from eva.training.trainer import Trainer
 
 CASES = int(os.environ.get('EVA_FUZZ', 400))
 ODD = [

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from eva.chat import WORKER, ChatTemplate, Renderer
+from eva.generation.chat_templates import ChatTemplate
+from eva.generation.sandbox import WORKER, Renderer
 
 CASES = int(os.environ.get('EVA_FUZZ_TEMPLATES', 300))
 SECONDS = 0.2  # of the processor, for one rendering

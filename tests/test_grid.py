@@ -8,28 +8,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-import eva.kernels_causal_attention as kernel
-import eva.mla
-import eva.precision
-from eva.cache import LatentCache
+import eva.attention.mla
+import eva.fp8.linear
+import eva.kernels.causal_attention as kernel
+from eva.attention.kv_cache import LatentCache
 from eva.config import Config
-from eva.context import Context
-from eva.fp8 import dequantize
-from eva.fp8_recipes import RECIPES
-from eva.generate import generate
-from eva.model import DeepSeekV3
-from eva.precision import (
-    KINDS,
-    PRODUCTS,
-    Emulate,
-    FP8LatentCache,
-    Native,
-    convert,
-    equip,
-    products_of,
-    why_not,
-)
-from eva.train import Trainer
+from eva.fp8.backends import Native, why_not
+from eva.fp8.formats import dequantize
+from eva.fp8.kv_cache import FP8LatentCache
+from eva.fp8.linear import KINDS, PRODUCTS, Emulate, convert, equip, products_of
+from eva.fp8.recipes import RECIPES
+from eva.generation.generate import generate
+from eva.generation.session import Context
+from eva.model.transformer import DeepSeekV3
+from eva.training.trainer import Trainer
 
 LENGTH = 9  # tokens of each of two sequences
 SIZES = dict(
@@ -270,13 +262,13 @@ def switched(route, absorb, at_once=None):
     "A route with one evaluation of attention forced"
 
     def run(model, ids, masks):
-        old = eva.mla.absorbing_pays, kernel.LIFTED
-        eva.mla.absorbing_pays = lambda *sizes: absorb
+        old = eva.attention.mla.absorbing_pays, kernel.LIFTED
+        eva.attention.mla.absorbing_pays = lambda *sizes: absorb
         kernel.LIFTED = at_once or old[1]
         try:
             return route(model, ids, masks)
         finally:
-            eva.mla.absorbing_pays, kernel.LIFTED = old
+            eva.attention.mla.absorbing_pays, kernel.LIFTED = old
 
     return run
 
@@ -406,7 +398,9 @@ def test_evaluations_of_one_layer(recipe, backend, dtype):
     keys, queries, scores, probabilities and result: a dozen roundings, each by eps / 2 at most.
     """
     torch.manual_seed(0)
-    attention = eva.mla.MLA(Config.preset('mini', **SIZES, num_experts_per_tok=2)).to(dtype)
+    attention = eva.attention.mla.MLA(Config.preset('mini', **SIZES, num_experts_per_tok=2)).to(
+        dtype
+    )
     for p in attention.parameters():
         nn.init.normal_(p, std=0.3)
     if recipe:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from eva.cli import new_run, train_parser
-from eva.ingest import CHUNK, TrainingData
+from eva.cli.main import new_run, train_parser
+from eva.data.decode import CHUNK
+from eva.data.ingest import TrainingData
 
 TEXTS = ['first ü document\nof two lines', 'second, with "quotes"; and 字', 'third']
 KINDS = {
@@ -382,11 +383,14 @@ def test_memory_of_a_large_corpus(tmp_path, shape):
 STEP = r"""
 import json, re, sys, tempfile, torch
 from pathlib import Path
-from eva.cli import step_memory
+from eva.cli.main import step_memory
 from eva.config import Config
-from eva.data import Document, train_tokenizer, write_tokens
-from eva.model import DeepSeekV3
-from eva.train import TrainConfig, Trainer
+from eva.data.decode import Document
+from eva.data.tokenizer import train_tokenizer
+from eva.data.text import write_tokens
+from eva.model.transformer import DeepSeekV3
+from eva.training.config import TrainConfig
+from eva.training.trainer import Trainer
 torch.set_num_threads(1)
 about = json.loads(sys.argv[1])
 text, tmp = 'for i in range(10):\n    print(i, i*i)\n'*4000, Path(tempfile.mkdtemp())

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from eva.answers import TEMPLATE as EVAS
-from eva.chat import ChatTemplate
-from eva.cli import eva_generate, eva_train
+from eva.checkpoints.pretrained import save_pretrained
+from eva.cli.main import eva_generate, eva_train
 from eva.config import Config
-from eva.interop import save_pretrained
-from eva.model import DeepSeekV3
+from eva.data.conversations import TEMPLATE as EVAS
+from eva.generation.chat_templates import ChatTemplate
+from eva.model.transformer import DeepSeekV3
 
 MARKS = ['<s>', '</s>', '<pad>', '<|user|>', '<|model|>']
 TEMPLATE = (

@@ -20,15 +20,16 @@ import pytest
 import torch
 
 from eva import cli
-from eva.bench import Line
-from eva.bench import run as bench
-from eva.checkpoints import RunLog, checkpoints, newest, owned_write, save_checkpoint
-from eva.cli import RUN_FILES, RUN_FOLDERS, eva_bench, eva_convert, eva_generate, eva_train
+from eva.benchmarks.harness import Line
+from eva.benchmarks.harness import run as bench
+from eva.checkpoints.pretrained import save_pretrained
+from eva.cli.main import RUN_FILES, RUN_FOLDERS, eva_bench, eva_convert, eva_generate, eva_train
 from eva.config import Config
-from eva.fileio import FolderLock, Manifest
-from eva.hours import eva_plan
-from eva.interop import save_pretrained
-from eva.model import DeepSeekV3
+from eva.fileio.locks import FolderLock
+from eva.fileio.manifest import Manifest
+from eva.model.transformer import DeepSeekV3
+from eva.planner.training_cost import eva_plan
+from eva.training.checkpointing import RunLog, checkpoints, newest, owned_write, save_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='links, pipes and locks of POSIX')
 
@@ -73,7 +74,7 @@ def quickly():
 
 @pytest.fixture
 def quick_case(monkeypatch):
-    monkeypatch.setattr('eva.bench.CASES', {'quickly': __name__})
+    monkeypatch.setattr('eva.benchmarks.harness.CASES', {'quickly': __name__})
 
 
 def plant(path, kind, elsewhere):
@@ -318,7 +319,7 @@ def test_an_interrupted_conversion_meets_something_of_a_users(started, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr('eva.interop._Job.config', stop)
+        m.setattr('eva.checkpoints.pretrained._Job.config', stop)
         assert command(eva_convert, started / 'run', 'to')[0] == 130
     shutil.copytree('to.partial', 'copy')
     for name in ('model.safetensors', 'config.json', 'tokenizer.json', Manifest.NAME):
@@ -336,7 +337,8 @@ def test_an_interrupted_conversion_meets_something_of_a_users(started, tmp_path,
 def test_figures_and_plans_meet_something_of_a_users(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        'eva.bench.import_module', lambda name: pytest.fail('measured before the refusal')
+        'eva.benchmarks.harness.import_module',
+        lambda name: pytest.fail('measured before the refusal'),
     )
     for i, name in enumerate(('bench.json', 'bench.png', Manifest.NAME)):
         plant(tmp_path / f'b{i}' / name, kind, tmp_path / 'elsewhere')
@@ -475,7 +477,7 @@ def test_a_copied_run_goes_on(started, tmp_path, monkeypatch):
 START = [
     sys.executable,
     '-c',
-    SHRINK + 'from eva.cli import eva_train; raise SystemExit(eva_train())',
+    SHRINK + 'from eva.cli.main import eva_train; raise SystemExit(eva_train())',
 ]
 
 

@@ -153,10 +153,10 @@ def test_templates_are_rendered_by_a_safe_release():
 
 
 def test_commands_have_one_entry():
-    from eva.cli import COMMANDS
+    from eva.cli.main import COMMANDS
 
     assert dict(o.split('=') for o in cfg['console_scripts'].split()) == {
-        f'eva_{c}': 'eva.cli:main' for c in COMMANDS
+        f'eva_{c}': 'eva.cli.main:main' for c in COMMANDS
     }
 
 

@@ -8,11 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from eva.cache import LatentCache
+from eva.attention.kv_cache import LatentCache
 from eva.config import PRESETS, Config
-from eva.data import Document, TokenStream, train_tokenizer, write_tokens
-from eva.model import DeepSeekV3
-from eva.moe import layout
+from eva.data.decode import Document
+from eva.data.text import TokenStream, write_tokens
+from eva.data.tokenizer import train_tokenizer
+from eva.kernels.permutation import layout
+from eva.model.transformer import DeepSeekV3
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 sizes = st.integers(1, 6)

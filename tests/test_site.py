@@ -148,11 +148,17 @@ def reader(browser, site):
 @pytest.fixture(scope='module')
 def pages(reader, site):
     "Every page examined once"
-    return {p.name: reader.examine(p.name) for p in sorted(site.glob('*.html'))}
+    names = sorted(p.relative_to(site).as_posix() for p in site.rglob('*.html'))
+    return {name: reader.examine(name) for name in names if not name.startswith('_')}
 
 
 def test_every_chapter_has_a_page(pages):
-    chapters = [re.sub(r'^\d+[a-z]*_', '', p.stem) for p in (root / 'nbs').glob('[0-9]*.ipynb')]
+    nbs = root / 'nbs'
+    chapters = [
+        f'{p.parent.name}/{re.sub(r"^[0-9]+_", "", p.stem)}'
+        for p in nbs.glob('[0-9]*/[0-9]*.ipynb')
+    ]
+    assert len(chapters) > 50
     assert {
         f'{c}.html' for c in (*chapters, 'api', 'genindex', 'search', 'decisions', 'contributing')
     } <= set(pages)
@@ -211,11 +217,11 @@ def test_other_projects_links_land(pages):
 @pytest.mark.parametrize(
     'word,page',
     [
-        ('absorbed', 'mla.html'),  # prose and code
-        ('quantisation', 'fp8.html'),  # prose
-        ('itertools', 'placement.html'),  # code that is no symbol of ours
-        ('LatentCache', 'cache.html'),  # a symbol
-        ('eva.moe_router.Gate', 'router.html'),
+        ('absorbed', '02_attention/mla.html'),  # prose and code
+        ('quantisation', '04_fp8/formats.html'),  # prose
+        ('itertools', '11_planner/placement.html'),  # code that is no symbol of ours
+        ('LatentCache', '02_attention/kv_cache.html'),  # a symbol
+        ('eva.moe.router.Gate', 'router.html'),
     ],
 )  # and its full name
 def test_search_finds(reader, word, page):
@@ -242,7 +248,7 @@ def test_search_does_not_find_what_is_not_there(reader):
 
 def test_a_reader_finds_the_way(reader):
     "Parts in the sidebar, next and previous, light and dark, the menu on a phone"
-    reader.open('mla.html')
+    reader.open('02_attention/mla.html')
     parts = reader.page.eval_on_selector_all(
         '.sidebar-tree .caption-text', 'all => all.map(e => e.textContent)'
     )
@@ -255,9 +261,9 @@ def test_a_reader_finds_the_way(reader):
         '6 Production',
         'The project',
     ]
-    assert 'rivals.html' in reader.page.get_attribute(
+    assert 'baselines.html' in reader.page.get_attribute(
         'a.next-page', 'href'
-    ) and 'cache.html' in reader.page.get_attribute('a.prev-page', 'href')
+    ) and 'kv_cache.html' in reader.page.get_attribute('a.prev-page', 'href')
 
     def paper():
         return reader.page.evaluate('getComputedStyle(document.body).backgroundColor')
@@ -274,7 +280,7 @@ def test_a_reader_finds_the_way(reader):
         light == 'rgb(255, 255, 255)' != paper() and card() == light
     )  # pictures have dark lines: they keep a light card
     reader.page.emulate_media(color_scheme='light')
-    reader.open('mla.html', width=390)
+    reader.open('02_attention/mla.html', width=390)
     menu = reader.page.locator('.sidebar-drawer')
     assert menu.bounding_box()['x'] < 0
     reader.page.locator('label.nav-overlay-icon').click()
@@ -284,9 +290,9 @@ def test_a_reader_finds_the_way(reader):
 
 
 def test_parameters_are_tables(reader):
-    reader.open('fp8.html')
+    reader.open('04_fp8/formats.html')
     rows = reader.page.evaluate(
-        "[...document.getElementById('eva.fp8.quantize').closest('dl')"
+        "[...document.getElementById('eva.fp8.formats.quantize').closest('dl')"
         ".querySelectorAll('table.parameters tr')]"
         '.map(r => [...r.cells].map(c => c.textContent.trim()))'
     )
@@ -316,16 +322,18 @@ BUGS = {
 @pytest.mark.parametrize('kind', BUGS)
 def test_the_examination_bites(kind, browser, site, pages, tmp_path):
     "A page with one bug in it, each of another kind"
-    for p in ('_static', '_images', 'mla.html'):
+    folder = '02_attention'
+    (tmp_path / folder).mkdir()
+    for p in ('_static', '_images', f'{folder}/mla.html'):
         (tmp_path / p).symlink_to(site / p)
-    (tmp_path / 'favicon.svg').write_bytes((root / 'docs' / 'favicon.svg').read_bytes())
-    whole = (site / 'mla.html').read_text(encoding='utf-8')
-    (tmp_path / 'planted.html').write_text(
+    (tmp_path / folder / 'favicon.svg').write_bytes((root / 'docs' / 'favicon.svg').read_bytes())
+    whole = (site / folder / 'mla.html').read_text(encoding='utf-8')
+    (tmp_path / folder / 'planted.html').write_text(
         re.sub(r'(<article[^>]*>)', lambda m: m[1] + BUGS[kind], whole, count=1), encoding='utf-8'
     )
     r = Reader(browser, tmp_path)
-    wrong, links, ids, n = r.examine('planted.html')
+    wrong, links, ids, n = r.examine(f'{folder}/planted.html')
     r.page.close()
-    wrong += list(lost({**pages, 'planted.html': (wrong, links, ids, n)}, r.base, site))
+    wrong += list(lost({**pages, f'{folder}/planted.html': (wrong, links, ids, n)}, r.base, site))
     wanted = 'script: ' if kind == 'console' else kind
     assert any(wanted in w for w in wrong), wrong

@@ -15,12 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from eva.checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from eva.cli import eva_train
+from eva.cli.main import eva_train
 from eva.config import Config
-from eva.data import Document, TokenStream, train_tokenizer, write_tokens
-from eva.model import DeepSeekV3
-from eva.train import TrainConfig, Trainer, read_metrics
+from eva.data.decode import Document
+from eva.data.text import TokenStream, write_tokens
+from eva.data.tokenizer import train_tokenizer
+from eva.model.transformer import DeepSeekV3
+from eva.training.checkpointing import checkpoints, load_checkpoint, read_metrics, save_checkpoint
+from eva.training.config import TrainConfig
+from eva.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='signals and limits of POSIX')
 TINY = dict(
@@ -300,7 +303,7 @@ def test_disk_full_at_each_file(streams, tmp_path, monkeypatch, what):
     if what == 'state.json':
         monkeypatch.setattr(Path, 'write_text', full)
     if what == 'tensors':
-        monkeypatch.setattr('eva.checkpoints.save_file', full)
+        monkeypatch.setattr('eva.training.checkpointing.save_file', full)
     if what == 'fsync':
         monkeypatch.setattr(os, 'fsync', full)
     if what == 'rename':

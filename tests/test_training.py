@@ -11,13 +11,19 @@ import sys
 import pytest
 import torch
 
+from eva.checkpoints.pretrained import load_pretrained, save_pretrained
 from eva.config import Config
-from eva.data import Document, train_tokenizer, write_tokens
-from eva.fp8_recipes import RECIPES
-from eva.interop import load_pretrained, save_pretrained
-from eva.model import DeepSeekV3
-from eva.stability import StabilityMonitor
-from eva.train import COUNTERS, TrainConfig, Trainer, bits_per_byte, read_metrics
+from eva.data.decode import Document
+from eva.data.text import write_tokens
+from eva.data.tokenizer import train_tokenizer
+from eva.fp8.recipes import RECIPES
+from eva.model.transformer import DeepSeekV3
+from eva.training.checkpointing import read_metrics
+from eva.training.config import TrainConfig
+from eva.training.evaluation import bits_per_byte
+from eva.training.gradients import StabilityMonitor
+from eva.training.state import COUNTERS
+from eva.training.trainer import Trainer
 
 KINDS = dict(
     tied=dict(tie_word_embeddings=True),
@@ -317,7 +323,7 @@ def test_no_hook_stays_on_a_model(streams, tmp_path):
 
 MEMORY = """
 import resource, torch
-from eva.mla import freed_memory_kept
+from eva.kernels.memory import freed_memory_kept
 def resident():
     with open('/proc/self/statm') as f: return int(f.read().split()[1])
 def held():

@@ -22,7 +22,7 @@ PACKAGE = 'eva-deepseek'
 COMMANDS = ('eva_train', 'eva_generate', 'eva_convert', 'eva_bench', 'eva_plan')
 # One compares with transformers, one writes files of weights, one reads the results inside the
 # package.
-CHAPTERS = ('02_rope', '12b_files', '17b_when')
+CHAPTERS = ('02_attention/01_rope', '09_checkpoints/03_files', '14_findings/04_when')
 SMALL_RUN = [
     '--data',
     'synthetic:copy',

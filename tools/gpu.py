@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from eva.config import Config
-from eva.data import replacing
-from eva.fp8 import dequantize, quantize, snr_db
-from eva.fp8_backends import native_matmul, why_not
-from eva.fp8_recipes import RECIPES
-from eva.moe import MLP, Experts
-from eva.precision import PRODUCTS, convert
+from eva.fileio.atomic import atomic_write as replacing
+from eva.fp8.backends import native_matmul, why_not
+from eva.fp8.formats import dequantize, quantize, snr_db
+from eva.fp8.linear import PRODUCTS, convert
+from eva.fp8.recipes import RECIPES
+from eva.moe.experts import MLP, Experts
 
 PEAK = {
     'H100': 1979e12,

@@ -46,7 +46,7 @@ def run(path, off):
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('names', nargs='*', help='chapters such as 04_mla; all by default')
+    p.add_argument('names', nargs='*', help='chapters such as 02_attention/03_mla; all by default')
     p.add_argument('--flags', default='', help='flagged cells to run as well')
     p.add_argument('--here', action='store_true', help=argparse.SUPPRESS)
     a = p.parse_args()
