@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from eva.config import Config
 from eva.data.text import TokenStream, _write
-from eva.distributed.expert_parallel import disband
+from eva.distributed.expert_parallel import shutdown
 from eva.model.transformer import DeepSeekV3
 from eva.training.config import TrainConfig
 from eva.training.trainer import Trainer
@@ -115,7 +115,7 @@ def high_water():
 
 
 def run(out, case):
-    from eva.distributed.checkpoint import divided_like, write_together
+    from eva.distributed.checkpoint import dtensor_like, save_safetensors
     from eva.distributed.parallel import Parallel
 
     t = trainer(
@@ -128,9 +128,9 @@ def run(out, case):
         about['said'] = t.resume()
     if case['do'] == 'train':
         about['rows'], first = curve(t)
-        write_together(
+        save_safetensors(
             out / f'{case["name"]}.safetensors',
-            {n: divided_like(g, t.parallel._like(n)) for n, g in first.items()},
+            {n: dtensor_like(g, t.parallel._like(n)) for n, g in first.items()},
         )
     if case['do'] == 'stop':  # one rank is asked, all stop
         t.fit(
@@ -171,7 +171,7 @@ if __name__ == '__main__':
     dist.init_process_group('gloo')
     for raw in sys.argv[2:]:
         run(Path(sys.argv[1]), json.loads(raw))
-    disband()
+    shutdown()
     # a rank has been seen to die after its work was done, while process and interpreter were taken
     # down
     os._exit(0)

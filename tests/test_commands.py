@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from eva.checkpoints.files import Checkpoint
+from eva.checkpoints.files import SafetensorsFolder
 from eva.cli.main import eva_convert, eva_train, train_parser
 from eva.config import Config
 from eva.training.checkpointing import checkpoints, read_metrics
@@ -94,7 +94,7 @@ def test_a_run_starts_from_eight_bits(tmp_path, monkeypatch):
     command('--out', 'first', *SMALL, '--steps', '6')
     assert eva_convert(['first', 'eight', '--to', 'fp8']) == 0
     assert (
-        Checkpoint(tmp_path / 'eight').shape('model.layers.0.mlp.down_proj.weight')[0]
+        SafetensorsFolder(tmp_path / 'eight').shape('model.layers.0.mlp.down_proj.weight')[0]
         == torch.float8_e4m3fn
     )
     out = command(

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from eva.checkpoints.pretrained import load_pretrained, save_pretrained
 from eva.config import YARN_V3, Config
 from eva.model.transformer import DeepSeekV3
-from eva.published_config import FAMILIES, IGNORED
+from eva.published_config import FAMILY_DEFAULTS, IGNORED_FIELDS
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -78,7 +78,7 @@ def peer_config(found):
     kind = rope.pop('rope_type')
     rope.pop('type', None)
     out['rope_scaling'] = None if kind == 'default' else rope
-    for name, value in IGNORED[found['model_type']].items():
+    for name, value in IGNORED_FIELDS[found['model_type']].items():
         out[name] = value
     out.pop('mlp_bias', None)
     return out
@@ -118,15 +118,15 @@ def test_a_field_left_out_means_what_the_peer_means(family):
             assert_same_reading(found)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', FAMILY_DEFAULTS)
 def test_the_defaults_are_those_of_the_peers_class(family):
     peer = peer_config(dict(model_type=family))
-    for name, value in FAMILIES[family].items():
+    for name, value in FAMILY_DEFAULTS[family].items():
         assert peer.get(name, value) == value, name
     missing = {'num_experts_per_tok'} if family == 'deepseek_v2' else set()
-    assert peer.keys() - {'rope_scaling'} - FAMILIES[family].keys() == missing
+    assert peer.keys() - {'rope_scaling'} - FAMILY_DEFAULTS[family].keys() == missing
     assert all(peer[name] is None for name in missing)
-    assert FAMILIES['deepseek_v3'].keys() - FAMILIES['deepseek_v2'].keys() == {
+    assert FAMILY_DEFAULTS['deepseek_v3'].keys() - FAMILY_DEFAULTS['deepseek_v2'].keys() == {
         'num_experts_per_tok'
     }
 
@@ -247,7 +247,7 @@ def test_what_the_peer_ignores_is_ignored_and_said(family, tmp_path):
         topk_method=('noaux_tc', 'greedy'),
         norm_topk_prob=(True, False),
     )
-    for name, value in IGNORED[family].items():
+    for name, value in IGNORED_FIELDS[family].items():
         lie = next(o for o in other[name] if o != value)
         with pytest.warns(
             UserWarning, match=f'{name}={lie!r}: transformers ignores this in {family}'

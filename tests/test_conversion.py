@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eva.checkpoints.files import Checkpoint
+from eva.checkpoints.files import SafetensorsFolder
 from eva.config import Config
 
 
@@ -76,7 +76,7 @@ def convert(src, dst, to):
 
 
 def tensors(path):
-    c = Checkpoint(path)
+    c = SafetensorsFolder(path)
     return {n: c.read(n).view(-1).view(torch.uint8).clone() for n in c}
 
 
@@ -147,7 +147,7 @@ def small_folder(path, dtype):
 
 def expected(tensors, chain):
     "What a chain of conversions makes of tensors, by definition and in memory"
-    from eva.checkpoints.conversion import EIGHT
+    from eva.checkpoints.conversion import FP8_WEIGHTS
     from eva.fp8.formats import dequantize, quantize
 
     out = dict(tensors)
@@ -156,7 +156,7 @@ def expected(tensors, chain):
             if name.endswith('e_score_correction_bias'):
                 continue
             if to == 'fp8':
-                if EIGHT.search(name) and not isinstance(value, tuple):
+                if FP8_WEIGHTS.search(name) and not isinstance(value, tuple):
                     out[name] = quantize(value, (128, 128))
             else:
                 wide = dequantize(*value, (128, 128)) if isinstance(value, tuple) else value
@@ -188,10 +188,10 @@ def test_every_chain_of_three_conversions(start, chain, tmp_path):
 
 def check_chain(start, chain, tmp_path):
     from eva.checkpoints.conversion import convert_checkpoint
-    from eva.checkpoints.pretrained import load_pretrained, published_state
+    from eva.checkpoints.pretrained import load_pretrained, published_state_dict
 
     small_folder(tmp_path / 'at', start)
-    first = dict(published_state(load_pretrained(tmp_path / 'at')))
+    first = dict(published_state_dict(load_pretrained(tmp_path / 'at')))
     for i, to in enumerate(chain):
         convert_checkpoint(tmp_path / ('at' if i == 0 else f'at{i - 1}'), tmp_path / f'at{i}', to)
         model = load_pretrained(tmp_path / f'at{i}')
@@ -199,7 +199,7 @@ def check_chain(start, chain, tmp_path):
             assert model(torch.arange(8)[None]).isfinite().all()
     want, dtype = expected(first, chain)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    got = dict(published_state(model))
+    got = dict(published_state_dict(model))
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert torch.equal(got[name], value), name

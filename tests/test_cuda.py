@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from eva.attention.kv_cache import LatentCache
 from eva.config import Config
-from eva.fp8.backends import why_not
+from eva.fp8.backends import unsupported_reason
 from eva.fp8.formats import quantize, snr_db
 from eva.fp8.linear import convert
 from eva.fp8.recipes import RECIPES
@@ -56,7 +56,7 @@ def test_quantised_bytes(recipe):
 @pytest.mark.parametrize('backend', ['native', 'te'])
 @pytest.mark.parametrize('recipe', ['block', 'block_pow2', 'tensor'])
 def test_backends_agree_with_emulation(backend, recipe):
-    if why := why_not(backend, torch.device('cuda'), recipe):
+    if why := unsupported_reason(backend, torch.device('cuda'), recipe):
         pytest.skip(why)
     out = {}
     for b in ('emulate', backend):

@@ -263,11 +263,11 @@ from pathlib import Path
 from eva.generation.chat_templates import ChatTemplate
 from eva.checkpoints.tokenizers import load_tokenizer
 from eva.checkpoints.pretrained import load_pretrained
-from eva.generation.chat import Speaker
+from eva.generation.chat import ChatSession
 warnings.simplefilter('ignore')
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),)*2)
 def attempt(folder):
-    s = Speaker(folder)
+    s = ChatSession(folder)
     found = hashlib.sha256()
     for name, t in s.model.state_dict().items():
         found.update(name.encode())

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from eva.generation.chat_templates import ChatTemplate
-from eva.generation.sandbox import WORKER, Renderer
+from eva.generation.sandbox import RENDER_PROCESS, Renderer
 
 CASES = int(os.environ.get('EVA_FUZZ_TEMPLATES', 300))
 SECONDS = 0.2  # of the processor, for one rendering
@@ -256,7 +256,7 @@ def run_cases(first: int, count: int) -> dict:
                 seen['findings'].append(
                     f'{i}: {kind} {said[:100]!r} instead of {want} {str(text)[:100]!r}'
                 )
-    WORKER.stop()
+    RENDER_PROCESS.stop()
     peak = [
         resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     ]
@@ -313,9 +313,9 @@ def test_attacks(template):
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='the system does not show it')
 def test_the_process_of_templates_knows_no_secrets(monkeypatch):
     monkeypatch.setenv('EVA_SECRET', 'sesame')
-    WORKER.stop()
+    RENDER_PROCESS.stop()
     assert outcome('x') == ('text', 'x')
-    assert b'sesame' not in Path(f'/proc/{WORKER.process.pid}/environ').read_bytes()
+    assert b'sesame' not in Path(f'/proc/{RENDER_PROCESS.process.pid}/environ').read_bytes()
 
 
 @pytest.mark.slow

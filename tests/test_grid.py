@@ -13,13 +13,20 @@ import eva.fp8.linear
 import eva.kernels.causal_attention as kernel
 from eva.attention.kv_cache import LatentCache
 from eva.config import Config
-from eva.fp8.backends import Native, why_not
+from eva.fp8.backends import NativeBackend, unsupported_reason
 from eva.fp8.formats import dequantize
 from eva.fp8.kv_cache import FP8LatentCache
-from eva.fp8.linear import KINDS, PRODUCTS, Emulate, convert, equip, products_of
+from eva.fp8.linear import (
+    FP8_CLASSES,
+    PRODUCTS,
+    EmulatedBackend,
+    attach_backends,
+    convert,
+    make_backends,
+)
 from eva.fp8.recipes import RECIPES
 from eva.generation.generate import generate
-from eva.generation.session import Context
+from eva.generation.session import DecodingSession
 from eva.model.transformer import DeepSeekV3
 from eva.training.trainer import Trainer
 
@@ -49,7 +56,7 @@ SIZES = dict(
 # ---- the axes ----
 
 
-class Opaque(Emulate):
+class Opaque(EmulatedBackend):
     "A backend that does not show what it multiplies, as Transformer Engine"
 
     def operands(self, x, W):
@@ -83,7 +90,7 @@ def exact_sums(monkeypatch):
     torch.set_num_threads(threads)
 
 
-BACKENDS = dict(emulate=Emulate, native=Native, opaque=Opaque)
+BACKENDS = dict(emulate=EmulatedBackend, native=NativeBackend, opaque=Opaque)
 CARRIED_OUT = dict(native=('block', 'tensor'), opaque=('block', 'delayed'))
 PRECISIONS = ['float64', 'bfloat16', 'autocast'] + [
     f'{recipe}-{backend}'
@@ -155,14 +162,14 @@ def use(model, precision):
         return model.bfloat16() if precision == 'bfloat16' else model
     recipe, backend = precision.split('-')
     for module in model.modules():
-        if type(module) in KINDS and module is not model.lm_head:
+        if type(module) in FP8_CLASSES and module is not model.lm_head:
             real = PRODUCTS['emulate']
             PRODUCTS['emulate'] = BACKENDS[backend]
             try:
-                made = products_of(module, recipe, 'emulate')
+                made = make_backends(module, recipe, 'emulate')
             finally:
                 PRODUCTS['emulate'] = real
-            equip(module, made, precision)
+            attach_backends(module, made, precision)
     return model
 
 
@@ -262,13 +269,13 @@ def switched(route, absorb, at_once=None):
     "A route with one evaluation of attention forced"
 
     def run(model, ids, masks):
-        old = eva.attention.mla.absorbing_pays, kernel.LIFTED
-        eva.attention.mla.absorbing_pays = lambda *sizes: absorb
+        old = eva.attention.mla.use_absorbed, kernel.LIFTED
+        eva.attention.mla.use_absorbed = lambda *sizes: absorb
         kernel.LIFTED = at_once or old[1]
         try:
             return route(model, ids, masks)
         finally:
-            eva.attention.mla.absorbing_pays, kernel.LIFTED = old
+            eva.attention.mla.use_absorbed, kernel.LIFTED = old
 
     return run
 
@@ -384,7 +391,7 @@ CARRIED = [
     (recipe, backend)
     for recipe in RECIPES
     for backend in PRODUCTS
-    if not why_not(backend, 'cpu', recipe)
+    if not unsupported_reason(backend, 'cpu', recipe)
 ]
 
 
@@ -461,10 +468,10 @@ def test_a_derived_cache_has_the_type_of_the_model(dtype):
     "In bfloat16 under float32, text generated through it is that of another model"
     model = DeepSeekV3(Config.preset('mini', **SIZES, num_experts_per_tok=2)).to(dtype)
     for kind in (LatentCache, OtherCache, any_cache):
-        assert Context(model, 8, cache=kind).cache.rows.dtype == dtype
+        assert DecodingSession(model, 8, cache=kind).cache.rows.dtype == dtype
     chosen = partial(OtherCache, dtype=torch.float32)
-    assert Context(model, 8, cache=chosen).cache.rows.dtype == torch.float32
-    assert Context(model, 8, cache=FP8LatentCache).cache.rows.dtype == torch.uint8
+    assert DecodingSession(model, 8, cache=chosen).cache.rows.dtype == torch.float32
+    assert DecodingSession(model, 8, cache=FP8LatentCache).cache.rows.dtype == torch.uint8
 
 
 # ---- compiled ----

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from eva.cli.main import new_run, train_parser
-from eva.data.decode import CHUNK
+from eva.data.decode import CHUNK_BYTES
 from eva.data.ingest import TrainingData
 
 TEXTS = ['first ü document\nof two lines', 'second, with "quotes"; and 字', 'third']
@@ -83,7 +83,7 @@ def damaged(raw, damage, encoding):
     if damage == 'zero byte':
         return raw + bytes(len(bad) if 'utf-8' not in encoding else 1)
     if damage == 'bad byte in the second megabyte':
-        filler = ('\n' * (CHUNK + 99)).encode(encoding.removesuffix('-sig'))
+        filler = ('\n' * (CHUNK_BYTES + 99)).encode(encoding.removesuffix('-sig'))
         return raw + filler + bad + filler
     return raw
 
@@ -144,8 +144,16 @@ def test_grid(tmp_path, kind, packing, encoding, damage):
 
 def test_position_of_a_bad_byte(tmp_path):
     "However far into a file it is"
-    for at in (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK // 2, 2 * CHUNK - 1):
-        raw = bytearray(b'x\n' * CHUNK)
+    for at in (
+        0,
+        1,
+        CHUNK_BYTES - 1,
+        CHUNK_BYTES,
+        CHUNK_BYTES + 1,
+        3 * CHUNK_BYTES // 2,
+        2 * CHUNK_BYTES - 1,
+    ):
+        raw = bytearray(b'x\n' * CHUNK_BYTES)
         raw[at] = 0xE9
         (tmp_path / 'a.txt').write_bytes(raw)
         (tmp_path / 'b.txt').write_text('fine')

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from eva.checkpoints.pretrained import save_pretrained
 from eva.cli.main import eva_generate, eva_train
 from eva.config import Config
-from eva.data.conversations import TEMPLATE as EVAS
+from eva.data.conversations import CHAT_TEMPLATE as EVAS
 from eva.generation.chat_templates import ChatTemplate
 from eva.model.transformer import DeepSeekV3
 

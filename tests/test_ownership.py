@@ -29,7 +29,13 @@ from eva.fileio.locks import FolderLock
 from eva.fileio.manifest import Manifest
 from eva.model.transformer import DeepSeekV3
 from eva.planner.training_cost import eva_plan
-from eva.training.checkpointing import RunLog, checkpoints, newest, owned_write, save_checkpoint
+from eva.training.checkpointing import (
+    RunLog,
+    checkpoints,
+    latest_checkpoint,
+    owned_write,
+    save_checkpoint,
+)
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='links, pipes and locks of POSIX')
 
@@ -292,7 +298,7 @@ def test_a_hostile_state_is_passed_over(started, tmp_path):
     for raw in HOSTILE.values():
         last = checkpoints(tmp_path / 'checkpoints')[-1]
         (last / 'state.json').write_bytes(raw)
-        path, _, _, said = newest(tmp_path / 'checkpoints')
+        path, _, _, said = latest_checkpoint(tmp_path / 'checkpoints')
         assert path.name == 'step-000001' and 'step-000002: no complete checkpoint' in said
         next((tmp_path / 'checkpoints').glob('damaged-*')).rename(last)
 
@@ -585,7 +591,7 @@ def test_a_checkpoint_that_is_being_saved_is_left(tmp_path):
         except BaseException:
             os._exit(1)
     os.read(ready[0], 1)
-    path, *_ = newest(folder)
+    path, *_ = latest_checkpoint(folder)
     there = sorted(p.name for p in folder.glob('.step-*'))
     os.write(go[1], b'x')
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -221,7 +221,7 @@ def test_other_projects_links_land(pages):
         ('quantisation', '04_fp8/formats.html'),  # prose
         ('itertools', '11_planner/placement.html'),  # code that is no symbol of ours
         ('LatentCache', '02_attention/kv_cache.html'),  # a symbol
-        ('eva.moe.router.Gate', 'router.html'),
+        ('eva.moe.router.Router', 'router.html'),
     ],
 )  # and its full name
 def test_search_finds(reader, word, page):

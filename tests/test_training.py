@@ -21,7 +21,7 @@ from eva.model.transformer import DeepSeekV3
 from eva.training.checkpointing import read_metrics
 from eva.training.config import TrainConfig
 from eva.training.evaluation import bits_per_byte
-from eva.training.gradients import StabilityMonitor
+from eva.training.gradients import GradientMonitor
 from eva.training.state import COUNTERS
 from eva.training.trainer import Trainer
 
@@ -136,7 +136,7 @@ def tiny_trainer(streams, out, **settings):
     model = DeepSeekV3(Config.preset('mini', vocab_size=vocab_size, **TINY))
     base = dict(steps=12, batch_size=2, micro_batch=1, seq_len=16, eval_every=3, lr=3e-3)
     trainer = Trainer(model, train, held_out, TrainConfig(**base | settings), out)
-    trainer.monitor = StabilityMonitor(model, window=6, factor=1.01, quiet=2)
+    trainer.monitor = GradientMonitor(model, window=6, factor=1.01, quiet=2)
     return trainer
 
 
@@ -308,7 +308,7 @@ def test_no_hook_stays_on_a_model(streams, tmp_path):
     look()
     trainer.fit(look)
     look()
-    trainer.monitor = StabilityMonitor(trainer.model)
+    trainer.monitor = GradientMonitor(trainer.model)
     trainer.model.losses = lambda *args, **kwargs: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.train_step()

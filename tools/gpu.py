@@ -22,7 +22,7 @@ from torch import nn
 
 from eva.config import Config
 from eva.fileio.atomic import atomic_write as replacing
-from eva.fp8.backends import native_matmul, why_not
+from eva.fp8.backends import native_matmul, unsupported_reason
 from eva.fp8.formats import dequantize, quantize, snr_db
 from eva.fp8.linear import PRODUCTS, convert
 from eva.fp8.recipes import RECIPES
@@ -65,7 +65,7 @@ def agreement(device, size):
             (q.view(torch.uint8) != q2.cpu().view(torch.uint8)).sum().item()
         )
         out[f'{name}: scales that differ'] = (s != s2.cpu()).sum().item()
-        if why_not('native', device, r):
+        if unsupported_reason('native', device, r):
             continue
         W = torch.randn(size, size)
         want = dequantize(q, s, r.x) @ dequantize(*quantize(W, r.w, r.fmt, r.pow2), r.w).T
@@ -96,7 +96,7 @@ def products(device, sizes, repeat):
     for m, n, k in sizes:
         a, b = (torch.randn(o, k, device=device, dtype=torch.bfloat16) for o in (m, n))
         calls = dict(bf16=partial(torch.matmul, a, b.T))
-        if not why_not('native', device, 'block'):
+        if not unsupported_reason('native', device, 'block'):
             calls['fp8'] = scaled_product(a, b)
         row = dict(m=m, n=n, k=k)
         for name, call in calls.items():
@@ -127,7 +127,7 @@ def steps(device, hidden, width, experts, tokens, repeat):
         for name in ('fp32', 'bf16', *(b for b in PRODUCTS)):
             torch.manual_seed(0)
             dtype = torch.float32 if name == 'fp32' else torch.bfloat16
-            if name in PRODUCTS and why_not(name, device, 'block_pow2'):
+            if name in PRODUCTS and unsupported_reason(name, device, 'block_pow2'):
                 continue
             layer = nn.Sequential(MLP(hidden, width * 4) if part == 'dense' else Experts(cfg)).to(
                 device, dtype
@@ -187,7 +187,7 @@ def main(argv=None):
         cuda=torch.version.cuda,
         date=time.strftime('%Y-%m-%d'),
         peak_fp8_tflops=None if math.isnan(peak) else peak / 1e12,
-        absent={b: why for b in PRODUCTS if (why := why_not(b, device, 'block_pow2'))},
+        absent={b: why for b in PRODUCTS if (why := unsupported_reason(b, device, 'block_pow2'))},
         agreement=agreement(device, 256 if a.small else 2048),
         products=products(device, sizes, repeat),
         steps=steps(device, *((256, 128, 8, 256) if a.small else (7168, 2048, 16, 8192)), repeat),

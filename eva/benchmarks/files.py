@@ -292,7 +292,8 @@ def start(
         eva=python('import eva'),
         modules=python(modules),
         help=python(
-            'from eva.cli.main import eva_train\ntry: eva_train(["--help"])\nexcept SystemExit: pass'
+            'from eva.cli.main import eva_train\ntry: '
+            'eva_train(["--help"])\nexcept SystemExit: pass'
         ),
     )
     times = in_turn(work, 2 if quick else 7)

@@ -14,7 +14,7 @@ from torch import nn
 from ..attention.baselines import KVCache, attention_params
 from ..attention.kv_cache import LatentCache
 from ..attention.mla import MLA
-from ..attention.rope import rope_tables, rotate
+from ..attention.rope import apply_rotary_emb, rope_cos_sin
 from eva.benchmarks.harness import (
     Line,
     bounds,
@@ -29,7 +29,7 @@ from eva.benchmarks.harness import (
 )
 from ..config import PRESETS, Config
 from ..fp8.kv_cache import FP8LatentCache
-from ..kernels.linear_cross_entropy import head_loss
+from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..kernels.memory import return_freed_memory
 from ..moe.experts import MLP, MoE
 
@@ -83,7 +83,9 @@ class MultiHead(nn.Module):
         q, k, v = self.qkv_proj(h).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         r = 2 * rope[0].shape[-1]
         q, k = (
-            torch.cat((rotate(x[..., :r], *(o[:, :, None] for o in rope)), x[..., r:]), -1)
+            torch.cat(
+                (apply_rotary_emb(x[..., :r], *(o[:, :, None] for o in rope)), x[..., r:]), -1
+            )
             for x in (q, k)
         )
         o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
@@ -134,7 +136,7 @@ def attention(
         about = limits(device, dtype)
         for n in (256, 512) if quick else (256, 512, 1024, 2048, 4096, 8192):
             h = torch.randn(1, n, cfg.hidden_size, device=device, dtype=dtype, requires_grad=True)
-            rope = rope_tables(cfg, torch.arange(n, device=device)[None], dtype)
+            rope = rope_cos_sin(cfg, torch.arange(n, device=device)[None], dtype)
             check_attention(layers['eva'], h, rope, 1e-4 if dtype == torch.float32 else 0.05)
             for backward in (False, True):
                 times = in_turn(
@@ -351,7 +353,7 @@ def loss(
         y = torch.randint(vocab, (tokens,), device=device)
         W = (0.02 * torch.randn(vocab, d, device=device)).to(dtype).requires_grad_()
         ways = dict(
-            eva=lambda: head_loss(h, W, y) / tokens,
+            eva=lambda: linear_cross_entropy(h, W, y) / tokens,
             obvious=lambda: F.cross_entropy((h @ W.T).float(), y),
         )
         if hasattr(F, 'linear_cross_entropy'):

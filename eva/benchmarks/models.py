@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..attention.baselines import KVCache, with_attention
+from ..attention.baselines import KVCache, replace_attention
 from ..attention.kv_cache import LatentCache
 from eva.benchmarks.harness import (
     Line,
@@ -30,11 +30,11 @@ from eva.benchmarks.harness import (
 from .layers import small_config
 from ..config import Config
 from ..generation.generate import stream
-from ..generation.sampling import Sampling
-from ..generation.session import Context
-from ..generation.stopping import Tally
+from ..generation.sampling import SamplingParams
+from ..generation.session import DecodingSession
+from ..generation.stopping import GenerationStats
 from ..model.transformer import DeepSeekV3
-from ..training.optimizer import MasterOptimizer
+from ..training.optimizer import MixedPrecisionOptimizer
 
 # %% ../../nbs/13_benchmarks/03_models.ipynb #e69222e7
 def transformers_model(model):
@@ -134,7 +134,7 @@ def training_step(model, tokens, loss_of, autocast=None):
     "Loss, gradients, AdamW; gives the loss"
     masters = autocast is None and model.lm_head.weight.dtype != torch.float32
     opt = (
-        MasterOptimizer(model, 1e-4, 0)
+        MixedPrecisionOptimizer(model, 1e-4, 0)
         if masters
         else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     )
@@ -214,7 +214,7 @@ def decode(
     token = torch.tensor([[7]], device=device)
     peer, rival = (
         transformers_model(model),
-        with_attention(
+        replace_attention(
             DeepSeekV3(cfg), cfg.num_attention_heads, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
         )
         .to(device)
@@ -363,11 +363,12 @@ def generate(
     peer = transformers_model(model)
     for n in lengths:
         ids = torch.randint(2, 4096, (1, n), generator=torch.Generator().manual_seed(n)).to(device)
-        context = Context(model, n + new)
+        context = DecodingSession(model, n + new)
 
         def ours():
             at = [
-                time.perf_counter() for _ in stream(model, ids, new, Sampling(0), context=context)
+                time.perf_counter()
+                for _ in stream(model, ids, new, SamplingParams(0), context=context)
             ]
             return median([b - a for a, b in zip(at, at[1:])])
 
@@ -448,10 +449,10 @@ def drafts(
 
         def go(k):
             def run():
-                t = tallies[k] = Tally()
+                t = tallies[k] = GenerationStats()
                 for ids in prompts:
                     for _ in stream(
-                        model, ids.to(device), new, Sampling(temperature), k, seed=0, tally=t
+                        model, ids.to(device), new, SamplingParams(temperature), k, seed=0, tally=t
                     ):
                         pass
                 return t.seconds

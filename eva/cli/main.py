@@ -236,13 +236,18 @@ def new_small_run(
 
     from eva.config import Config
     from eva.data.shards import clear_folder
-    from eva.data.text import bigram_bits_per_byte, compressed_bits_per_byte, hold_out, write_tokens
+    from eva.data.text import (
+        bigram_bits_per_byte,
+        compressed_bits_per_byte,
+        train_val_split,
+        write_tokens,
+    )
     from eva.data.tokenizer import train_tokenizer
 
     docs = list(data.documents(whole=True))
     vocab_size = args.vocab_size or 4096
     skipped = sum(data.counts('skipped').values())
-    to_train, to_test, whole = hold_out(docs)
+    to_train, to_test, whole = train_val_split(docs)
     size = sum(len(d.text.encode()) for d in docs) / 1e6
     held = f'{len(to_test)} files' if whole else 'the last twentieth of each'
     say(
@@ -306,7 +311,7 @@ def new_corpus_run(
     from dataclasses import asdict
 
     from eva.config import Config
-    from eva.data.corpus import FIM, tokenise
+    from eva.data.corpus import FIM_TOKENS, tokenise
     from eva.data.decode import Document
     from eva.data.shards import clear_folder
     from eva.data.text import bigram_bits_per_byte, compressed_bits_per_byte
@@ -316,7 +321,7 @@ def new_corpus_run(
     whole = data.sources == ['stdlib']
     if start is None:
         texts = (d.text for d in data.documents(whole))
-        tok = train_tokenizer(texts, args.vocab_size or 4096, FIM if fim else ())
+        tok = train_tokenizer(texts, args.vocab_size or 4096, FIM_TOKENS if fim else ())
         cfg = Config.preset(preset, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1)
     else:
         cfg, tok = start
@@ -415,7 +420,7 @@ def new_answers_run(
     "Conversations, of which the answers are learned"
     from dataclasses import asdict
 
-    from eva.data.conversations import TEMPLATE, write_conversations
+    from eva.data.conversations import CHAT_TEMPLATE, write_conversations
     from eva.data.shards import clear_folder
     from eva.generation.chat_templates import ChatTemplate
     from eva.training.config import TrainConfig
@@ -435,7 +440,7 @@ def new_answers_run(
         )
     if own:
         template = ChatTemplate(
-            TEMPLATE, trusted=True, bos_token=mark(cfg.bos_token_id), eos_token=mark(end)
+            CHAT_TEMPLATE, trusted=True, bos_token=mark(cfg.bos_token_id), eos_token=mark(end)
         )
     clear_folder(args.out / 'tokens', manifest)
     train, held = write_conversations(
@@ -451,7 +456,7 @@ def new_answers_run(
     data.save(args.out / 'data.jsonl', manifest)
     if own:
         with manifest.write(args.out / 'chat_template.jinja') as f:
-            f.write_text(TEMPLATE, encoding='utf-8')
+            f.write_text(CHAT_TEMPLATE, encoding='utf-8')
     say(
         f'conversations: {train.bytes / 1e3:,.1f} kB of '
         f'answers to learn, {held.bytes / 1e3:,.1f} kB held out'
@@ -997,8 +1002,8 @@ def step_memory(
     tcfg,  # the TrainConfig
 ) -> dict:  # part -> bytes
     "Estimate the memory of training: weights, optimizer, and activations of one micro-batch"
-    from eva.kernels.causal_attention import KEPT_UP_TO
-    from eva.kernels.linear_cross_entropy import LOGITS
+    from eva.kernels.causal_attention import SAVE_PROBS_MAX_SEQ
+    from eva.kernels.linear_cross_entropy import MAX_LOGITS
     from eva.planner.memory import block_activations
 
     # In float32: weights, gradients, their sum over micro-batches, two moments. In bf16 the first
@@ -1016,9 +1021,15 @@ def step_memory(
         if number
     )
     activations = rows * tcfg.seq_len * per_token
-    scores = rows * cfg.num_attention_heads * min(tcfg.seq_len, KEPT_UP_TO) ** 2 / 2 * number_bytes
-    scores *= sum(blocks.values()) if tcfg.seq_len <= KEPT_UP_TO else 1
-    logits = 3 * 4 * min(LOGITS, rows * tcfg.seq_len * cfg.vocab_size)
+    scores = (
+        rows
+        * cfg.num_attention_heads
+        * min(tcfg.seq_len, SAVE_PROBS_MAX_SEQ) ** 2
+        / 2
+        * number_bytes
+    )
+    scores *= sum(blocks.values()) if tcfg.seq_len <= SAVE_PROBS_MAX_SEQ else 1
+    logits = 3 * 4 * min(MAX_LOGITS, rows * tcfg.seq_len * cfg.vocab_size)
     return dict(states=states, activations=activations, attention=scores, logits=logits)
 
 
@@ -1198,7 +1209,7 @@ def finish(
     from eva.fileio.manifest import Manifest
     from eva.training.checkpointing import read_metrics
     from eva.training.evaluation import bits_per_byte
-    from eva.training.report import balance_summary, draw_report
+    from eva.training.report import balance_summary, plot_run
 
     rows = read_metrics(trainer.out / 'metrics.jsonl')
     model = trainer.model
@@ -1227,7 +1238,7 @@ def finish(
         )
         trainer.compute_in('fp32')
     with manifest.write('report.png') as f:
-        draw_report(rows, f, baselines, final, optimum)
+        plot_run(rows, f, baselines, final, optimum)
     bits = (
         baselines
         | {f'Eva, computed in {how}': final}
@@ -1675,21 +1686,21 @@ def eva_generate(
             return speak()
 
     def speak():
-        from eva.generation.sampling import Sampling
+        from eva.generation.sampling import SamplingParams
 
-        how = Sampling(
+        how = SamplingParams(
             args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
         )  # refused before anything is loaded
-        from eva.generation.chat import Speaker, converse
+        from eva.generation.chat import ChatSession, chat_loop
 
-        speaker = Speaker(
+        speaker = ChatSession(
             args.dir, how, args.speculate, args.seed, tuple(args.stop), device_of(args), args.plain
         )
         terminal = sys.stdin is not None and sys.stdin.isatty()
         if args.prompt is None and terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401 - importing it makes lines editable
-            return converse(speaker, args.max_new_tokens)
+            return chat_loop(speaker, args.max_new_tokens)
         prompt = args.prompt
         if prompt is None:
             prompt = '' if sys.stdin is None else sys.stdin.read()

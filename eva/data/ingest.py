@@ -16,7 +16,7 @@ from typing import Any
 
 from .decode import Document, RefusedFileError, decode_chunks, open_decompressed
 from eva.data.files import (
-    NOT_A_PROBLEM,
+    BENIGN_REASONS,
     FileEntry,
     FileReport,
     list_folder,
@@ -338,7 +338,7 @@ def _warn(data: TrainingData):
     left = {
         reason: n
         for reason, n in data.counts('skipped').items()
-        if reason not in (*NOT_A_PROBLEM, 'binary')
+        if reason not in (*BENIGN_REASONS, 'binary')
     }
     if left:
         warnings.warn(

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .decode import LONGEST, RefusedFileError, text_lines
+from .decode import MAX_LINE_BYTES, RefusedFileError, text_lines
 from ..fileio.reading import open_regular
 
 # What the name of a document ends in, its place for a message, and what stands there
@@ -26,7 +26,7 @@ Row: TypeAlias = tuple[str, str | Path, Any]
 # %% ../../nbs/06_data/07_readers.ipynb #f985c36c
 def text_pieces(
     chunks: Iterable[str],  # from `decode_chunks`
-) -> Iterator[str]:  # pieces of about `CHUNK` bytes
+) -> Iterator[str]:  # pieces of about `CHUNK_BYTES` bytes
     "Cut a long text at ends of lines, at spaces in long lines, anywhere in long words"
     line_end = re.compile(r'\n')
     space = re.compile(r'\s')
@@ -143,10 +143,11 @@ def _parse_value(buffer: _JsonBuffer) -> Any:
         except json.JSONDecodeError as e:
             reason = e.msg
             if _is_incomplete(e, buffer.text):
-                if len(buffer.text) - buffer.position > LONGEST:
+                if len(buffer.text) - buffer.position > MAX_LINE_BYTES:
                     raise RefusedFileError(
                         'too long',
-                        f'{where} has more than {LONGEST:,} bytes; cut it into smaller documents',
+                        f'{where} has more than {MAX_LINE_BYTES:,} '
+                        f'bytes; cut it into smaller documents',
                     ) from None
                 if buffer.more():
                     continue
@@ -205,7 +206,7 @@ def read_json_values(
 # %% ../../nbs/06_data/07_readers.ipynb #122b9995
 def _next_row(reader: Any) -> list[str]:
     "The next row of a CSV reader; its limit of a field is one of the process, so it is put back"
-    limit = csv.field_size_limit(LONGEST)
+    limit = csv.field_size_limit(MAX_LINE_BYTES)
     try:
         return next(reader)
     finally:

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .expert_parallel import swap
+from .expert_parallel import all_to_all
 from .private import norms
 from ..training.muon import Muon, orthogonal_dtype, orthogonalize
-from ..training.optimizer import MasterOptimizer
+from ..training.optimizer import MixedPrecisionOptimizer
 
 # %% ../../nbs/10_distributed/03_optimizer.ipynb #a19530c5
 class DividedRows(NamedTuple):
@@ -39,14 +39,14 @@ def orthogonalize_divided(
     received = [matrices[rank] * n * columns for n in rows]
     flat = torch.stack(grads).flatten()
     flat = flat.to(orthogonal_dtype(flat))  # what orthogonalising does first
-    parts = swap(flat, sent, received, group).split(received)
+    parts = all_to_all(flat, sent, received, group).split(received)
     if matrices[rank]:
         blocks = [part.view(matrices[rank], n, columns) for part, n in zip(parts, rows)]
         turned = orthogonalize(torch.cat(blocks, 1))
     else:
         turned = flat.new_empty(0, sum(rows), columns)
     back = torch.cat([block.flatten() for block in turned.split(rows, 1)])
-    return swap(back, received, sent, group).view(count, rows[rank], columns)
+    return all_to_all(back, received, sent, group).view(count, rows[rank], columns)
 
 # %% ../../nbs/10_distributed/03_optimizer.ipynb #50278597
 class ShardedMuon(Muon):
@@ -101,7 +101,7 @@ def sum_copies(
             g.copy_(part.view_as(g))
 
 # %% ../../nbs/10_distributed/03_optimizer.ipynb #84178e3c
-class ShardedOptimizer(MasterOptimizer):
+class ShardedOptimizer(MixedPrecisionOptimizer):
     "Masters of what this rank holds; norms and sums over all ranks"
 
     muon = ShardedMuon

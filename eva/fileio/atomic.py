@@ -12,9 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 # %% ../../nbs/16_fileio/01_atomic.ipynb #74417b0a
 def fsync_entry(

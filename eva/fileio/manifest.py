@@ -24,7 +24,7 @@ from eva.fileio.atomic import (
     remove_path,
     temporary_name,
 )
-from .locks import MOVE_AWAY
+from .locks import MOVE_AWAY_HINT
 from .reading import file_kind, open_regular, read_json
 
 # %% ../../nbs/16_fileio/04_manifest.ipynb #b9869a2a
@@ -130,14 +130,14 @@ def _is_entry(known: Any) -> bool:
 def _read_list(path: Path, about: os.stat_result) -> tuple[Records, set[str]]:
     "Files and folders of a list on the disk, or a `ValueError` where it is something else"
     if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f'{path}: is {file_kind(about)} and no list of Eva; {MOVE_AWAY}')
+        raise ValueError(f'{path}: is {file_kind(about)} and no list of Eva; {MOVE_AWAY_HINT}')
     listed = read_json(path)
     files = listed.get('files')
     folders = listed.get('folders', [])
     is_sound = isinstance(files, dict) and isinstance(folders, list)
     is_sound = is_sound and all(isinstance(f, str) for f in folders)
     if not is_sound or not all(map(_is_entry, files.values())):
-        raise ValueError(f'{path}: is no list of files that Eva wrote; {MOVE_AWAY}')
+        raise ValueError(f'{path}: is no list of files that Eva wrote; {MOVE_AWAY_HINT}')
     return files, set(folders)
 
 
@@ -248,7 +248,7 @@ class Manifest:
         self._refresh()
         for name in map(self._name, paths):
             if reason := self._reason(name):
-                raise ValueError(f'{reason}; {MOVE_AWAY}')
+                raise ValueError(f'{reason}; {MOVE_AWAY_HINT}')
 
     def check_folder(
         self,
@@ -261,7 +261,7 @@ class Manifest:
         self._refresh()
         for name in map(self._name, paths):
             if _is_foreign_folder(self.folder / name, name, self):
-                raise ValueError(f'{_foreign(self.folder / name)}; {MOVE_AWAY}')
+                raise ValueError(f'{_foreign(self.folder / name)}; {MOVE_AWAY_HINT}')
 
     def make_folder(
         self,

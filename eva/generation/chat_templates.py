@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..fileio.reading import read_json, read_text
-from .sandbox import WORKER, Renderer, explain
+from .sandbox import RENDER_PROCESS, Renderer, template_error_message
 
 # %% ../../nbs/08_generation/08_chat_templates.ipynb #c0a80006
 MAX_TEMPLATE_BYTES = 2**24  # of a template or of the settings of a tokenizer
@@ -116,13 +116,13 @@ class ChatTemplate:
             try:
                 return [self.renderer(messages[:n], a, self.marks, longest) for n, a in cuts]
             except Exception as e:
-                raise ValueError(f'{self.where}: {explain(e)}') from None
+                raise ValueError(f'{self.where}: {template_error_message(e)}') from None
         request = dict(template=self.template, marks=self.marks, messages=messages, longest=longest)
         request |= dict(seconds=self.seconds, memory=self.memory)
         texts = []
         at_once = max(1, 2**22 // (size + 1))  # so that an answer stays small
         for i in range(0, max(1, len(cuts)), at_once):
-            answer = WORKER.ask(request | dict(cuts=cuts[i : i + at_once]))
+            answer = RENDER_PROCESS.ask(request | dict(cuts=cuts[i : i + at_once]))
             if answer['error'] is not None:
                 raise ValueError(f'{self.where}: {answer["error"]}')
             texts += answer['texts']

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from ..attention.kv_cache import LatentCache
 from eva.generation.sampling import (
-    DEFAULT_SAMPLING,
-    Dice,
-    Sampling,
-    draw,
+    DEFAULT_SAMPLING_PARAMS,
+    RowGenerator,
+    SamplingParams,
     probabilities,
     sample,
+    sample_inverse_cdf,
     scores,
 )
-from .session import Context
-from .speculative import accept, agree, draft_tokens
-from .stopping import Ends, Tally, end_tokens, stop_texts
+from .session import DecodingSession
+from .speculative import agree, draft_tokens, rejection_sample
+from .stopping import GenerationStats, StoppingCriteria, end_tokens, stop_texts
 from ..model.transformer import DeepSeekV3
 
 # %% ../../nbs/08_generation/01_generate.ipynb #58fd8f6c
@@ -35,12 +35,12 @@ from ..model.transformer import DeepSeekV3
 class Generation:
     "A generation under way"
 
-    context: Context  # what was read
-    how: Sampling  # temperature and the like
+    context: DecodingSession  # what was read
+    how: SamplingParams  # temperature and the like
     drafts: int  # for each step
-    dice: Dice  # of each row
-    ends: Ends  # of each row
-    tally: Tally  # filled with what happens
+    dice: RowGenerator  # of each row
+    ends: StoppingCriteria  # of each row
+    tally: GenerationStats  # filled with what happens
     seen: Tensor | None = None  # tokens of each row, where a penalty needs them (batch, vocab_size)
 
     @property
@@ -123,7 +123,7 @@ def propose(
             draft = scores(logits, run.how, before).argmax(-1)
         else:
             q = probabilities(logits, run.how, before)
-            draft = draw(q, uniform[:, place])
+            draft = sample_inverse_cdf(q, uniform[:, place])
         chosen.append(draft)
         return draft, q
 
@@ -145,7 +145,7 @@ def verify(
         accepted, token = agree(F.pad(best, (0, unread), value=-1), drafts)
         return accepted, token.clamp(min=0)  # -1 for rows that are through
     p = F.pad(probabilities(logits, run.how, seen), (0, 0, 0, unread))
-    return accept(p, q, drafts, uniform)
+    return rejection_sample(p, q, drafts, uniform)
 
 # %% ../../nbs/08_generation/01_generate.ipynb #bc59bdab
 def draft_step(
@@ -158,7 +158,8 @@ def draft_step(
     most = max(left)
     count = min(run.drafts, most)  # no row may say more
     uniform = run.dice.roll(2 * run.drafts + 1).to(token.device)
-    to_draw, to_accept = uniform[:, : run.drafts], uniform[:, run.drafts :]
+    to_draw = uniform[:, : run.drafts]
+    to_accept = uniform[:, run.drafts :]
     drafts, q = propose(run, token, to_draw[:, :count])
     new = torch.cat((token[:, None], drafts), 1)[:, :most]
     room = torch.tensor(left, device=token.device)
@@ -230,7 +231,7 @@ def check_padding(
 
 
 def check_context(
-    context: Context,  # what was read before
+    context: DecodingSession,  # what was read before
     model: DeepSeekV3,  # to speak
     batch: int,  # prompts
 ):
@@ -251,7 +252,7 @@ def new_token_limit(
     batch: int,  # prompts
     seq: int,  # tokens of the longest
     max_new_tokens: int | None,  # at most so many more; None: all positions there are
-    context: Context | None,  # what was read before
+    context: DecodingSession | None,  # what was read before
 ) -> int:  # tokens
     "Return how many tokens each row may get, or refuse"
     most = model.cfg.max_position_embeddings
@@ -279,7 +280,7 @@ def new_token_limit(
 def draft_count(
     model: DeepSeekV3,  # to speak
     speculate: bool | int,  # True for one draft from each MTP module, or a number
-    context: Context | None,  # what was read before
+    context: DecodingSession | None,  # what was read before
 ) -> int:  # for each step
     "Return how many drafts a step has, or refuse"
     if not (isinstance(speculate, int) and 0 <= speculate <= 32):
@@ -326,7 +327,7 @@ def stream(
     model: DeepSeekV3,  # to speak
     input_ids: Tensor,  # prompts (batch, seq), int64, padded on the left
     max_new_tokens: int | None = None,  # at most so many more; None: all positions of the model
-    how: Sampling = DEFAULT_SAMPLING,  # temperature and the like
+    how: SamplingParams = DEFAULT_SAMPLING_PARAMS,  # temperature and the like
     speculate: bool | int = False,  # drafts a step: True for one from each MTP module, or a number
     seed: int | list[int] | None = None,  # for the same text again; a list has one for each row
     attention_mask: Tensor | None = None,  # 0 for padding (batch, seq)
@@ -334,10 +335,10 @@ def stream(
     eos_token_id: int | Collection[int] | Tensor | None = None,
     stop_strings: str | tuple[str, ...] = (),  # texts that end a row
     tokenizer=None,  # needed for stop_strings
-    context: Context | None = None,  # what was read before: only the difference is computed
+    context: DecodingSession | None = None,  # what was read before: only the difference is computed
     # kind of cache of a new context, such as eva.fp8.kv_cache.FP8LatentCache
     cache: Callable[..., LatentCache] = LatentCache,
-    tally: Tally | None = None,  # filled with what happened
+    tally: GenerationStats | None = None,  # filled with what happened
     progress: Callable[[float], object] | None = None,  # called with the share of the prompt read
 ) -> Iterator[list[list[int]]]:  # new tokens of each row, none for rows that have ended
     """Give new tokens as they come
@@ -345,23 +346,27 @@ def stream(
     What cannot be meant is refused at once; the model computes when the first tokens are asked for.
     """
     check_prompts(model, input_ids, attention_mask)
-    if not isinstance(how, Sampling):
-        raise ValueError(f'how={how!r}: must be a Sampling, such as Sampling(temperature=0.7)')
+    if not isinstance(how, SamplingParams):
+        raise ValueError(
+            f'how={how!r}: must be a SamplingParams, such as SamplingParams(temperature=0.7)'
+        )
     batch = len(input_ids)
     seq = int(input_ids.shape[1] if attention_mask is None else attention_mask.sum(1).max())
     limit = new_token_limit(model, batch, seq, max_new_tokens, context)
     drafts = draft_count(model, speculate, context)
     stops = stop_texts(stop_strings, tokenizer)
-    dice = Dice(seed, batch)
+    dice = RowGenerator(seed, batch)
     tokens = set(end_tokens(eos_token_id, model.cfg.vocab_size))
-    ends = Ends(batch, limit, tokens, stops, tokenizer if stops else None)
+    ends = StoppingCriteria(batch, limit, tokens, stops, tokenizer if stops else None)
     depths = min(drafts, len(model.mtp))
 
     def begin():
         made = context
         if made is None:
-            made = Context(model, seq + limit, batch, depths, cache)
-        return Generation(made, how, drafts, dice, ends, Tally() if tally is None else tally)
+            made = DecodingSession(model, seq + limit, batch, depths, cache)
+        return Generation(
+            made, how, drafts, dice, ends, GenerationStats() if tally is None else tally
+        )
 
     return _stream(begin, input_ids.long(), attention_mask, progress)
 
@@ -386,7 +391,7 @@ def generate(
 
     Rows that ended go on with the first end token, or with the model's where none was given.
     """
-    how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    how = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     ends = end_tokens(eos_token_id, model.cfg.vocab_size)
     steps = stream(
         model, input_ids, max_new_tokens, how, speculate, seed, eos_token_id=ends, **kwargs

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MTPWindow', 'mtp_inputs', 'run_mtp', 'catch_up', 'extend_window', 'read_piece', 'read_step', 'drop_states',
-           'make_room', 'fork_window', 'Context']
+           'make_room', 'fork_window', 'DecodingSession']
 
 # %% ../../nbs/08_generation/03_session.ipynb #23946f74
 import copy
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..attention.kv_cache import LatentCache
-from ..attention.mla import sight
-from ..attention.rope import rope_tables
+from ..attention.mla import make_attention_mask
+from ..attention.rope import rope_cos_sin
 from eva.generation.slots import (
     SlotTable,
     align_left,
@@ -36,7 +36,7 @@ from eva.generation.slots import (
     slots_of_last,
     truncate_rows,
 )
-from ..model.mtp import MTP
+from ..model.mtp import MTPModule
 from ..model.transformer import DeepSeekV3
 
 # %% ../../nbs/08_generation/03_session.ipynb #6892c237
@@ -75,8 +75,8 @@ def mtp_inputs(
         positions = torch.arange(end - width, end, device=states.device)[None]
         mask = None
     else:
-        positions, mask = sight(valid[:, :end], width)
-    return positions, rope_tables(window.model.cfg, positions, states.dtype), mask
+        positions, mask = make_attention_mask(valid[:, :end], width)
+    return positions, rope_cos_sin(window.model.cfg, positions, states.dtype), mask
 
 
 def run_mtp(
@@ -90,7 +90,7 @@ def run_mtp(
     table = window.table
     cache = table.cache
     end = cache.length
-    module = cast(MTP, window.model.mtp[depth - 1])
+    module = cast(MTPModule, window.model.mtp[depth - 1])
     next_ids = table.tokens.gather(1, positions.expand(table.batch, -1) + depth)
     cache.length = end - states.shape[1]
     try:
@@ -189,7 +189,7 @@ def fork_window(
     return new
 
 # %% ../../nbs/08_generation/03_session.ipynb #25d31ab4
-class Context:
+class DecodingSession:
     "What a model has read: tokens and their cache, row by row"
 
     def __init__(
@@ -218,7 +218,7 @@ class Context:
 
     def __repr__(self):
         return (
-            f'Context({self.counts.tolist()} of {self.max_len} '
+            f'DecodingSession({self.counts.tolist()} of {self.max_len} '
             f'positions, {self.cache.nbytes:,} bytes)'
         )
 
@@ -317,7 +317,7 @@ class Context:
     def rewind(
         self,
         length: int | Tensor,  # positions to keep, of every row or of each (batch,)
-    ) -> 'Context':  # itself
+    ) -> 'DecodingSession':  # itself
         "Forget what came later"
         counts = self.counts
         keep = torch.as_tensor(length, device=counts.device).expand(self.batch)
@@ -367,7 +367,7 @@ class Context:
         self,
         rows: list[int]
         | None = None,  # which ones, in this order and as often as named; all by default
-    ) -> 'Context':  # that goes its own way
+    ) -> 'DecodingSession':  # that goes its own way
         "Return an independent copy"
         batch = self.batch
         if rows is not None and not (len(rows) and all(-batch <= r < batch for r in rows)):

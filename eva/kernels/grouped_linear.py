@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPED_ONEDNN_MIN', 'MANY_ROWS', 'FEW_ROWS', 'group_sizes', 'plain_grouped_linear', 'fits_grouped_mm',
-           'WidenedGroups', 'stretches', 'Apart', 'stretches_of', 'grouped_rows', 'grouped_outer', 'grouped_rows_setup',
-           'grouped_rows_backward', 'grouped_linear', 'row_multiple']
+           'Float32GroupedLinear', 'looped_grouped_linear', 'LoopedGroupedLinear', 'group_ranges', 'grouped_linear_op',
+           'grouped_weight_grad_op', 'grouped_rows_setup', 'grouped_rows_backward', 'grouped_linear', 'row_multiple']
 
 # %% ../../nbs/12_kernels/03_grouped_linear.ipynb #2afdc1ee
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import HEAVY, choosable, multiplies_slowly, multiply, product
+from .linear import ONEDNN_MIN_MACS, is_slow_bf16, multiply, product, use_onednn
 
 # %% ../../nbs/12_kernels/03_grouped_linear.ipynb #1693e96f
 def group_sizes(
@@ -43,7 +43,7 @@ def fits_grouped_mm(
     return all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
 
 # %% ../../nbs/12_kernels/03_grouped_linear.ipynb #90e246b8
-class WidenedGroups(torch.autograd.Function):
+class Float32GroupedLinear(torch.autograd.Function):
     "Grouped products computed in float32 of tensors that are kept in fewer bits"
 
     @staticmethod
@@ -65,7 +65,7 @@ class WidenedGroups(torch.autograd.Function):
         return dx, dW, None
 
 # %% ../../nbs/12_kernels/03_grouped_linear.ipynb #e45c63e5
-def stretches(
+def looped_grouped_linear(
     x: Tensor,  # rows sorted by group (rows, in), float32
     weight: Tensor,  # stacked weights (groups, out, in), float32
     sizes: list[int],  # rows of each group
@@ -75,14 +75,14 @@ def stretches(
     return torch.cat(products or [x.new_empty(0, weight.shape[1])])
 
 
-class Apart(torch.autograd.Function):
+class LoopedGroupedLinear(torch.autograd.Function):
     "One product for each stretch of rows, by the library that `multiply` chooses"
 
     @staticmethod
     def forward(ctx, x, weight, sizes):
         ctx.save_for_backward(x, weight)
         ctx.sizes = sizes
-        return stretches(x, weight, sizes)
+        return looped_grouped_linear(x, weight, sizes)
 
     @staticmethod
     @once_differentiable
@@ -92,10 +92,10 @@ class Apart(torch.autograd.Function):
         for e, (rows, out) in enumerate(zip(x.split(ctx.sizes), grad.split(ctx.sizes))):
             if len(rows):
                 dW[e] = multiply(out.mT, rows.mT)
-        return stretches(grad, weight.mT, ctx.sizes), dW, None
+        return looped_grouped_linear(grad, weight.mT, ctx.sizes), dW, None
 
 # %% ../../nbs/12_kernels/03_grouped_linear.ipynb #7e941a93
-def stretches_of(
+def group_ranges(
     offsets: Tensor,  # where each group's rows end (groups,)
 ) -> list[tuple[int, int, int]]:  # group, first row, end
     "Return the stretches of rows that are not empty"
@@ -104,29 +104,29 @@ def stretches_of(
 
 
 @torch.library.custom_op('eva::grouped_rows', mutates_args=())
-def grouped_rows(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear_op(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
     "Return each row times its group's matrix: (rows, in) and (groups, out, in) to (rows, out)"
     y = x.new_zeros(len(x), W.shape[1])
-    for e, a, b in stretches_of(ends):
+    for e, a, b in group_ranges(ends):
         y[a:b] = product(x[a:b], W[e])
     return y
 
 
 @torch.library.custom_op('eva::grouped_outer', mutates_args=())
-def grouped_outer(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+def grouped_weight_grad_op(g: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     "Return the gradient of the weights: (rows, out) and (rows, in) to (groups, out, in)"
     dW = x.new_zeros(len(ends), g.shape[1], x.shape[1])
-    for e, a, b in stretches_of(ends):
+    for e, a, b in group_ranges(ends):
         dW[e] = product(g[a:b].mT, x[a:b].mT)
     return dW
 
 # %% ../../nbs/12_kernels/03_grouped_linear.ipynb #5f1328ff
-@grouped_rows.register_fake
+@grouped_linear_op.register_fake
 def _(x, W, ends):
     return x.new_empty(len(x), W.shape[1])
 
 
-@grouped_outer.register_fake
+@grouped_weight_grad_op.register_fake
 def _(g, x, ends):
     return x.new_empty(len(ends), g.shape[1], x.shape[1])
 
@@ -137,17 +137,17 @@ def grouped_rows_setup(ctx, inputs, output):
 
 def grouped_rows_backward(ctx, g):
     x, W, ends = ctx.saved_tensors
-    dx = grouped_rows(g, W.mT, ends) if ctx.needs_input_grad[0] else None
-    dW = grouped_outer(g, x, ends) if ctx.needs_input_grad[1] else None
+    dx = grouped_linear_op(g, W.mT, ends) if ctx.needs_input_grad[0] else None
+    dW = grouped_weight_grad_op(g, x, ends) if ctx.needs_input_grad[1] else None
     return dx, dW, None
 
 
-grouped_rows.register_autograd(grouped_rows_backward, setup_context=grouped_rows_setup)
+grouped_linear_op.register_autograd(grouped_rows_backward, setup_context=grouped_rows_setup)
 
 # %% ../../nbs/12_kernels/03_grouped_linear.ipynb #cfcfc662
 # Multiply-adds of a grouped product from which training takes oneDNN: four times as many as for a
 # single product, since they are divided among the groups.
-GROUPED_ONEDNN_MIN = 4 * HEAVY
+GROUPED_ONEDNN_MIN = 4 * ONEDNN_MIN_MACS
 
 
 def grouped_linear(
@@ -164,13 +164,13 @@ def grouped_linear(
     fits = fits_grouped_mm(x, W)
     if torch.compiler.is_compiling() and not (fits and x.dtype == torch.bfloat16):
         # Traced, `F.grouped_mm` takes bfloat16 only (PyTorch 2.13).
-        return grouped_rows(x, W, ends)
-    if fits and multiplies_slowly(x):
+        return grouped_linear_op(x, W, ends)
+    if fits and is_slow_bf16(x):
         # No instructions for bfloat16: a product in float32, rounded once, is faster.
-        return WidenedGroups.apply(x, W, ends)
-    if choosable(x, W, GROUPED_ONEDNN_MIN):
+        return Float32GroupedLinear.apply(x, W, ends)
+    if use_onednn(x, W, GROUPED_ONEDNN_MIN):
         # `F.grouped_mm` is a loop over MKL here, and oneDNN is faster.
-        return Apart.apply(x, W, group_sizes(ends))
+        return LoopedGroupedLinear.apply(x, W, group_sizes(ends))
     if fits:
         # 64 experts of 512 × 128, 4096 rows in float32, forward and backward on two AMD cores:
         # 28 ms, and 257 ms one by one.
@@ -191,7 +191,7 @@ def row_multiple(
     if x.device.type != 'cpu':
         return 1
     # oneDNN compiles a kernel for every new number of rows, and PyTorch takes it for bfloat16.
-    by_onednn = x.dtype == torch.bfloat16 or choosable(x, weight, GROUPED_ONEDNN_MIN // copies)
+    by_onednn = x.dtype == torch.bfloat16 or use_onednn(x, weight, GROUPED_ONEDNN_MIN // copies)
     if not by_onednn:
         return 1
     rows = len(x) * copies

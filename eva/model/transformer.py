@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.kv_cache import LatentCache
-from ..attention.mla import sight
-from ..attention.rope import rope_tables
+from ..attention.mla import make_attention_mask
+from ..attention.rope import rope_cos_sin
 from ..config import Config
 from ..kernels.linear import Linear
-from ..kernels.linear_cross_entropy import head_loss
-from .block import Block
-from .mtp import MTP, Windows, mtp_losses, window_loss
+from ..kernels.linear_cross_entropy import linear_cross_entropy
+from .block import TransformerBlock
+from .mtp import MTPModule, TrainingWindows, mtp_losses, window_loss
 
 # %% ../../nbs/05_model/01_transformer.ipynb #c0900001
 def make_layers(
@@ -27,8 +27,8 @@ def make_layers(
     "Build everything but the output layer"
     main = cfg.num_hidden_layers
     embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-    layers = nn.ModuleList(Block(cfg, i) for i in range(main))
-    layers.extend(MTP(cfg, main + i) for i in range(cfg.num_nextn_predict_layers))
+    layers = nn.ModuleList(TransformerBlock(cfg, i) for i in range(main))
+    layers.extend(MTPModule(cfg, main + i) for i in range(cfg.num_nextn_predict_layers))
     norm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
     return nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
 
@@ -49,7 +49,7 @@ def positions_and_mask(
         real = torch.ones(batch, past + seq, dtype=torch.bool, device=device)
     else:
         real = attention_mask.bool()
-    return sight(real, seq, documents, prefix)
+    return make_attention_mask(real, seq, documents, prefix)
 
 # %% ../../nbs/05_model/01_transformer.ipynb #d8ae3c7f
 class DeepSeekV3(nn.Module):
@@ -102,7 +102,7 @@ class DeepSeekV3(nn.Module):
         past = check_inputs(self.cfg, input_ids, cache, attention_mask, documents, prefix)
         positions, mask = positions_and_mask(input_ids, past, attention_mask, documents, prefix)
         h = self.model['embed_tokens'](input_ids)
-        rope = rope_tables(self.cfg, positions, h.dtype)
+        rope = rope_cos_sin(self.cfg, positions, h.dtype)
         for block in self.blocks:
             h = block(h, rope, mask, cache)
         if cache is not None:
@@ -120,7 +120,7 @@ class DeepSeekV3(nn.Module):
         learn: Tensor | None = None,  # True for tokens to be predicted, as large as tokens
     ) -> list[Tensor]:  # nats per token: the main loss, then one for each MTP depth
         "Mean next-token loss, and that of each MTP module"
-        windows = Windows(tokens, len(self.mtp), documents, learn)
+        windows = TrainingWindows(tokens, len(self.mtp), documents, learn)
         seen = documents[:, : windows.seq] if apart and documents is not None else None
         h = self.hidden(windows.inputs(), documents=seen)
         main_loss = window_loss(h, self.lm_head, windows)
@@ -130,7 +130,7 @@ class DeepSeekV3(nn.Module):
         windows = windows.first(rows)
         seen = None if seen is None else seen[:rows]
         positions, mask = positions_and_mask(windows.inputs(), documents=seen)
-        rope = rope_tables(self.cfg, positions, h.dtype)
+        rope = rope_cos_sin(self.cfg, positions, h.dtype)
         embed = self.model['embed_tokens']
         return [
             main_loss,

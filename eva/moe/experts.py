@@ -18,8 +18,8 @@ from ..config import Config
 from ..kernels.grouped_linear import grouped_linear, row_multiple
 from ..kernels.linear import Linear
 from ..kernels.permutation import layout, permute, permute_weights, unpermute_sum
-from ..kernels.swiglu import decode_experts, few_choices, gated_activation
-from .router import Gate
+from ..kernels.swiglu import decode_experts, gated_activation, is_decode_step
+from .router import Router
 
 # %% ../../nbs/03_moe/02_experts.ipynb #df95dda7
 Activation: TypeAlias = Callable[[Tensor], Tensor]
@@ -112,7 +112,7 @@ class Experts(nn.Module):
     ) -> Tensor:  # weighted sum over each token's experts (tokens, hidden_size)
         "Run every chosen expert on every token that chose it; none is dropped"
         self._check(x, weights, indices)
-        run = decode_experts if few_choices(x, indices) else grouped_experts
+        run = decode_experts if is_decode_step(x, indices) else grouped_experts
         return run(x, weights, indices, self.gate_up_proj, self.down_proj, self.act)
 
     def _check(self, x, weights, indices):
@@ -152,7 +152,7 @@ class MoE(nn.Module):
         cfg: Config,  # everything about experts
     ):
         super().__init__()
-        self.gate = Gate(cfg)
+        self.gate = Router(cfg)
         self.experts = Experts(cfg)
         width = cfg.n_shared_experts * cfg.moe_intermediate_size
         self.shared_experts = MLP(cfg.hidden_size, width, cfg.hidden_act) if width else None

@@ -15,9 +15,14 @@ from typing import Any
 
 from ..config import Config
 from .layout import GPUS, Layout
-from .memory import activation_bytes, blocks_of, memory, traffic
-from .schedules import bubble, dualpipe, operations_of, orders, simulate
-from .stages import pieces, stages
+from .memory import activation_bytes, blocks_of, communication_bytes, memory
+from eva.planner.schedules import (
+    bubble_seconds,
+    operations_of,
+    schedule_orders,
+    simulate,
+)
+from .stages import layer_counts, stages
 
 # %% ../../nbs/11_planner/06_training_cost.ipynb #d3953ec9
 @dataclass
@@ -57,7 +62,7 @@ def product_seconds(
 ) -> tuple[float, float, float]:  # products, attention itself, up-projections once more
     "Return the seconds of a stage's matrix products for one micro-batch, forward"
     g = GPUS[gpu]
-    counts = pieces(cfg)
+    counts = layer_counts(cfg)
     low_rate = g.fp8 * a.fp8 if lay.precision == 'fp8' else g.bf16 * a.bf16
     uses = {'head': 1 + cfg.num_nextn_predict_layers}
 
@@ -150,7 +155,7 @@ def step_seconds(
     a: Assumptions,  # shares of the peaks
 ) -> dict[str, float]:  # part -> seconds; together one step
     "Return the time of a training step by part, of an average GPU"
-    sent = traffic(cfg, lay)
+    sent = communication_bytes(cfg, lay)
     cut = stages(cfg, lay.pp, lay.seq)
     costs = [stage_seconds(cfg, lay, gpu, a, stage, sent) for stage in cut]
     for cost in costs:
@@ -159,7 +164,7 @@ def step_seconds(
     def times(*ops):
         return seconds_of([costs[stage][kind] for kind, stage in ops], a.sms)
 
-    lists = orders(lay.schedule, lay.pp, lay.micro_batches)
+    lists = schedule_orders(lay.schedule, lay.pp, lay.micro_batches)
     network = GPUS[gpu].network * a.network
     ran = simulate(lists, times, sent['boundary'] / network)
     mean = dict.fromkeys(COMPUTING, 0.0)
@@ -204,7 +209,7 @@ def plan(
         memory=fullest,
         memory_total=sum(fullest.values()),
         fits=sum(fullest.values()) <= GPUS[gpu].memory,
-        traffic=traffic(cfg, lay),
+        traffic=communication_bytes(cfg, lay),
         seconds=seconds,
         step_seconds=step,
         tokens_per_step=tokens,

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..fp8.backends import best_backend
 from ..fp8.linear import convert, fp8_state, load_fp8_state
 from .config import DTYPES, check_choice
-from .optimizer import MasterOptimizer
+from .optimizer import MixedPrecisionOptimizer
 
 # %% ../../nbs/07_training/04_mixed_precision.ipynb #61d79325
 def master_dtype(
-    optimizer: MasterOptimizer,  # of a model
+    optimizer: MixedPrecisionOptimizer,  # of a model
 ) -> torch.dtype:  # float32, or float64 where the model came so
     "Return the type of the masters"
     return next(iter(optimizer.masters.values())).dtype
@@ -24,7 +24,7 @@ def master_dtype(
 
 def round_masters(
     model: nn.Module,  # changed in place
-    optimizer: MasterOptimizer,  # with the masters of the model
+    optimizer: MixedPrecisionOptimizer,  # with the masters of the model
     precision: str,  # fp32, bf16, fp16 or fp8
     recipe: str,  # of fp8
     fp8_memory: dict[str, Tensor],  # what the recipe remembers, by name of the layer; may be empty
@@ -45,7 +45,7 @@ class MixedPrecision:
     def __init__(
         self,
         model: nn.Module,  # changed in place
-        optimizer: MasterOptimizer,  # with the masters of the model
+        optimizer: MixedPrecisionOptimizer,  # with the masters of the model
         recipe: str,  # of fp8: one of `eva.fp8.formats.RECIPES`
     ):
         self.model = model

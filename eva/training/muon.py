@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..kernels.linear import computes_in_sixteen_bits
+from ..kernels.linear import bf16_is_fast
 
 # %% ../../nbs/07_training/03_muon.ipynb #cf5f7850
 def orthogonal_dtype(
@@ -22,7 +22,7 @@ def orthogonal_dtype(
     "Return the type in which gradients are orthogonalised"
     if G.dtype == torch.float64:
         return G.dtype
-    fast = G.device.type != 'cpu' or computes_in_sixteen_bits()
+    fast = G.device.type != 'cpu' or bf16_is_fast()
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..data.text import TokenStream
 from ..model.transformer import DeepSeekV3
-from .checkpointing import check_same, counter
+from .checkpointing import assert_same_config, counter
 from .config import DTYPES, TrainConfig
 
 # %% ../../nbs/07_training/08_state.ipynb #10054921
@@ -80,7 +80,7 @@ def check_settings(
     "Refuse a checkpoint of a run with other settings"
     defaults = dict(train=asdict(TrainConfig()), data=settings['data'])
     for name, now in settings.items():
-        check_same(path, state.get(name, {}), now, defaults.get(name, {}))
+        assert_same_config(path, state.get(name, {}), now, defaults.get(name, {}))
 
 
 def read_counters(

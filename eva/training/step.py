@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..model.transformer import DeepSeekV3
-from ..moe.load_balancing import BALANCE_LOSSES, LoadMeter
-from .anomalies import Event, Watch
+from ..moe.load_balancing import BALANCE_LOSSES, ExpertLoadTracker
+from .anomalies import AnomalyDetector, Event
 from .config import TrainConfig
 from .evaluation import document_ids
-from .gradients import StabilityMonitor
+from .gradients import GradientMonitor
 from .mixed_precision import MixedPrecision
-from .optimizer import MasterOptimizer, summed_gradient
+from .optimizer import MixedPrecisionOptimizer, summed_gradient
 from .strategy import Strategy
 
 # %% ../../nbs/07_training/07_step.ipynb #47d69763
@@ -116,7 +116,7 @@ class GradientAccumulator:
         self,
         model: DeepSeekV3,  # to be trained
         mixed: MixedPrecision,  # its optimizer and its loss scale
-        meter: LoadMeter,  # which sees the routings of the model
+        meter: ExpertLoadTracker,  # which sees the routings of the model
         cfg: TrainConfig,  # settings of the run
         strategy: Strategy,  # for one process or many
     ):
@@ -198,10 +198,10 @@ class StepOutcome(NamedTuple):
 
 
 def apply_gradients(
-    optimizer: MasterOptimizer,  # with the summed gradients
+    optimizer: MixedPrecisionOptimizer,  # with the summed gradients
     mixed: MixedPrecision,  # with the loss scale
-    guard: Watch,  # which knows a spike
-    monitor: StabilityMonitor | None,  # which looks at gradients layer by layer
+    guard: AnomalyDetector,  # which knows a spike
+    monitor: GradientMonitor | None,  # which looks at gradients layer by layer
     losses: Tensor,  # of the step, all processes together (1 + depths,)
     rate: float,  # of the learning rates, as a share of the peak
     cfg: TrainConfig,  # what a spike leads to; the norm to which gradients are clipped

@@ -18,14 +18,14 @@ from torch import Tensor
 from ..data.text import TokenStream
 from ..kernels.memory import freed_memory_kept
 from ..model.transformer import DeepSeekV3
-from ..moe.load_balancing import LoadMeter
-from .anomalies import Event, Watch
+from ..moe.load_balancing import ExpertLoadTracker
+from .anomalies import AnomalyDetector, Event
 from .checkpointing import checkpoints, cut_metrics, prune
 from .config import DTYPES, TrainConfig, check_choice
 from .evaluation import quick_estimate
-from .gradients import StabilityMonitor
+from .gradients import GradientMonitor
 from .mixed_precision import MixedPrecision
-from .recovery import Diverged, advice, recovery_action, stop_on_interrupt, stopped
+from .recovery import DivergedError, advice, recovery_action, stop_on_interrupt, stopped
 from eva.training.state import (
     COUNTERS,
     check_buffers,
@@ -48,11 +48,10 @@ from eva.training.step import (
     mtp_sequences,
     step_events,
 )
-from .strategy import Alone, Strategy
+from .strategy import SingleProcess, Strategy
 
 # %% ../../nbs/07_training/05_trainer.ipynb #1a488797
-from .checkpointing import read_metrics
-from .evaluation import bits_per_byte
+#| export
 
 # %% ../../nbs/07_training/05_trainer.ipynb #64f920ac
 class Trainer:
@@ -68,7 +67,7 @@ class Trainer:
         # an `eva.distributed.parallel.Parallel` where several processes share the work
         parallel: Strategy | None = None,
     ):
-        self.parallel: Strategy = parallel or Alone()
+        self.parallel: Strategy = parallel or SingleProcess()
         check_model_and_text(model, train, held_out, cfg, self.parallel.pp)
         self.model = model
         self.train = train
@@ -85,11 +84,11 @@ class Trainer:
             weight_decay=cfg.weight_decay,
             moments=None if cfg.moments == 'fp32' else DTYPES[cfg.moments],
         )
-        self.meter = LoadMeter(model, attach=False)
+        self.meter = ExpertLoadTracker(model, attach=False)
         self.mixed = MixedPrecision(model, self.opt, cfg.recipe)
         self.accumulator = GradientAccumulator(model, self.mixed, self.meter, cfg, self.parallel)
-        self.monitor: StabilityMonitor | None = None
-        self.guard = Watch()
+        self.monitor: GradientMonitor | None = None
+        self.guard = AnomalyDetector()
         self.counting = False  # are the meter's hooks on the model?
         self.use(cfg.precision)
         self.step = 0  # steps that were done
@@ -285,7 +284,7 @@ class Trainer:
 
     def _take_up(self, tensors: dict[str, Tensor], state: dict, precision: str):
         "Load weights, memories and random states"
-        self.guard.load_state_dict(state.get('watch', Watch().state_dict()))
+        self.guard.load_state_dict(state.get('watch', AnomalyDetector().state_dict()))
         if self.monitor is not None:
             writes = self.parallel.rank == 0
             self.monitor.load_state_dict(state.get('monitor') if writes else None)
@@ -325,7 +324,7 @@ class Trainer:
             reason = 'went wrong three times after the same checkpoint'
             if path is None:
                 reason = 'no checkpoint to go back to'
-            raise Diverged(f'step {self.step}: {reason}; start another run {advice(self.cfg)}')
+            raise DivergedError(f'step {self.step}: {reason}; start another run {advice(self.cfg)}')
         self.restore(path, tensors, state)
         before = self.passed
         self.passed = read - self.cfg.sequences(self.step)
@@ -391,7 +390,7 @@ class Trainer:
         if action == 'rewind':
             try:
                 done = self.rewind()
-            except Diverged as failure:
+            except DivergedError as failure:
                 log.event(step, events[0].what, events[0].said, f'stop: {failure}')
                 raise
             log.back_to(self.step)
