@@ -24,11 +24,11 @@ from eva.benchmarks.harness import Line
 from eva.benchmarks.harness import run as bench
 from eva.checkpoints.pretrained import save_pretrained
 from eva.cli.main import RUN_FILES, RUN_FOLDERS, eva_bench, eva_convert, eva_generate, eva_train
+from eva.cli.plan import eva_plan
 from eva.config import Config
 from eva.fileio.locks import FolderLock
 from eva.fileio.manifest import Manifest
 from eva.model.transformer import DeepSeekV3
-from eva.planner.training_cost import eva_plan
 from eva.training.checkpointing import (
     RunLog,
     checkpoints,

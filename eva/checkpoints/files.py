@@ -264,7 +264,7 @@ class SafetensorsFolder:
         kind = views[0].get_dtype()
         if kind not in DTYPES_BY_NAME:
             raise ValueError(
-                (f'{name}: {kind} in {places[0][0].name}; known are {", ".join(DTYPES_BY_NAME)}')
+                f'{name}: {kind} in {places[0][0].name}; known are {", ".join(DTYPES_BY_NAME)}'
             )
         shapes = [view.get_shape() for view in views]
         size = list(shapes[0])

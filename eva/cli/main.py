@@ -1725,7 +1725,7 @@ COMMANDS = {
     'generate': ('eva.cli.main', 'continue a prompt, or answer it'),
     'convert': ('eva.cli.main', 'convert a checkpoint'),
     'bench': ('eva.cli.main', 'measure speeds on this machine'),
-    'plan': ('eva.planner.training_cost', 'plan the memory, traffic and hours of a large run'),
+    'plan': ('eva.cli.plan', 'plan the memory, traffic and hours of a large run'),
 }
 
 

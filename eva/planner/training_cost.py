@@ -9,7 +9,6 @@ __all__ = ['COMPUTING', 'SENDING', 'TRAFFIC', 'Assumptions', 'product_seconds', 
 # %% ../../nbs/11_planner/06_training_cost.ipynb #7188f11d
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from importlib import import_module
 from itertools import groupby
 from typing import Any
 
@@ -296,9 +295,3 @@ def table(
             ),
         ]
     )
-
-# %% ../../nbs/11_planner/06_training_cost.ipynb #1d590d47
-def __getattr__(name):  # moved: the command is a module of its own, which imports this one
-    if name in ('eva_plan', 'plan_parser', 'assumptions'):
-        return getattr(import_module('eva.cli.plan'), name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
