@@ -158,6 +158,6 @@ def test_chapters_run_from_any_folder():
         in_package = re.findall(r"files\('eva'\) ?/ ?'([^']+)'", code)
         only_there = [s for s in read if outside.match(s) and s not in in_package]
         if path.stem.lstrip('0123456789_') in ABOUT_THE_REPOSITORY:
-            assert 'run it in the folder nbs of a clone' in code
+            assert 'of a clone of the repository' in code
         else:
             assert not only_there, (path.name, only_there)

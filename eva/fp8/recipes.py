@@ -130,7 +130,7 @@ class DelayedScale:
         x: Tensor,  # of this call, any shape
         update: bool = True,  # remember this call?
     ) -> Tensor:  # same shape, float32
-        "Return what the eight bits of `quantize` stand for, without making them: see `round_to_format_`"
+        "Return what the eight bits of `quantize` stand for, as `round_to_format_` does"
         scale = self.scale(x, update)
         limit = get_format(self.fmt).max
         return round_to_format_((x.detach().float() / scale).clamp_(-limit, limit), self.fmt).mul_(

@@ -166,7 +166,9 @@ def summed_loss(
 
 # %% ../../nbs/07_training/06_strategy.ipynb #fff327f4
 class SingleProcess:
-    "One process, which has nobody to ask; `eva.distributed.parallel.Parallel` has the same methods for many"
+    """The strategy of a single process, which has no other to ask
+
+    `eva.distributed.parallel.Parallel` has the same methods for many processes."""
 
     rank: int = 0
     ranks: int = 1
