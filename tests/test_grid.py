@@ -269,13 +269,13 @@ def switched(route, absorb, at_once=None):
     "A route with one evaluation of attention forced"
 
     def run(model, ids, masks):
-        old = eva.attention.mla.use_absorbed, kernel.LIFTED
+        old = eva.attention.mla.use_absorbed, kernel.MAX_KV_ELEMENTS
         eva.attention.mla.use_absorbed = lambda *sizes: absorb
-        kernel.LIFTED = at_once or old[1]
+        kernel.MAX_KV_ELEMENTS = at_once or old[1]
         try:
             return route(model, ids, masks)
         finally:
-            eva.attention.mla.use_absorbed, kernel.LIFTED = old
+            eva.attention.mla.use_absorbed, kernel.MAX_KV_ELEMENTS = old
 
     return run
 

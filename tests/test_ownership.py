@@ -325,7 +325,7 @@ def test_an_interrupted_conversion_meets_something_of_a_users(started, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr('eva.checkpoints.pretrained._Job.config', stop)
+        m.setattr('eva.checkpoints.conversion._Conversion.config', stop)
         assert command(eva_convert, started / 'run', 'to')[0] == 130
     shutil.copytree('to.partial', 'copy')
     for name in ('model.safetensors', 'config.json', 'tokenizer.json', Manifest.NAME):
