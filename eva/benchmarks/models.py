@@ -143,7 +143,7 @@ def training_step(model, tokens, loss_of, autocast=None):
         with torch.autocast(tokens.device.type, autocast, enabled=autocast is not None):
             loss = loss_of(model)
         loss.backward()
-        if masters:
+        if isinstance(opt, MixedPrecisionOptimizer):
             opt.collect()
             opt.step()
         else:
