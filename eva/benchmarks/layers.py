@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['small_config', 'MultiHead', 'attention_flops', 'step_of', 'attention', 'check_attention', 'transformers_moe', 'Dense',
-           'Nothing', 'moe', 'check_moe', 'experts', 'loss_steps', 'check_loss', 'loss', 'cache']
+           'Nothing', 'moe_layers', 'moe', 'check_moe', 'experts', 'loss_steps', 'check_loss', 'loss', 'cache']
 
 # %% ../../nbs/13_benchmarks/02_layers.ipynb #25cea84e
 from collections.abc import Callable
@@ -150,11 +150,8 @@ def attention(
                 )
                 flops = (3 if backward else 1) * attention_flops(cfg, n)
                 weights = (3 if backward else 1) * h.element_size() * attention_params(cfg)
-                extra = (
-                    1
-                    if n <= 1024
-                    else max(1, attention_flops(cfg, n) / attention_flops(cfg, n, 64))
-                )
+                narrow = attention_flops(cfg, n, 64)
+                extra = 1 if n <= 1024 else max(1, attention_flops(cfg, n) / narrow)
                 lines.append(
                     compared(
                         f'MLA {"forward+backward" if backward else "forward"}, '
@@ -222,6 +219,23 @@ class Nothing(nn.Module):
         return 0
 
 
+def moe_layers(
+    cfg: Config,  # an MoE layer without shared experts
+    device,  # where to compute
+    dtype: torch.dtype,  # of the weights
+) -> dict[str, nn.Module]:  # the peer only where it is installed
+    "The MoE layer, dense ones of its active FLOPs, and the peer's with the same weights"
+    d = cfg.hidden_size
+    width = cfg.num_experts_per_tok * cfg.moe_intermediate_size
+    layers: dict[str, nn.Module] = dict(
+        eva=MoE(cfg), dense=Dense(d, width), own_dense=MLP(d, width)
+    )
+    for layer in layers.values():
+        layer.to(device, dtype)
+    peer = transformers_moe(layers['eva'])
+    return layers if peer is None else layers | dict(transformers=peer)
+
+
 def moe(
     quick: bool = False,  # few tokens, one type?
     device='cpu',  # where to compute
@@ -229,11 +243,10 @@ def moe(
     "An MoE layer, forward and backward, against a dense one of its active FLOPs and the peer's"
     lines = []
     tokens = 256 if quick else 4096
+    shapes = [(8, 2, 512), (64, 8, 128)] + ([] if quick else [(256, 8, 128)])
     for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
         about = limits(device, dtype)
-        for experts, k, width in (
-            ((8, 2, 512), (64, 8, 128)) if quick else ((8, 2, 512), (64, 8, 128), (256, 8, 128))
-        ):
+        for experts, k, width in shapes:
             torch.manual_seed(0)
             cfg = small_config(
                 n_routed_experts=experts,
@@ -241,33 +254,18 @@ def moe(
                 moe_intermediate_size=width,
                 n_shared_experts=0,
             )
-            layers = dict(
-                eva=MoE(cfg),
-                dense=Dense(cfg.hidden_size, k * width),
-                own_dense=MLP(cfg.hidden_size, k * width),
-                transformers=None,
-            )
-            for layer in layers.values():
-                if layer is not None:
-                    layer.to(device, dtype)
-            layers['transformers'] = transformers_moe(layers['eva'])
+            layers = moe_layers(cfg, device, dtype)
             h = torch.randn(
                 1, tokens, cfg.hidden_size, device=device, dtype=dtype, requires_grad=True
             )
-            if layers['transformers'] is not None:
+            if 'transformers' in layers:
                 check_moe(layers['eva'], layers['transformers'], h)
-            work = {n: step_of(layer, h) for n, layer in layers.items() if layer is not None}
+            work = {n: step_of(layer, h) for n, layer in layers.items()}
             times = in_turn(work | {n: f for n, (f, _) in about.items()}, 2 if quick else 7, device)
             used = 3 * cfg.hidden_size * width
-            bound = bounds(
-                times,
-                about,
-                h.element_size() * (3 * experts * used + 6 * tokens * k * cfg.hidden_size),
-                6 * tokens * k * used,
-            )
-            goals = dict(dense=1 / (1.2 if experts == 8 else 1.8)) | (
-                dict(transformers=1.5) if experts > 8 else {}
-            )
+            moved = h.element_size() * (3 * experts * used + 6 * tokens * k * cfg.hidden_size)
+            bound = bounds(times, about, moved, 6 * tokens * k * used)
+            goals = {'dense': 1 / 1.2} if experts == 8 else {'dense': 1 / 1.8, 'transformers': 1.5}
             lines.append(
                 compared(
                     f'MoE, {experts} experts top-{k} of {width}, {tokens} tokens, {str(dtype)[6:]}',
