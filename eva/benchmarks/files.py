@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROWTH', 'HEAVY', 'plain_quantize', 'memory_bound', 'there_and_back', 'quantize', 'model_folder', 'size_of',
-           'convert', 'load', 'tokenize', 'start']
+           'plain_convert', 'convert', 'growth', 'load', 'tokenize', 'check_light', 'start']
 
 # %% ../../nbs/13_benchmarks/04_files.ipynb #13583686
 import json
@@ -107,6 +107,25 @@ def size_of(folder):
     return sum(f.stat().st_size for f in folder.glob('*.safetensors'))
 
 
+def plain_convert(
+    src: Path,  # a checkpoint in FP8 blocks
+) -> dict[str, Tensor]:  # name -> weight, in bf16
+    "A tensor at a time, in PyTorch's own words"
+    out = {}
+    for f in src.glob('*.safetensors'):
+        held = load_file(f)
+        for k, v in held.items():
+            if k.endswith('_scale_inv'):
+                continue
+            s = held.get(k + '_scale_inv')
+            if s is None:
+                out[k] = v if k.endswith('e_score_correction_bias') else v.bfloat16()
+            else:
+                each = s.repeat_interleave(128, 0)[: v.shape[0]].repeat_interleave(128, 1)
+                out[k] = (v.float() * each[:, : v.shape[1]]).bfloat16()
+    return out
+
+
 def convert(
     quick: bool = False,  # a smaller model?
 ) -> list[Line]:
@@ -122,23 +141,7 @@ def convert(
             convert_checkpoint(src, Path(tmp) / f'bf16-{n}', to='bf16')
 
         def theirs():
-            out = {}
-            for f in src.glob('*.safetensors'):
-                held = load_file(f)
-                for k, v in held.items():
-                    if k.endswith('_scale_inv'):
-                        continue
-                    s = held.get(k + '_scale_inv')
-                    if s is None:
-                        out[k] = v if k.endswith('e_score_correction_bias') else v.bfloat16()
-                    else:
-                        out[k] = (
-                            v.float()
-                            * s.repeat_interleave(128, 0)[: v.shape[0]].repeat_interleave(128, 1)[
-                                :, : v.shape[1]
-                            ]
-                        ).bfloat16()
-            save_file(out, Path(tmp) / 'plain.safetensors')
+            save_file(plain_convert(src), Path(tmp) / 'plain.safetensors')
 
         times = in_turn(dict(eva=ours, loop=theirs, memory=about['memory'][0]), 2 if quick else 3)
         got = load_file(next((Path(tmp) / 'bf16-1').glob('*.safetensors')))
@@ -154,6 +157,23 @@ def convert(
                 more=dict(GB_per_second=moved / 1e9 / median(times['eva'])),
             )
         ]
+
+
+def growth(
+    src: Path,  # a checkpoint
+) -> Line:  # in MB, beside the size of its files
+    "How far a process grows when it loads a checkpoint, from what Linux tells"
+    command = [sys.executable, '-c', GROWTH, str(src)]
+    grown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    size = size_of(src)
+    return Line(
+        'growth of the process while loading',
+        'MB',
+        grown / 1e6,
+        dict(file=size / 1e6),
+        dict(file=size / max(1, grown)),
+        goals=dict(file=1 / 1.2),
+    )
 
 
 def load(
@@ -186,21 +206,7 @@ def load(
         ]
         if not Path('/proc/self/status').exists():
             return lines  # only Linux tells how far a process has grown
-        grown = json.loads(
-            subprocess.run(
-                [sys.executable, '-c', GROWTH, str(src)], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        return lines + [
-            Line(
-                'growth of the process while loading',
-                'MB',
-                grown / 1e6,
-                dict(file=size / 1e6),
-                dict(file=size / max(1, grown)),
-                goals=dict(file=1 / 1.2),
-            )
-        ]
+        return [*lines, growth(src)]
 
 
 GROWTH = """
@@ -260,6 +266,21 @@ def tokenize(
 HEAVY = ('nbdev', 'IPython', 'matplotlib', 'transformers')
 
 
+def check_light(
+    modules: str,  # the statement that imports them
+):
+    "Refuse to time a start that imports what is not used yet"
+    code = (
+        f'import sys; import eva; {modules}; from eva.cli.main import '
+        f'eva_train\ntry: eva_train(["--help"])\nexcept SystemExit: '
+        f'pass\nprint([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)'
+    )
+    command = [sys.executable, '-c', code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stderr.strip()
+    if loaded != '[]':
+        raise AssertionError(f'{loaded}: imported before they are used')
+
+
 def start(
     quick: bool = False,  # fewer rounds?
 ) -> list[Line]:  # of importing and of asking for help
@@ -269,22 +290,7 @@ def start(
         return lambda: subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
 
     modules = 'import eva.model.transformer, eva.generation.generate, eva.training.trainer'
-    loaded = subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            (
-                f'import sys; import eva; {modules}; from eva.cli.main import '
-                f'eva_train\ntry: eva_train(["--help"])\nexcept SystemExit: '
-                f'pass\nprint([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)'
-            ),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr.strip()
-    if loaded != '[]':
-        raise AssertionError(f'{loaded}: imported before they are used')
+    check_light(modules)
     work = dict(
         torch=python('import torch'),
         eva=python('import eva'),
