@@ -40,7 +40,7 @@ def in_turn(
     device='cpu',  # where it computes
 ) -> dict:  # name -> seconds of each round
     "Time several things against each other"
-    times = {n: [] for n in work}
+    times: dict[str | int, list[float]] = {n: [] for n in work}
     for f in work.values():
         f()  # the first time is not counted
     for _ in range(rounds):
@@ -323,17 +323,17 @@ def keep(lines, out, device, **about):  # a Path
         picture(lines, f)
 
 
-def machine(device):
+def machine(device) -> str:
     "The processor's own name"
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name()
     import platform
-    import re
 
     try:
-        return re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor()
+        named = re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())
+    except OSError:
+        named = None
+    return named[1] if named else platform.processor()
 
 # %% ../../nbs/13_benchmarks/01_harness.ipynb #a1d2d2a7
 def table(
@@ -366,7 +366,9 @@ def read(
     path: str | Path | None = None,  # bench.json (default: the one that comes with the package)
 ) -> tuple[list[Line], dict]:  # lines; machine, date, threads
     "The lines that a run of the benchmark wrote, and where and when it ran"
-    path = files('eva') / 'results' / 'bench_cpu.json' if path is None else Path(path)
+    if path is None:
+        path = str(files('eva') / 'results' / 'bench_cpu.json')
+    path = Path(path)
     about = read_json(path)
     try:
         return [Line(**line) for line in about.pop('lines')], about

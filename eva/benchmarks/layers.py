@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['small_config', 'MultiHead', 'attention_flops', 'step_of', 'attention', 'check_attention', 'transformers_moe', 'Dense',
-           'Nothing', 'moe', 'check_moe', 'experts', 'loss', 'cache']
+           'Nothing', 'moe_layers', 'moe', 'check_moe', 'experts', 'loss_steps', 'check_loss', 'loss', 'cache']
 
 # %% ../../nbs/13_benchmarks/02_layers.ipynb #25cea84e
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.baselines import KVCache, attention_params
 from ..attention.kv_cache import LatentCache
@@ -88,7 +90,8 @@ class MultiHead(nn.Module):
             )
             for x in (q, k)
         )
-        o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
 
@@ -147,11 +150,8 @@ def attention(
                 )
                 flops = (3 if backward else 1) * attention_flops(cfg, n)
                 weights = (3 if backward else 1) * h.element_size() * attention_params(cfg)
-                extra = (
-                    1
-                    if n <= 1024
-                    else max(1, attention_flops(cfg, n) / attention_flops(cfg, n, 64))
-                )
+                narrow = attention_flops(cfg, n, 64)
+                extra = 1 if n <= 1024 else max(1, attention_flops(cfg, n) / narrow)
                 lines.append(
                     compared(
                         f'MLA {"forward+backward" if backward else "forward"}, '
@@ -188,7 +188,7 @@ def transformers_moe(moe):  # a MoE without shared experts
     about = DeepseekV3Config(**moe.gate.cfg.to_json() | dict(n_shared_experts=1))
     about._experts_implementation = 'grouped_mm'
     peer = DeepseekV3MoE(about).to(moe.gate.weight)
-    peer.shared_experts = Nothing()
+    peer.register_module('shared_experts', Nothing())
     with torch.no_grad():
         for a, b in (
             (peer.experts.gate_up_proj, moe.experts.gate_up_proj),
@@ -219,6 +219,23 @@ class Nothing(nn.Module):
         return 0
 
 
+def moe_layers(
+    cfg: Config,  # an MoE layer without shared experts
+    device,  # where to compute
+    dtype: torch.dtype,  # of the weights
+) -> dict[str, nn.Module]:  # the peer only where it is installed
+    "The MoE layer, dense ones of its active FLOPs, and the peer's with the same weights"
+    d = cfg.hidden_size
+    width = cfg.num_experts_per_tok * cfg.moe_intermediate_size
+    layers: dict[str, nn.Module] = dict(
+        eva=MoE(cfg), dense=Dense(d, width), own_dense=MLP(d, width)
+    )
+    for layer in layers.values():
+        layer.to(device, dtype)
+    peer = transformers_moe(layers['eva'])
+    return layers if peer is None else layers | dict(transformers=peer)
+
+
 def moe(
     quick: bool = False,  # few tokens, one type?
     device='cpu',  # where to compute
@@ -226,11 +243,10 @@ def moe(
     "An MoE layer, forward and backward, against a dense one of its active FLOPs and the peer's"
     lines = []
     tokens = 256 if quick else 4096
+    shapes = [(8, 2, 512), (64, 8, 128)] + ([] if quick else [(256, 8, 128)])
     for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
         about = limits(device, dtype)
-        for experts, k, width in (
-            ((8, 2, 512), (64, 8, 128)) if quick else ((8, 2, 512), (64, 8, 128), (256, 8, 128))
-        ):
+        for experts, k, width in shapes:
             torch.manual_seed(0)
             cfg = small_config(
                 n_routed_experts=experts,
@@ -238,33 +254,18 @@ def moe(
                 moe_intermediate_size=width,
                 n_shared_experts=0,
             )
-            layers = dict(
-                eva=MoE(cfg),
-                dense=Dense(cfg.hidden_size, k * width),
-                own_dense=MLP(cfg.hidden_size, k * width),
-                transformers=None,
-            )
-            for layer in layers.values():
-                if layer is not None:
-                    layer.to(device, dtype)
-            layers['transformers'] = transformers_moe(layers['eva'])
+            layers = moe_layers(cfg, device, dtype)
             h = torch.randn(
                 1, tokens, cfg.hidden_size, device=device, dtype=dtype, requires_grad=True
             )
-            if layers['transformers'] is not None:
+            if 'transformers' in layers:
                 check_moe(layers['eva'], layers['transformers'], h)
-            work = {n: step_of(layer, h) for n, layer in layers.items() if layer is not None}
+            work = {n: step_of(layer, h) for n, layer in layers.items()}
             times = in_turn(work | {n: f for n, (f, _) in about.items()}, 2 if quick else 7, device)
             used = 3 * cfg.hidden_size * width
-            bound = bounds(
-                times,
-                about,
-                h.element_size() * (3 * experts * used + 6 * tokens * k * cfg.hidden_size),
-                6 * tokens * k * used,
-            )
-            goals = dict(dense=1 / (1.2 if experts == 8 else 1.8)) | (
-                dict(transformers=1.5) if experts > 8 else {}
-            )
+            moved = h.element_size() * (3 * experts * used + 6 * tokens * k * cfg.hidden_size)
+            bound = bounds(times, about, moved, 6 * tokens * k * used)
+            goals = {'dense': 1 / 1.2} if experts == 8 else {'dense': 1 / 1.8, 'transformers': 1.5}
             lines.append(
                 compared(
                     f'MoE, {experts} experts top-{k} of {width}, {tokens} tokens, {str(dtype)[6:]}',
@@ -312,23 +313,18 @@ def experts(
         + peak_bytes(work[e], device)
         for e, layer in layers.items()
     }
+    fewest = counts[0]
+    peer = f'{fewest} experts'
     for e in counts:
-        fixed = (
-            dict(peers={}, times={})
-            if e == counts[0]
-            else dict(
-                peers={f'{counts[0]} experts': 1e3 * median(times[counts[0]])},
-                times={f'{counts[0]} experts': ratio(times[counts[0]], times[e])},
-            )
-        )
         lines.append(
             Line(
                 f'2 of {e} experts of 256, {tokens} tokens, float32',
                 'ms',
                 1e3 * median(times[e]),
-                **fixed,
+                {} if e == fewest else {peer: 1e3 * median(times[fewest])},
+                {} if e == fewest else {peer: ratio(times[fewest], times[e])},
                 more=dict(MB=held[e] / 1e6),
-                goals={f'{counts[0]} experts': 1 / 1.5} if e == 64 else {},
+                goals={peer: 1 / 1.5} if e == 64 else {},
             )
         )
     lines[-1].more |= dict(
@@ -338,6 +334,45 @@ def experts(
     return lines
 
 # %% ../../nbs/13_benchmarks/02_layers.ipynb #380e5989
+def loss_steps(
+    h: Tensor,  # what comes into the head (tokens, hidden_size)
+    W: Tensor,  # of the head (vocabulary, hidden_size)
+    y: Tensor,  # the right tokens (tokens,)
+) -> dict[str, Callable[[], None]]:  # name -> forward and backward
+    "The loss of a head in every way that there is"
+    ways: dict[str, Callable[[], Tensor]] = dict(
+        eva=lambda: linear_cross_entropy(h, W, y) / len(y),
+        obvious=lambda: F.cross_entropy((h @ W.T).float(), y),
+    )
+    if hasattr(F, 'linear_cross_entropy'):
+        ways['linear_cross_entropy'] = lambda: F.linear_cross_entropy(h, W, y)
+
+    def step(way: Callable[[], Tensor]) -> Callable[[], None]:
+        def f():
+            h.grad = W.grad = None
+            way().backward()
+
+        return f
+
+    return {n: step(way) for n, way in ways.items()}
+
+
+def check_loss(
+    steps: dict[str, Callable[[], None]],  # of `loss_steps`
+    h: Tensor,  # what comes into the head
+    W: Tensor,  # of the head
+):
+    "Gradients of Eva's loss and of the obvious one"
+
+    def gradients(step: Callable[[], None]) -> tuple[Tensor | None, Tensor | None]:
+        step()
+        return h.grad, W.grad
+
+    far = 1e-4 if h.dtype == torch.float32 else 0.02
+    same('the loss', gradients(steps['eva']), gradients(steps['obvious']), far)
+    h.grad = W.grad = None
+
+
 def loss(
     quick: bool = False,  # a small vocabulary, one type?
     device='cpu',  # where to compute
@@ -352,29 +387,9 @@ def loss(
         h = torch.randn(tokens, d, device=device, dtype=dtype, requires_grad=True)
         y = torch.randint(vocab, (tokens,), device=device)
         W = (0.02 * torch.randn(vocab, d, device=device)).to(dtype).requires_grad_()
-        ways = dict(
-            eva=lambda: linear_cross_entropy(h, W, y) / tokens,
-            obvious=lambda: F.cross_entropy((h @ W.T).float(), y),
-        )
-        if hasattr(F, 'linear_cross_entropy'):
-            ways['linear_cross_entropy'] = lambda: F.linear_cross_entropy(h, W, y)
-
-        def work(f):
-            def g():
-                h.grad = W.grad = None
-                f().backward()
-
-            return g
-
-        work = {n: work(f) for n, f in ways.items()}
+        work = loss_steps(h, W, y)
         return_freed_memory()
-        grads = []
-        for n in ('eva', 'obvious'):
-            work[n]()
-            grads.append((h.grad, W.grad))
-        same('the loss', *grads, 1e-4 if dtype == torch.float32 else 0.02)
-        del grads
-        h.grad = W.grad = None
+        check_loss(work, h, W)
         about = limits(device, dtype)
         times = in_turn(work | {n: f for n, (f, _) in about.items()}, 2 if quick else 3, device)
         case = f'loss, vocabulary {vocab}, {tokens} tokens, {str(dtype)[6:]}'

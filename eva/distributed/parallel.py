@@ -282,8 +282,8 @@ class Parallel:
         mine = range(first + self.place, first + count, self.ranks)
         parts = [SingleProcess().batch(stream, i, 1, *args) for i in mine]
         windows = torch.cat([w for w, _ in parts])
-        learned = [learn for _, learn in parts]
-        return windows, None if learned[0] is None else torch.cat(learned)
+        learned = [learn for _, learn in parts if learn is not None]  # all of them, or none
+        return windows, torch.cat(learned) if learned else None
 
     def share(self, ahead: int) -> int:
         "Return how many of the sequences that MTP learns from are this rank's"

@@ -17,9 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from io import BufferedReader
 from pathlib import Path
-from typing import cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,8 +34,7 @@ LARGEST = 2**26  # bytes of a state.json: a real one has some thousands
 def _sha(path: Path) -> str:
     "SHA-256 of a file, as it lies on the disk"
     with open_regular(path) as f:
-        # Typed as any binary stream; what is opened here has what `file_digest` needs.
-        return hashlib.file_digest(cast(BufferedReader, f), 'sha256').hexdigest()
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def _check(state: dict) -> str:
