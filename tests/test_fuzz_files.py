@@ -409,7 +409,7 @@ def test_conversion_of_damaged_folders(sources, tmp_path):
 
 
 HARMFUL = CHILD.replace(
-    '    s = Speaker(folder)\n',
+    '    s = ChatSession(folder)\n',
     """    if folder.name == 'error': raise KeyError('x')
     if folder.name == 'crash': import os; os._exit(3)
     if folder.name == 'large': return str(len(bytearray(2**30))) + str(len(bytes(b'x')*2**30))

@@ -184,9 +184,9 @@ def check_chapters(python: Path, away: Path) -> None:
     "Chapters run from top to bottom in a real kernel, in a folder that holds nothing else"
     for name in CHAPTERS:
         folder = away / name
-        folder.mkdir()
-        chapter = folder / f'{name}.ipynb'
-        chapter.write_bytes((ROOT / 'nbs' / chapter.name).read_bytes())
+        folder.mkdir(parents=True)
+        chapter = folder / 'chapter.ipynb'
+        chapter.write_bytes((ROOT / 'nbs' / f'{name}.ipynb').read_bytes())
         run(python, '-m', 'nbconvert', '--to', 'notebook', '--execute', '--inplace', chapter)
         print(f'{name}: run in a kernel', flush=True)
 
