@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from eva import cli
 from eva.benchmarks.harness import Line
 from eva.benchmarks.harness import run as bench
 from eva.checkpoints.pretrained import save_pretrained
+from eva.cli import main as cli
 from eva.cli.main import RUN_FILES, RUN_FOLDERS, eva_bench, eva_convert, eva_generate, eva_train
 from eva.cli.plan import eva_plan
 from eva.config import Config
