@@ -1460,7 +1460,7 @@ def guarded(
         return 0
     except Exception as e:
         ours = isinstance(e, (ValueError, OSError, FloatingPointError)) or type(e).__name__ in (
-            'Diverged',
+            'DivergedError',
             'SafetensorError',
         )
         said = str(e)

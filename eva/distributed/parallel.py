@@ -253,7 +253,7 @@ class Parallel:
         check_precision(precision, self.world)
 
     def optimizer(self, *args, **kw) -> ShardedOptimizer:
-        "Return an optimizer of what this rank holds, with the arguments of `MasterOptimizer`"
+        "Return an optimizer of what this rank holds; takes what `MixedPrecisionOptimizer` takes"
         return ShardedOptimizer(self, *args, **kw)
 
     def held_by(
