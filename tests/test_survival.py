@@ -171,10 +171,10 @@ def straight_and_killed(streams, tmp_path, steps, least, **kw):
         and losses(a) == losses(b)
         and [s for s, *_ in losses(b)] == list(range(1, steps + 1))
     )
-    assert (
-        not any((tmp_path / 'killed' / 'checkpoints').glob('.step-*'))
-        and len(checkpoints(tmp_path / 'killed' / 'checkpoints')) == 2
-    )
+    left = tmp_path / 'killed' / 'checkpoints'
+    assert not any(left.glob('.step-*'))
+    # A kill between the last save and the removal of the oldest checkpoint leaves one more.
+    assert 2 <= len(checkpoints(left)) <= 3
     print(f'{kills} kills, {mid_save} of them in the middle of a save')
     return kills, mid_save
 
