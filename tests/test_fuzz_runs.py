@@ -286,7 +286,7 @@ def test_mutated_lines(tmp_path):
 def test_nothing_is_unpickled():
     "No pickle, no torch.load, and numpy only where objects are refused"
     found = 0
-    for path in sorted((Path(__file__).parents[1] / 'eva').glob('*.py')):
+    for path in sorted((Path(__file__).parents[1] / 'eva').rglob('*.py')):
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             names = (
                 [a.name for a in node.names] + [getattr(node, 'module', '') or '']
