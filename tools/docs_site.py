@@ -145,6 +145,7 @@ class Symbol:
                 continue
             last = (d or o).end_lineno
             says = comments.get(last, '') if spread and said[last] == o.arg else ''
+            says = says or comment_above(o.lineno, comments)
             self.args.append(
                 (
                     star + o.arg,
@@ -204,13 +205,28 @@ def method(node, comments, chapter, cell, owner):
     return Symbol(chapter, cell, f'{owner}.{node.name}', kind, node, comments)
 
 
+def comments_of(code):
+    "Comments by line; one that has a line of its own stands under the negative number"
+    found = {}
+    for t in tokenize.generate_tokens(io.StringIO(code + '\n').readline):
+        if t.type == tokenize.COMMENT:
+            alone = t.line.strip().startswith('#')
+            found[-t.start[0] if alone else t.start[0]] = t.string.lstrip('# ').strip()
+    return found
+
+
+def comment_above(line, comments):
+    "What the comment lines right above a line say: a long docment stands there"
+    said = []
+    while -(line - 1) in comments:
+        line -= 1
+        said.insert(0, comments[-line])
+    return ' '.join(said)
+
+
 def symbols(code, chapter, cell):
     "Public names that an exported cell defines"
-    comments = {
-        t.start[0]: t.string.lstrip('# ').strip()
-        for t in tokenize.generate_tokens(io.StringIO(code + '\n').readline)
-        if t.type == tokenize.COMMENT
-    }
+    comments = comments_of(code)
     for node in ast.parse(code).body:
         name = getattr(node, 'name', '')
         if isinstance(node, ast.FunctionDef) and any(
