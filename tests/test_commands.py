@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from sizes import TINY
 
 from eva.checkpoints.files import SafetensorsFolder
 from eva.cli.main import eva_convert, eva_train, train_parser
@@ -198,21 +199,6 @@ def resumed(out, **options):
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(err):
         code = eva_train(['--out', out, '--resume', *flags(options)])
     return code, shown.getvalue(), err.getvalue()
-
-
-TINY = dict(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=16,
-    moe_intermediate_size=8,
-    n_routed_experts=4,
-    q_lora_rank=8,
-    kv_lora_rank=8,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=4,
-    v_head_dim=4,
-)
 
 
 @pytest.fixture(scope='module')

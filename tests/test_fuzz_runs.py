@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sizes import TINY
 
 from eva.config import Config
 from eva.data.decode import Document
@@ -53,19 +54,6 @@ ODD = [
     [[1, 2, 3]],
     {'x': [1]},
 ]
-TINY = dict(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=16,
-    moe_intermediate_size=8,
-    n_routed_experts=4,
-    q_lora_rank=8,
-    kv_lora_rank=8,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=4,
-    v_head_dim=4,
-)
 
 
 @pytest.fixture(scope='module')

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sizes import TINY
 
 from eva.benchmarks.harness import Line
 from eva.benchmarks.harness import run as bench
@@ -52,19 +53,6 @@ SMALL = [
     '1',
 ]
 SMALL += ['--precision', 'fp32', '--device', 'cpu', '--data', 'text']
-TINY = dict(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=16,
-    moe_intermediate_size=8,
-    n_routed_experts=4,
-    q_lora_rank=8,
-    kv_lora_rank=8,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=4,
-    v_head_dim=4,
-)
 SHRINK = f"""
 from eva.config import Config
 preset = Config.preset

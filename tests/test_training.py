@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from sizes import TINY
 
 from eva.checkpoints.pretrained import load_pretrained, save_pretrained
 from eva.config import Config
@@ -100,19 +101,6 @@ def test_trains_saves_and_loads(tmp_path, kind, precision):
 # Going back: a process that takes up one of its own checkpoints is as one that begins there
 
 
-TINY = dict(
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=16,
-    moe_intermediate_size=8,
-    n_routed_experts=4,
-    q_lora_rank=8,
-    kv_lora_rank=8,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=4,
-    v_head_dim=4,
-)
 PRECISIONS = [('fp32', 'block_pow2'), ('bf16', 'block_pow2'), ('fp16', 'block_pow2')]
 PRECISIONS += [('fp8', recipe) for recipe in RECIPES]
 OPTIMIZERS = [(muon_lr, moments) for muon_lr in (0.02, 0.0) for moments in ('fp32', 'bf16')]

@@ -1061,11 +1061,13 @@ def settings(
     "What the arguments say about training, the rest by default"
     import torch
 
+    from eva.kernels.private import cpu_multiplies_bf16
+
     def has_bf16() -> bool:
         return (
             device_of(args) == 'cuda'
             or torch.backends.mkldnn.is_available()
-            and torch.cpu._is_avx512_bf16_supported()
+            and cpu_multiplies_bf16()
         )
 
     return dict(

@@ -87,10 +87,10 @@ def foreach_zero_(
 
 def foreach_norm(
     tensors: Sequence[Tensor],  # any shapes
-) -> Sequence[Tensor]:  # a number for each, no axes
+) -> list[Tensor]:  # a number for each, no axes
     "Return the Euclidean length of each tensor"
     if FOREACH_NORM is not None:
-        return FOREACH_NORM(tensors)
+        return list(FOREACH_NORM(tensors))
     return [torch.linalg.vector_norm(tensor) for tensor in tensors]
 
 

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..kernels.private import foreach_mul_, foreach_norm, foreach_zero_
 from .muon import Muon
 
 # %% ../../nbs/07_training/02_optimizer.ipynb #d35ab0d4
@@ -192,7 +193,7 @@ class MixedPrecisionOptimizer:
 
     def forget(self) -> float:  # not a number: there was no step
         "Drop the gradients collected so far"
-        torch._foreach_zero_([summed_gradient(w) for w in self.masters.values()])
+        foreach_zero_([summed_gradient(w) for w in self.masters.values()])
         return math.nan
 
     def norm(
@@ -200,7 +201,7 @@ class MixedPrecisionOptimizer:
         grads: list[Tensor],  # of all masters
     ) -> float:  # their length together
         "How long the gradient is"
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
+        return torch.linalg.vector_norm(torch.stack(foreach_norm(grads))).item()
 
     @torch.no_grad()
     def step(
@@ -213,10 +214,10 @@ class MixedPrecisionOptimizer:
         norm = self.norm(grads)
         if math.isfinite(norm):
             if norm > max_norm:
-                torch._foreach_mul_(grads, max_norm / norm)
+                foreach_mul_(grads, max_norm / norm)
             self._step_optimizers(scale)
             self.publish()
-        torch._foreach_zero_(grads)
+        foreach_zero_(grads)
         return norm
 
     def _step_optimizers(self, scale: float):

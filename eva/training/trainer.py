@@ -305,6 +305,8 @@ class Trainer:
             self.restore(path, tensors, state)
         if self.parallel.rank == 0:
             cut_metrics(self.out / 'metrics.jsonl', self.step)
+            # A process that was killed after it saved could not remove the oldest one.
+            prune(self.out / 'checkpoints', self.cfg.keep)
         if path is None:
             return f'{said}nothing to resume from in {self.out}: starting at the beginning'
         if self.step < self.cfg.steps:
