@@ -324,7 +324,7 @@ class Config:
         cls,
         source: str | Path | dict,  # a config.json, the folder that holds it, or its contents
     ) -> 'Config':  # checked
-        "Read a published configuration as the software reads it that it was written for"
+        "Read a published configuration by the rules of its family, and check it"
         if isinstance(source, dict):
             return cls(**read_published(source))
         path = Path(source)
@@ -343,7 +343,7 @@ class Config:
         self,
         path: str | Path | None = None,  # a file to write, or None
     ) -> dict:  # what the file holds
-        "Return the configuration as other software reads it"
+        "Return what a published config.json holds, and write it where a path is given"
         found = to_published(asdict(self))
         if path is not None:
             with atomic_write(path) as tmp:

@@ -19,11 +19,6 @@ from ..config import Config
 from ..kernels.causal_attention import causal_attention, project_heads
 from ..kernels.linear import Linear, bmm_nt, linear_operands
 
-# %% ../../nbs/02_attention/03_mla.ipynb #4c40d339
-#| export
-
-
-
 # %% ../../nbs/02_attention/03_mla.ipynb #31e6da0e
 def queries_of_heads(
     q: Tensor,  # of all heads side by side (batch, seq, heads · (content + rotated features))

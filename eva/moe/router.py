@@ -134,7 +134,7 @@ class Router(nn.Module):
         self,
         scores: Tensor,  # of every expert, without bias (..., n_routed_experts)
     ) -> Tensor:  # the chosen experts (..., num_experts_per_tok)
-        "Return the best experts of the best groups, by biased score"
+        "Choose experts by the scores and this layer's bias"
         bias = getattr(self, 'e_score_correction_bias', None)
         return select_experts(scores, self.cfg, bias)
 
