@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.baselines import KVCache, attention_params
+from ..accounting import attention_params
+from ..attention.baselines import KVCache
 from ..attention.kv_cache import LatentCache
 from ..attention.mla import MLA
 from ..attention.rope import apply_rotary_emb, rope_cos_sin
