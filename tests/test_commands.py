@@ -10,12 +10,14 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from sizes import TINY
 
 from eva.checkpoints.files import SafetensorsFolder
-from eva.cli.main import eva_convert, eva_train, train_parser
+from eva.cli.main import eva_convert, eva_train, guarded, train_parser
 from eva.config import Config
 from eva.training.checkpointing import checkpoints, read_metrics
+from eva.training.recovery import DivergedError
 
 SMALL = [
     '--steps',
@@ -261,3 +263,33 @@ def test_each_option_changed(finished, monkeypatch):
     code, _, err = resumed('begun', init='plain')
     assert code == 2 and f'--init {finished / "plain"} (was: {finished / "given"})' in err
     assert {p: p.stat().st_mtime_ns for p in finished.rglob('*') if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    'error, code',
+    [
+        (ValueError('--steps 0: must be positive'), 2),
+        (OSError('no space left'), 1),
+        (FloatingPointError('layer 1: not finite'), 1),
+        (DivergedError('step 9: went wrong three times'), 1),
+        (SafetensorError('header too large'), 1),
+        (KeyboardInterrupt(), 130),
+        (BrokenPipeError(), 0),
+    ],
+    ids=lambda o: type(o).__name__ if isinstance(o, BaseException) else str(o),
+)
+def test_what_goes_wrong_is_said_in_one_sentence(error, code, capsys):
+    def work():
+        raise error
+
+    assert guarded('eva_train', work) == code
+    said = capsys.readouterr().err
+    assert said == {130: '\neva_train: interrupted\n', 0: ''}.get(code, f'eva_train: {error}\n')
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    def work():
+        raise KeyError('layers')
+
+    with pytest.raises(KeyError):
+        guarded('eva_train', work)
