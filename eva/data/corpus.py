@@ -17,7 +17,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .decode import Document
-from .ingest import documents
 from .shards import ShardWriter
 from .text import TokenStream
 from .tokenizer import encode_texts
@@ -68,7 +67,7 @@ def encode_documents(
     if any(cuts) and None in marks:
         raise ValueError(
             f'fim={fim}: the tokenizer has no {FIM_TOKENS[marks.index(None)]}; '
-            f'train it with marks=FIM, or leave fim out'
+            f'train it with marks=FIM_TOKENS, or leave fim out'
         )
     begin, hole, end = marks
     found = []

@@ -21,9 +21,8 @@ from tokenizers import Tokenizer
 
 from .decode import Document
 from .ingest import TrainingData
-from .synthetic import BOS, EOS, Synthetic, synthetic
-from .tokenizer import encode_texts, token_dtype, train_tokenizer
-from ..fileio.atomic import atomic_write as replacing
+from .synthetic import Synthetic
+from .tokenizer import encode_texts, token_dtype
 from ..fileio.manifest import Manifest
 from ..fileio.reading import open_regular, read_json
 

@@ -41,10 +41,9 @@ def cut_text(
         yield text[start:] if start else text
 
 # %% ../../nbs/06_data/02_tokenizer.ipynb #5eb82d73
-# Characters without a space that the tokenizer is trained on; Python's own source has 138.
-LONGEST_WORD = 256
+LONGEST_WORD = 256  # characters without a space that the tokenizer is trained on, at most
 SAMPLE_BYTES = 2**25  # of text that a tokenizer is trained on, at most
-SAMPLE_WORDS = 2**22  # bytes of different words in it, at most: each takes some 65 of memory
+SAMPLE_WORDS = 2**22  # bytes of different words in it, at most; they take memory in training
 
 _LONG_RUN = re.compile(rf'(?<!\S)\S{{{LONGEST_WORD + 1},}}|(?<!\s)\s{{{LONGEST_WORD + 1},}}')
 

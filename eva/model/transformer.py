@@ -16,7 +16,6 @@ from ..attention.mla import make_attention_mask
 from ..attention.rope import rope_cos_sin
 from ..config import Config
 from ..kernels.linear import Linear
-from ..kernels.linear_cross_entropy import linear_cross_entropy
 from .block import TransformerBlock
 from .mtp import MTPModule, TrainingWindows, mtp_losses, window_loss
 

@@ -192,7 +192,7 @@ class AnomalyDetector:
         self,
         state: dict,  # from `state_dict`
     ) -> None:
-        "Remember what another watch saw"
+        "Remember what another detector saw"
         try:
             self.losses = [float(loss) for loss in state['losses']]
             self.steps = {str(layer): int(steps) for layer, steps in state['steps'].items()}
@@ -212,6 +212,6 @@ class AnomalyDetector:
                 raise ValueError('layers that do not belong together')
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
             raise ValueError(
-                f'the memory of the watch cannot be read ({e}); '
+                f'the memory of the detector cannot be read ({e}); '
                 f'remove the checkpoint to go on from an older one'
             ) from None

@@ -144,7 +144,7 @@ class TrainConfig:
     # what that loss evens: each 'sequence' (V3) or the 'batch', the classic auxiliary loss
     balance_over: str = 'sequence'
     precision: str = 'fp32'  # of the products: fp32, bf16, fp16 or fp8; master weights are float32
-    recipe: str = 'block_pow2'  # of fp8: one of eva.fp8.formats.RECIPES
+    recipe: str = 'block_pow2'  # of fp8: one of eva.fp8.recipes.RECIPES
     moments: str = 'fp32'  # what the optimizers' memory is kept in: fp32 or bf16 (V3)
     seed: int = 0  # of the order of the data
     eval_every: int = 50  # steps between quick evaluations

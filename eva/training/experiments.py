@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from ..data.text import TokenStream, find_documents, train_val_split, write_tokens
 from ..data.tokenizer import train_tokenizer
-from ..fileio.atomic import atomic_write as replacing
+from ..fileio.atomic import atomic_write
 from ..fileio.manifest import Manifest
 from ..model.transformer import DeepSeekV3
 from ..moe.load_balancing import load_metrics
@@ -98,7 +98,7 @@ def run_experiment(
         **judge(t),
     )
     save_model(model, str(folder / 'weights.safetensors'))
-    with replacing(done) as f:
+    with atomic_write(done) as f:
         f.write_text(json.dumps(result, indent=2))
     saved = folder / 'checkpoints'
     Manifest(saved).remove(*checkpoints(saved))
@@ -208,7 +208,7 @@ def corpus(
         tok = train_tokenizer([d.text for d in train], vocab_size)
         for f, docs in zip(files[1:], (train, held)):
             write_tokens(f, docs, tok)
-        with replacing(files[0]) as f:
+        with atomic_write(files[0]) as f:
             tok.save(str(f))
     tok = Tokenizer.from_file(str(files[0]))
     tok.encode_special_tokens = True

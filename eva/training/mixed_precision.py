@@ -46,7 +46,7 @@ class MixedPrecision:
         self,
         model: nn.Module,  # changed in place
         optimizer: MixedPrecisionOptimizer,  # with the masters of the model
-        recipe: str,  # of fp8: one of `eva.fp8.formats.RECIPES`
+        recipe: str,  # of fp8: one of `eva.fp8.recipes.RECIPES`
     ):
         self.model = model
         self.optimizer = optimizer

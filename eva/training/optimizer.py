@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from ..kernels.private import foreach_mul_, foreach_norm, foreach_zero_
 from .muon import Muon
 
-# %% ../../nbs/07_training/02_optimizer.ipynb #d35ab0d4
-#| export
-
 # %% ../../nbs/07_training/02_optimizer.ipynb #e7ca6341
 def local(
     t: Tensor,  # a parameter or gradient

@@ -50,9 +50,6 @@ from eva.training.step import (
 )
 from .strategy import SingleProcess, Strategy
 
-# %% ../../nbs/07_training/05_trainer.ipynb #1a488797
-#| export
-
 # %% ../../nbs/07_training/05_trainer.ipynb #64f920ac
 class Trainer:
     "Trains a model on a token stream; watch it from outside through `metrics`"
