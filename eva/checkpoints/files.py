@@ -25,11 +25,6 @@ from .safetensors import DTYPES_BY_NAME, open_safetensors
 from ..fileio.reading import read_json
 from ..fp8.formats import quantize, scale_shape
 
-# %% ../../nbs/09_checkpoints/03_files.ipynb #c12b0006
-#| export
-
-
-
 # %% ../../nbs/09_checkpoints/03_files.ipynb #b0a9ae01
 # DeepSeek's short names, and what they are called in published folders.
 INFERENCE_NAMES = dict(

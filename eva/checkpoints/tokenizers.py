@@ -19,7 +19,7 @@ from ..fileio.reading import open_regular, parse_json
 
 # %% ../../nbs/09_checkpoints/04_tokenizer_files.ipynb #b2b00002
 MAX_TOKENIZER_BYTES = 2**26  # published files have 2**20 to 2**25
-MAX_ADDED_TOKENS = 20_000  # the library needs 4.5 s for 200,000; published files have 2 to 2,000
+MAX_ADDED_TOKENS = 20_000  # the library takes seconds for 200,000; published files have 2 to 2,000
 MAX_GROWTH = 64  # characters out for one in, over all steps that replace text
 PROBE_SECONDS = 20  # of processor time of the child; a published file needs less than one
 PROBE_BYTES = 3 * 2**30  # of the child's address space

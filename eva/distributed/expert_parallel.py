@@ -198,7 +198,7 @@ def parallelize_experts(
 ):
     """Keep this rank's stretch of a layer's experts, and send tokens to the others
 
-    The module stays the object that it is, with its names, and becomes a `ExpertParallel`.
+    The module stays the object that it is, with its names, and becomes an `ExpertParallel`.
     """
     count = len(experts.down_proj)
     ranks = mesh.size()

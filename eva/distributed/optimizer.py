@@ -111,7 +111,7 @@ class ShardedOptimizer(MixedPrecisionOptimizer):
         parallel,  # an `eva.distributed.parallel.Parallel`, which knows who holds what
         model: nn.Module,  # divided
         *args,
-        **kw,  # of MasterOptimizer
+        **kw,  # of MixedPrecisionOptimizer
     ):
         super().__init__(model, *args, **kw)
         self.parallel = parallel

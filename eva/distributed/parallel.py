@@ -54,8 +54,7 @@ from ..fileio.manifest import Manifest
 from ..model.transformer import DeepSeekV3
 from ..moe.experts import MoE
 from ..moe.router import Router
-from ..training.checkpointing import RunLog, write_manifest
-from ..training.checkpointing import latest_checkpoint as newest_checkpoint
+from ..training.checkpointing import RunLog, latest_checkpoint, write_manifest
 from ..training.config import TrainConfig
 from ..training.state import COUNTERS
 from ..training.strategy import SingleProcess
@@ -374,7 +373,7 @@ class Parallel:
         folder: Path,  # of checkpoints, from any number of ranks
     ) -> tuple:  # as of `eva.training.checkpointing.latest_checkpoint`, with this rank's tensors
         "Let the first rank check what is there, and all read their parts"
-        path, _, state, said = self.tell(lambda: newest_checkpoint(folder, read_nothing))
+        path, _, state, said = self.tell(lambda: latest_checkpoint(folder, read_nothing))
         if path is None:
             return path, {}, state, said
         return path, load_safetensors(path / 'tensors.safetensors', self._like), state, said

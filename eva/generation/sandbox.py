@@ -264,7 +264,7 @@ def end_process(
     getpid=os.getpid,  # both kept here, because names of a module are gone when Python ends
     suppressed=suppress,
 ):
-    "End a worker's process and close its pipes"
+    "End a process that renders, and close its pipes"
     if getpid() != owner:
         return
     process.kill()

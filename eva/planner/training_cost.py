@@ -85,7 +85,7 @@ def exchange_seconds(
     gpu: str,  # one of GPUS
     a: Assumptions,  # shares of the peaks
     blocks: list[str],  # of a stage: dense or moe
-    sent: dict[str, float],  # from traffic
+    sent: dict[str, float],  # from `communication_bytes`
 ) -> tuple[float, float]:  # of routing, of tensor parallelism
     "Return the seconds that a stage sends for one micro-batch, forward"
     g = GPUS[gpu]
@@ -103,7 +103,7 @@ def stage_seconds(
     gpu: str,  # one of GPUS
     a: Assumptions,  # shares of the peaks
     stage: list[str],  # its pieces
-    sent: dict[str, float],  # from traffic
+    sent: dict[str, float],  # from `communication_bytes`
 ) -> dict[str, dict[str, float]]:  # operation -> part -> seconds for one micro-batch
     "Return how long a stage computes and communicates: F, I and W"
     blocks = blocks_of(cfg, stage)
