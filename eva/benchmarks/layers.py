@@ -135,8 +135,8 @@ def attention(
     torch.manual_seed(0)
     layers = dict(eva=MLA(cfg), wide=MultiHead(cfg, 96), narrow=MultiHead(cfg, 64))
     for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
-        for line in layers.values():
-            line.to(device, dtype)
+        for layer in layers.values():
+            layer.to(device, dtype)
         about = limits(device, dtype)
         for n in (256, 512) if quick else (256, 512, 1024, 2048, 4096, 8192):
             h = torch.randn(1, n, cfg.hidden_size, device=device, dtype=dtype, requires_grad=True)
@@ -144,7 +144,7 @@ def attention(
             check_attention(layers['eva'], h, rope, 1e-4 if dtype == torch.float32 else 0.05)
             for backward in (False, True):
                 times = in_turn(
-                    {k: step_of(line, h, rope, backward=backward) for k, line in layers.items()}
+                    {k: step_of(layer, h, rope, backward=backward) for k, layer in layers.items()}
                     | {k: f for k, (f, _) in about.items()},
                     2 if quick else 9 if n < 2048 else 5,
                     device,

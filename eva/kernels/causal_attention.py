@@ -178,8 +178,7 @@ def causal_attention(
     whole = mask is None and seq == k.shape[-2] and q.device.type == 'cpu'
     # Up to 1024 positions blocks are 0.9 to 1.6 times as fast as PyTorch's operator in float32 and
     # 2.0 to 2.6 times in bfloat16 (table in 12_kernels/07_memory). Beyond, where probabilities are
-    # computed
-    # twice, it was 1.4 to 1.7 times in bfloat16, and 1.3 to 1.4 in float32 with oneDNN.
+    # computed twice, it was 1.4 to 1.7 times in bfloat16, and 1.3 to 1.4 in float32 with oneDNN.
     if whole and (seq <= SAVE_PROBS_MAX_SEQ or q.dtype == torch.bfloat16 or onednn_is_faster()):
         return BlockCausalAttention.apply(q, k, v, scale)
     return plain_causal_attention(q, k, v, scale, mask)

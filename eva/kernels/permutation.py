@@ -16,7 +16,7 @@ from torch import Tensor
 def plain_permute_indices(
     indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
     experts: int,  # how many there are
-) -> tuple[Tensor, Tensor, Tensor]:  # as of `layout`
+) -> tuple[Tensor, Tensor, Tensor]:  # token of each row, row of each choice, end of each expert
     "Sort the (token, expert) pairs by expert"
     flat = indices.flatten()
     order = flat.argsort(stable=True)

@@ -59,7 +59,8 @@ def gated_activation(
     act: Callable[[Tensor], Tensor],  # the activation
 ) -> Tensor:  # (rows, width)
     "Return the activated gate times the up part times the factor, keeping only what it was given"
-    # One route for every device and type: what is kept falls from five tensors to two (below).
+    # One route for every device and type: what is kept falls from five tensors to two (printed in
+    # 12_kernels/05_swiglu).
     return GatedActivation.apply(gate_up, factor, act)
 
 # %% ../../nbs/12_kernels/05_swiglu.ipynb #9204d8ba
