@@ -308,7 +308,7 @@ class Config:
         _check_rope(self, need)
 
     @classmethod
-    def preset(
+    def from_preset(
         cls,
         name: str,  # mini, v2-lite, v2 or v3
         **changes: Any,  # fields to set otherwise
@@ -320,14 +320,20 @@ class Config:
         return cls(**copy.deepcopy(PRESETS[name]) | changes)
 
     @classmethod
-    def from_json(
+    def from_dict(
         cls,
-        source: str | Path | dict,  # a config.json, the folder that holds it, or its contents
+        found: dict[str, Any],  # what a published config.json holds
+    ) -> 'Config':  # checked
+        "Take up a published configuration by the rules of its family, and check it"
+        return cls(**read_published(found))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,  # a config.json, or the folder that holds it
     ) -> 'Config':  # checked
         "Read a published configuration by the rules of its family, and check it"
-        if isinstance(source, dict):
-            return cls(**read_published(source))
-        path = Path(source)
+        path = Path(path)
         path = path / 'config.json' if path.is_dir() else path
         if not path.exists():
             raise ValueError(
@@ -335,20 +341,21 @@ class Config:
             )
         found = read_json(path, max_bytes=MAX_CONFIG_BYTES)
         try:
-            return cls(**read_published(found))
+            return cls.from_dict(found)
         except ValueError as e:
             raise ValueError(f'{path}: {e}') from None
 
-    def to_json(
+    def to_dict(self) -> dict[str, Any]:
+        "Return what a published config.json holds"
+        return to_published(asdict(self))
+
+    def to_json_file(
         self,
-        path: str | Path | None = None,  # a file to write, or None
-    ) -> dict:  # what the file holds
-        "Return what a published config.json holds, and write it where a path is given"
-        found = to_published(asdict(self))
-        if path is not None:
-            with atomic_write(path) as tmp:
-                tmp.write_text(json.dumps(found, indent=2) + '\n', encoding='utf-8')
-        return found
+        path: str | Path,  # the file to write
+    ) -> None:
+        "Write a published config.json"
+        with atomic_write(path) as tmp:
+            tmp.write_text(json.dumps(self.to_dict(), indent=2) + '\n', encoding='utf-8')
 
     def ignored_by_others(self) -> dict[str, Any]:  # field -> what the peer computes instead
         "Return the settings of this model that `transformers` would not follow"

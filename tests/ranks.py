@@ -77,7 +77,9 @@ def trainer(
     out, dtype='float64', steps=20, parallel=None, model=None, learn=False, spoil=False, **kw
 ):
     torch.manual_seed(0)
-    net = DeepSeekV3(Config.preset('mini', **(SIZES | (model or {})))).to(getattr(torch, dtype))
+    net = DeepSeekV3(Config.from_preset('mini', **(SIZES | (model or {})))).to(
+        getattr(torch, dtype)
+    )
     train = stream(out.parent / 'train.npy')
     held = stream(out.parent / 'held.npy')
     if spoil:
@@ -148,7 +150,7 @@ def run(out, case):
         model = sum(
             p.numel() * 4
             for p in DeepSeekV3(
-                Config.preset('mini', **(SIZES | case['run']['model']))
+                Config.from_preset('mini', **(SIZES | case['run']['model']))
             ).parameters()
         )
         high_water()

@@ -207,7 +207,7 @@ def resumed(out, **options):
 def finished(tmp_path_factory):
     "Runs that were started with every option, with as few as possible, and from a checkpoint"
     root = tmp_path_factory.mktemp('finished')
-    preset = Config.preset
+    preset = Config.from_preset
     small = {
         name: STARTED[name] for name in ('steps', 'seq_len', 'batch_size', 'precision', 'data')
     }

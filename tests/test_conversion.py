@@ -20,7 +20,7 @@ from eva.config import Config
 def big_folder(path, files, rows=2048, columns=1024, each=8):  # 32 MB a file
     "A folder of bfloat16 matrices, 4 MB each, under names that are published in FP8"
     path.mkdir()
-    (path / 'config.json').write_text(json.dumps(Config.preset('mini').to_json()))
+    (path / 'config.json').write_text(json.dumps(Config.from_preset('mini').to_dict()))
     where = {}
     for i in range(files):
         g = torch.Generator().manual_seed(i)
@@ -126,7 +126,7 @@ def small_folder(path, dtype):
     from eva.model.transformer import DeepSeekV3
 
     torch.manual_seed(0)
-    cfg = Config.preset(
+    cfg = Config.from_preset(
         'mini',
         vocab_size=40,
         hidden_size=16,

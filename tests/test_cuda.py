@@ -20,7 +20,7 @@ pytestmark = [
 
 def test_one_function_on_both_machines():
     torch.manual_seed(0)
-    model = DeepSeekV3(Config.preset('mini')).double().eval()
+    model = DeepSeekV3(Config.from_preset('mini')).double().eval()
     ids = torch.randint(4096, (2, 200))
     with torch.no_grad():
         want = model(ids)
@@ -33,7 +33,7 @@ def test_one_function_on_both_machines():
 
 def test_losses_and_gradients():
     torch.manual_seed(0)
-    model = DeepSeekV3(Config.preset('mini'))
+    model = DeepSeekV3(Config.from_preset('mini'))
     tokens = torch.randint(4096, (2, 66))
     sum(model.losses(tokens)).backward()
     want = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -62,7 +62,7 @@ def test_backends_agree_with_emulation(backend, recipe):
     for b in ('emulate', backend):
         torch.manual_seed(0)
         model = convert(
-            DeepSeekV3(Config.preset('mini', num_hidden_layers=2, num_nextn_predict_layers=0))
+            DeepSeekV3(Config.from_preset('mini', num_hidden_layers=2, num_nextn_predict_layers=0))
             .cuda()
             .bfloat16(),
             recipe,
@@ -97,7 +97,7 @@ def test_training_in_eight_bits(tmp_path):
     )
     t = Trainer(
         DeepSeekV3(
-            Config.preset('mini', vocab_size=tok.get_vocab_size(), num_hidden_layers=2)
+            Config.from_preset('mini', vocab_size=tok.get_vocab_size(), num_hidden_layers=2)
         ).cuda(),
         train,
         held,
@@ -115,7 +115,9 @@ def test_generation_says_on_the_gpu_what_it_says_on_the_cpu(speculate):
 
     torch.manual_seed(0)
     model = (
-        DeepSeekV3(Config.preset('mini', vocab_size=200, hidden_size=64, initializer_range=0.15))
+        DeepSeekV3(
+            Config.from_preset('mini', vocab_size=200, hidden_size=64, initializer_range=0.15)
+        )
         .double()
         .eval()
     )

@@ -72,7 +72,8 @@ small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, interme
 ranks = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
 experts = dict(moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2)
 groups = dict(n_group=1, topk_group=1, num_nextn_predict_layers=0)
-cfg = Config.preset('mini', vocab_size=tok.get_vocab_size(), **small, **ranks, **experts, **groups)
+sizes = small | ranks | experts | groups
+cfg = Config.from_preset('mini', vocab_size=tok.get_vocab_size(), **sizes)
 save_pretrained(DeepSeekV3(cfg), 'tiny', tok)
 """
 

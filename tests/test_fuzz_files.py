@@ -50,7 +50,7 @@ def sources(tmp_path_factory):
     "A plain folder, one in FP8, and one of two files with an index"
     root = tmp_path_factory.mktemp('sources')
     torch.manual_seed(0)
-    cfg = Config.preset(
+    cfg = Config.from_preset(
         'mini', vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4,
         intermediate_size=16, moe_intermediate_size=8, n_routed_experts=4,

@@ -69,7 +69,7 @@ def run(tmp_path_factory):
     def make(out):
         torch.manual_seed(0)
         return Trainer(
-            DeepSeekV3(Config.preset('mini', vocab_size=tok.get_vocab_size(), **TINY)),
+            DeepSeekV3(Config.from_preset('mini', vocab_size=tok.get_vocab_size(), **TINY)),
             train,
             held,
             TrainConfig(

@@ -191,7 +191,7 @@ def setting(precision, feature):
     torch.manual_seed(0)
     # In sixteen bits every expert is chosen: a choice that turns over is no rounding of a number.
     chosen = 4 if precision in ROUNDED else 2
-    model = DeepSeekV3(Config.preset('mini', **SIZES, num_experts_per_tok=chosen))
+    model = DeepSeekV3(Config.from_preset('mini', **SIZES, num_experts_per_tok=chosen))
     if feature in ALTERED:
         each_attention(model, ALTERED[feature])
     model = use(model if precision in ROUNDED else model.double(), precision)
@@ -405,9 +405,9 @@ def test_evaluations_of_one_layer(recipe, backend, dtype):
     keys, queries, scores, probabilities and result: a dozen roundings, each by eps / 2 at most.
     """
     torch.manual_seed(0)
-    attention = eva.attention.mla.MLA(Config.preset('mini', **SIZES, num_experts_per_tok=2)).to(
-        dtype
-    )
+    attention = eva.attention.mla.MLA(
+        Config.from_preset('mini', **SIZES, num_experts_per_tok=2)
+    ).to(dtype)
     for p in attention.parameters():
         nn.init.normal_(p, std=0.3)
     if recipe:
@@ -431,7 +431,7 @@ def test_evaluations_of_one_layer(recipe, backend, dtype):
 @pytest.mark.parametrize('recipe, backend', [(None, None), *CARRIED])
 def test_a_batch_of_nothing(recipe, backend, grad):
     "Layers and the model give an empty result, a mean loss and a cache say what they need"
-    cfg = Config.preset('mini', **SIZES, num_experts_per_tok=2)
+    cfg = Config.from_preset('mini', **SIZES, num_experts_per_tok=2)
     model = DeepSeekV3(cfg)
     if recipe:
         convert(model, recipe, backend)
@@ -466,7 +466,7 @@ def any_cache(*args, **kwargs):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_derived_cache_has_the_type_of_the_model(dtype):
     "In bfloat16 under float32, text generated through it is that of another model"
-    model = DeepSeekV3(Config.preset('mini', **SIZES, num_experts_per_tok=2)).to(dtype)
+    model = DeepSeekV3(Config.from_preset('mini', **SIZES, num_experts_per_tok=2)).to(dtype)
     for kind in (LatentCache, OtherCache, any_cache):
         assert DecodingSession(model, 8, cache=kind).cache.rows.dtype == dtype
     chosen = partial(OtherCache, dtype=torch.float32)
@@ -483,7 +483,7 @@ def compare_compiled(dtype, backend):
     "Logits with a cache and without, and gradients of all weights"
     torch._dynamo.reset()
     torch.manual_seed(0)
-    cfg = Config.preset(
+    cfg = Config.from_preset(
         'mini',
         **{**SIZES, 'num_hidden_layers': 1, 'first_k_dense_replace': 0, 'num_experts_per_tok': 2},
     )
@@ -526,6 +526,6 @@ def test_compiled_and_translated(dtype, backend):
 
 def test_a_wrapped_model_is_not_trained():
     "It would end in int('layers'), and its checkpoints in names that nothing else reads"
-    model = torch.compile(DeepSeekV3(Config.preset('mini', **SIZES, num_experts_per_tok=2)))
+    model = torch.compile(DeepSeekV3(Config.from_preset('mini', **SIZES, num_experts_per_tok=2)))
     with pytest.raises(ValueError, match=r'wrapped by torch.compile.*model.compile\(\)'):
         Trainer(model, None, None, None, 'nowhere')

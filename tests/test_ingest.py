@@ -405,7 +405,7 @@ text, tmp = 'for i in range(10):\n    print(i, i*i)\n'*4000, Path(tempfile.mkdte
 tok = train_tokenizer([text], 270)
 parts = dict(train=text, held=text[:900])
 streams = [write_tokens(tmp / f'{n}.npy', [Document(n, t)], tok) for n, t in parts.items()]
-cfg = Config.preset('mini', **{**about['model'], 'vocab_size': tok.get_vocab_size()})
+cfg = Config.from_preset('mini', **{**about['model'], 'vocab_size': tok.get_vocab_size()})
 tcfg = TrainConfig(steps=2, eval_every=10, save_every=10, **about['train'])
 
 

@@ -56,7 +56,7 @@ def init(tmp_path_factory):
     sizes |= dict(
         intermediate_size=64, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1
     )
-    save_pretrained(DeepSeekV3(Config.preset('mini', **sizes)), folder, tok)
+    save_pretrained(DeepSeekV3(Config.from_preset('mini', **sizes)), folder, tok)
     about = dict(tokenizer_class='PreTrainedTokenizerFast', **NAMED)
     (folder / 'tokenizer_config.json').write_text(json.dumps(about))
     (folder / 'special_tokens_map.json').write_text(json.dumps(NAMED))

@@ -55,8 +55,8 @@ SMALL = [
 SMALL += ['--precision', 'fp32', '--device', 'cpu', '--data', 'text']
 SHRINK = f"""
 from eva.config import Config
-preset = Config.preset
-Config.preset = lambda name, **kw: preset(name, **({TINY!r} if name == 'mini' else {{}}) | kw)
+preset = Config.from_preset
+Config.from_preset = lambda name, **kw: preset(name, **({TINY!r} if name == 'mini' else {{}}) | kw)
 """
 KINDS = ['file', 'folder', 'link to a file', 'link to a folder', 'link to nothing', 'pipe']
 
@@ -136,10 +136,10 @@ def refused(work, *argv, names, roots):
 @pytest.fixture(scope='module', autouse=True)
 def small_presets():
     "The smallest model there is, for the commands"
-    preset = Config.preset
+    preset = Config.from_preset
     exec(SHRINK, {})
     yield
-    Config.preset = preset
+    Config.from_preset = preset
 
 
 @pytest.fixture(scope='module')
@@ -367,7 +367,7 @@ def test_figures_and_plans_are_replaced_where_they_are_ours(tmp_path, monkeypatc
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_model_is_saved_beside_something_of_a_users(tmp_path, kind):
-    model = DeepSeekV3(Config.preset('mini', vocab_size=40, **TINY))
+    model = DeepSeekV3(Config.from_preset('mini', vocab_size=40, **TINY))
     for i, name in enumerate(('model.safetensors', 'config.json', Manifest.NAME, '.eva-lock')):
         plant(tmp_path / f'm{i}' / name, kind, tmp_path / 'elsewhere')
         before = snapshot(tmp_path)
@@ -422,7 +422,7 @@ def test_modes(started, tmp_path, monkeypatch, quick_case):
         modes(started / 'run')
         assert command(eva_convert, started / 'run', 'to', '--to', 'fp8')[0] == 0
         assert command(eva_plan, '--out', 'plans/plan.json')[0] == 0
-        save_pretrained(DeepSeekV3(Config.preset('mini', vocab_size=40, **TINY)), 'model')
+        save_pretrained(DeepSeekV3(Config.from_preset('mini', vocab_size=40, **TINY)), 'model')
         bench(['quickly'], out='figures', say=lambda *args: None)
         with FolderLock('locked'):
             modes(tmp_path)
@@ -507,7 +507,7 @@ def test_two_runs_in_one_folder(started, tmp_path, monkeypatch):
             assert code == 2 and who in err and err.count('\n') == 1, (name, err)
         assert command(eva_convert, started / 'run', 'run')[0] == 2
         with pytest.raises(ValueError, match=f'in use by process {p.pid}'):
-            save_pretrained(DeepSeekV3(Config.preset('mini', vocab_size=40, **TINY)), 'run')
+            save_pretrained(DeepSeekV3(Config.from_preset('mini', vocab_size=40, **TINY)), 'run')
         with pytest.raises(ValueError, match=f'in use by process {p.pid}'):
             RunLog(tmp_path / 'run')
         for name in (

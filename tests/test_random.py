@@ -26,7 +26,7 @@ def configs(draw):
     groups, per_group = draw(st.sampled_from([(1, 4), (2, 3), (4, 2)]))
     topk = draw(st.integers(1, groups))
     layers = draw(st.integers(1, 3))
-    return Config.preset(
+    return Config.from_preset(
         'mini',
         vocab_size=40,
         bos_token_id=0,
@@ -91,7 +91,7 @@ def test_counts_are_those_of_the_tensors(cfg):
         model = DeepSeekV3(cfg)
     assert sum(p.numel() for p in model.parameters()) == cfg.num_params(mtp=True)[0]
     assert LatentCache(cfg, 1, 2, dtype=torch.float32).nbytes == 2 * cfg.kv_bytes_per_token(4)
-    assert Config.from_json(cfg.to_json()) == cfg
+    assert Config.from_dict(cfg.to_dict()) == cfg
 
 
 @quick
@@ -122,7 +122,7 @@ def test_layout_places_every_choice_once(tokens, experts, k, multiple, seed):
 @quick
 @given(
     st.dictionaries(
-        st.sampled_from(list(Config.preset('v3').to_json())),
+        st.sampled_from(list(Config.from_preset('v3').to_dict())),
         st.one_of(
             st.none(),
             st.integers(-(10**12), 10**12),
@@ -145,7 +145,7 @@ def test_layout_places_every_choice_once(tokens, experts, k, multiple, seed):
 )
 def test_a_damaged_config_is_refused_or_right(damage, name):
     try:
-        cfg = Config.from_json(Config.preset(name).to_json() | damage)
+        cfg = Config.from_dict(Config.from_preset(name).to_dict() | damage)
     except ValueError as e:
         assert len(str(e)) > 10
         return

@@ -57,7 +57,7 @@ def trainer(streams, out, **kw):
         )
     )
     return Trainer(
-        DeepSeekV3(Config.preset('mini', vocab_size=vocab, **TINY)),
+        DeepSeekV3(Config.from_preset('mini', vocab_size=vocab, **TINY)),
         TokenStream(root / 'train.npy'),
         TokenStream(root / 'held.npy'),
         c,
@@ -455,7 +455,7 @@ def test_changed_run_is_refused_with_the_difference(streams, tmp_path):
     with pytest.raises(ValueError, match=r'other settings, tokens=\d+ and not \d+'):
         other.resume()
     wider = Trainer(
-        DeepSeekV3(Config.preset('mini', vocab_size=vocab, **TINY | dict(hidden_size=32))),
+        DeepSeekV3(Config.from_preset('mini', vocab_size=vocab, **TINY | dict(hidden_size=32))),
         t.train,
         t.held_out,
         t.cfg,
@@ -540,7 +540,7 @@ SOURCES = {  # what is read decides what is written before run.json
 def sources(tmp_path, monkeypatch):
     "Data to train on, the smallest model there is, and everything imported that a child will need"
 
-    preset = Config.preset
+    preset = Config.from_preset
     monkeypatch.setattr(Config, 'preset', lambda name, **kw: preset(name, **TINY | kw))
     monkeypatch.setenv('TOKENIZERS_PARALLELISM', 'false')  # its threads do not survive a fork
     monkeypatch.chdir(tmp_path)

@@ -55,7 +55,7 @@ def test_trains_saves_and_loads(tmp_path, kind, precision):
         write_tokens(tmp_path / f'{n}.npy', [Document(n, t)], tok)
         for n, t in [('train', text * 3), ('held', text)]
     )
-    cfg = Config.preset(
+    cfg = Config.from_preset(
         'mini',
         **(
             dict(
@@ -121,7 +121,7 @@ def tiny_trainer(streams, out, **settings):
     "A trainer of a model of a few thousand weights, watched layer by layer"
     train, held_out, vocab_size = streams
     torch.manual_seed(0)
-    model = DeepSeekV3(Config.preset('mini', vocab_size=vocab_size, **TINY))
+    model = DeepSeekV3(Config.from_preset('mini', vocab_size=vocab_size, **TINY))
     base = dict(steps=12, batch_size=2, micro_batch=1, seq_len=16, eval_every=3, lr=3e-3)
     trainer = Trainer(model, train, held_out, TrainConfig(**base | settings), out)
     trainer.monitor = GradientMonitor(model, window=6, factor=1.01, quiet=2)

@@ -115,7 +115,7 @@ def step(layer, x, *routing):
 def steps(device, hidden, width, experts, tokens, repeat):
     "Forward and backward of a dense layer and of experts, by precision and backend"
     out = {}
-    cfg = Config.preset(
+    cfg = Config.from_preset(
         'v3',
         hidden_size=hidden,
         moe_intermediate_size=width,

@@ -39,7 +39,7 @@ from ..moe.experts import MLP, MoE
 # %% ../../nbs/13_benchmarks/02_layers.ipynb #02876786
 def small_config(**kw):  # fields that differ
     "A model of 25.5 million parameters, eight experts of which two are active"
-    return Config.preset(
+    return Config.from_preset(
         'mini',
         **dict(
             vocab_size=4096,
@@ -186,7 +186,7 @@ def transformers_moe(moe):  # a MoE without shared experts
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
     except ImportError:
         return None
-    about = DeepseekV3Config(**moe.gate.cfg.to_json() | dict(n_shared_experts=1))
+    about = DeepseekV3Config(**moe.gate.cfg.to_dict() | dict(n_shared_experts=1))
     about._experts_implementation = 'grouped_mm'
     peer = DeepseekV3MoE(about).to(moe.gate.weight)
     peer.register_module('shared_experts', Nothing())
@@ -421,7 +421,7 @@ def cache(
     lines = []
     n = 16
     for name in PRESETS:
-        cfg = Config.preset(name)
+        cfg = Config.from_preset(name)
         if quick and cfg.num_hidden_layers > 30:
             continue
 

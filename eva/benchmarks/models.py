@@ -48,7 +48,7 @@ def transformers_model(model):
     except ImportError:
         return None
     quiet.set_verbosity_error()
-    about = {k: v for k, v in model.cfg.to_json().items() if k != 'architectures'} | dict(
+    about = {k: v for k, v in model.cfg.to_dict().items() if k != 'architectures'} | dict(
         model_type='deepseek_v3', num_mtp_layers=0
     )
     with torch.device('meta'):
@@ -304,7 +304,7 @@ def attention_model(
     "The attention of V2-Lite, and little else"
     torch.manual_seed(0)
     return DeepSeekV3(
-        Config.preset(
+        Config.from_preset(
             'v2-lite',
             vocab_size=4096,
             num_hidden_layers=layers,

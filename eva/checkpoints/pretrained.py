@@ -100,7 +100,7 @@ def save_config_and_tokenizer(
     "Write everything but the weights"
     _warn_of_others(cfg, path)
     manifest = Manifest(path)
-    config = cfg.to_json() | dict(dtype=str(dtype).removeprefix('torch.'))
+    config = cfg.to_dict() | dict(dtype=str(dtype).removeprefix('torch.'))
     with manifest.write('config.json') as t:
         t.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     if tokenizer is None:
@@ -165,7 +165,7 @@ def load_pretrained(
 ) -> DeepSeekV3:  # in eval mode
     "Build a model from a folder that `save_pretrained` or other software wrote"
     path = Path(path)
-    cfg = Config.from_json(path)
+    cfg = Config.from_pretrained(path)
     ck = SafetensorsFolder(path)
     about = read_json(path / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=path)
     block = weight_block_size(about, path / 'config.json')

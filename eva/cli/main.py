@@ -317,7 +317,9 @@ def new_small_run(
         + (f'; passed over {skipped}' if skipped else '')
     )
     tok = _tokenizer_of([d.text for d in to_train], args.vocab_size or 4096, say)
-    cfg = Config.preset(preset, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1)
+    cfg = Config.from_preset(
+        preset, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1
+    )
     check_memory(cfg, tcfg, device_of(args))
     clear_folder(args.out / 'tokens', manifest)
     train, held = (
@@ -344,7 +346,7 @@ def _about(
         data=data.sources,
         ingest=data.about(),
         **origin,
-        model=cfg.to_json(),
+        model=cfg.to_dict(),
         train=asdict(tcfg),
         baselines=baselines,
     )
@@ -459,7 +461,9 @@ def _model_of_texts(
     from eva.data.tokenizer import train_tokenizer
 
     tok = train_tokenizer(texts, args.vocab_size or 4096, FIM_TOKENS if args.fim else ())
-    cfg = Config.preset(preset, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1)
+    cfg = Config.from_preset(
+        preset, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1
+    )
     return cfg, tok
 
 
@@ -649,7 +653,7 @@ def new_task_run(
     test = synthetic(name, 512, args.seed or 0, held_out=True)
     length = test.tokens.shape[1]
     tcfg = _task_settings(args, name, length)
-    cfg = Config.preset(preset, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
+    cfg = Config.from_preset(preset, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
     check_memory(cfg, tcfg, device_of(args))
     windows = tcfg.sequences(tcfg.steps) + 1  # one to shift
     count = min(windows * tcfg.seq_len // length + 1 + cfg.num_nextn_predict_layers, MOST // length)
@@ -665,7 +669,7 @@ def new_task_run(
     about = dict(
         data=data,
         preset=preset,
-        model=cfg.to_json(),
+        model=cfg.to_dict(),
         train=asdict(tcfg),
         baselines=dict(bigram=bigram_bits_per_byte(train, held)),
     )
@@ -736,7 +740,7 @@ def old_run(
     try:
         about = read_json(out / 'run.json', root=out)
         return NewRun(
-            Config.from_json(about['model']),
+            Config.from_dict(about['model']),
             TrainConfig(**about['train']),
             load_tokenizer(out / 'tokenizer.json', out),
             *streams_of(out),
@@ -972,7 +976,7 @@ def opened_together(
     about, exists = parallel.tell(work)
     if made:
         return made[0], exists
-    cfg = Config.from_json(about['model'])
+    cfg = Config.from_dict(about['model'])
     tcfg = TrainConfig(**about['train'])
     return NewRun(cfg, tcfg, None, *streams_of(args.out), about), exists
 
@@ -1031,7 +1035,7 @@ def start_model(
     if not about.get('init'):
         return DeepSeekV3(cfg)
     model = load_pretrained(about['init']).float()
-    if model.cfg.to_json() != about['model']:
+    if model.cfg.to_dict() != about['model']:
         raise ValueError(
             f'{about["init"]}: is another model than the one this run was '
             f'started from; put that back, or start another run with --out'
@@ -1190,7 +1194,7 @@ def check_sizes(
     from eva.config import PRESETS, Config
 
     have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    width = Config.preset(args.preset if args.preset in PRESETS else 'mini').hidden_size
+    width = Config.from_preset(args.preset if args.preset in PRESETS else 'mini').hidden_size
     batch = args.batch_size or 16
     window = args.seq_len or 512
     vocab = args.vocab_size or 0

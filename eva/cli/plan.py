@@ -127,11 +127,11 @@ def print_plan(
         raise ValueError(
             f'--trillions {args.trillions}: must be a positive number of trillions of tokens'
         )
-    cfg = Config.from_json(args.config) if args.config else Config.preset(args.preset)
+    cfg = Config.from_pretrained(args.config) if args.config else Config.from_preset(args.preset)
     p = plan(cfg, layout_of(args), args.gpu, assumptions(args.assume))
     print(table(p, args.trillions))
     if args.out:
-        text = json.dumps(p | dict(model=cfg.to_json()), indent=2) + '\n'
+        text = json.dumps(p | dict(model=cfg.to_dict()), indent=2) + '\n'
         with owned_write(args.out) as file:
             file.write_text(text, encoding='utf-8')
         print(f'\neverything is in {args.out}')
