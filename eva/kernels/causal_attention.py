@@ -24,6 +24,7 @@ from eva.kernels.linear import (
     product,
 )
 from .private import onednn_linear, softmax_backward
+from .tracing import is_eager
 
 # %% ../../nbs/12_kernels/02_causal_attention.ipynb #8546dae0
 def plain_causal_attention(
@@ -175,7 +176,7 @@ def causal_attention(
 ) -> Tensor:  # (batch, heads, seq, v_head_dim)
     "Causal attention by the fastest exact route"
     seq = q.shape[-2]
-    whole = mask is None and seq == k.shape[-2] and q.device.type == 'cpu'
+    whole = mask is None and seq == k.shape[-2] and q.device.type == 'cpu' and is_eager(q)
     # Up to 1024 positions blocks are 0.9 to 1.6 times as fast as PyTorch's operator in float32 and
     # 2.0 to 2.6 times in bfloat16 (table in 12_kernels/07_memory). Beyond, where probabilities are
     # computed twice, it was 1.4 to 1.7 times in bfloat16, and 1.3 to 1.4 in float32 with oneDNN.

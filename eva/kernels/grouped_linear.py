@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .linear import ONEDNN_MIN_MACS, is_slow_bf16, multiply, product, use_onednn
+from .private import in_transform
+from .tracing import is_eager
 
 # %% ../../nbs/12_kernels/03_grouped_linear.ipynb #1693e96f
 def group_sizes(
@@ -156,13 +158,15 @@ def grouped_linear(
     ends: Tensor,  # where each group's rows end (groups,), int32
 ) -> Tensor:  # (rows, out)
     "Return each row times its group's matrix, by the fastest route there is"
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         # `F.grouped_mm` does not follow autocast and would stay in float32.
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         W = W.to(dtype)
     fits = fits_grouped_mm(x, W)
-    if torch.compiler.is_compiling() and not (fits and x.dtype == torch.bfloat16):
+    if in_transform():
+        return plain_grouped_linear(x, W, ends)  # a custom operator has no rule there
+    if not is_eager(x) and (not fits or x.dtype != torch.bfloat16 or is_slow_bf16(x)):
         # Traced, `F.grouped_mm` takes bfloat16 only (PyTorch 2.13).
         return grouped_linear_op(x, W, ends)
     if fits and is_slow_bf16(x):
@@ -187,7 +191,7 @@ def row_multiple(
     copies: int,  # rows that are made of each token
 ) -> int:  # 1 where nothing is to be filled up
     "Return the number to whose multiples the rows of each group are to be filled up"
-    if x.device.type != 'cpu':
+    if x.device.type != 'cpu' or not is_eager(x):
         return 1
     # oneDNN compiles a kernel for every new number of rows, and PyTorch takes it for bfloat16.
     by_onednn = x.dtype == torch.bfloat16 or use_onednn(x, weight, GROUPED_ONEDNN_MIN // copies)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .private import cpu_multiplies_bf16, has_onednn_linear, onednn_linear
+from .tracing import is_eager
 
 # %% ../../nbs/12_kernels/01_linear.ipynb #bb3bd411
 def cpu_vendor() -> str:  # such as AuthenticAMD
@@ -106,6 +107,8 @@ def use_onednn(
     float32_on_cpu = x.dtype == W.dtype == torch.float32 and x.device.type == 'cpu'
     if not float32_on_cpu or not onednn_is_faster() or torch.is_autocast_enabled('cpu'):
         return False
+    if not is_eager(x):
+        return False
     trained = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
     return not trained or x.numel() * W.shape[-2] >= heavy
 
@@ -149,6 +152,8 @@ def product(
     W: Tensor,  # weights (out, in)
 ) -> Tensor:  # x Wᵀ (..., out)
     "A linear map without bias, by the fastest library"
+    if is_slow_bf16(x) and not is_eager(x):
+        return F.linear(x.float(), W.float()).to(x.dtype)
     if is_slow_bf16(x):
         # PyTorch takes about fifty times as long in bfloat16 as in float32 on a processor
         # without instructions for it: 07_training/11_gradients measures both.
@@ -174,12 +179,12 @@ def bmm_nt(
     "A product for each sequence of a batch"
     n, width = y.shape[1:]
     if is_slow_bf16(x):
-        return (x.float() @ y.float().mT).to(x.dtype)
+        return torch.bmm(x.float(), y.float().mT).to(x.dtype)
     trained = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     float32_on_cpu = x.dtype == torch.float32 and x.device.type == 'cpu'
     small = x.shape[1] * n * width < 2**20
-    if trained or small or not float32_on_cpu or not onednn_is_faster():
-        return x @ y.mT
+    if trained or small or not float32_on_cpu or not onednn_is_faster() or not is_eager(x):
+        return torch.bmm(x, y.mT)
     # Lengths change from step to step and are cut; widths stay, and cutting them would copy all
     # rows.
     by_rows = y.stride(-1) == 1

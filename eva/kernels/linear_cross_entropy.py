@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_LOGITS', 'GRADIENT_ROWS', 'plain_linear_cross_entropy', 'softmax_minus_one_hot', 'add_outer_products',
-           'LinearCrossEntropy', 'AccumulateInFloat32', 'checkpointed_cross_entropy', 'linear_cross_entropy']
+           'LinearCrossEntropy', 'AccumulateInFloat32', 'checkpointed_cross_entropy', 'linear_cross_entropy',
+           'traced_cross_entropy']
 
 # %% ../../nbs/12_kernels/06_linear_cross_entropy.ipynb #48913d1e
 from typing import cast
@@ -25,6 +26,7 @@ from eva.kernels.linear import (
     use_onednn,
 )
 from .private import backward_keeps_graph
+from .tracing import has_readable_values, is_eager
 
 # %% ../../nbs/12_kernels/06_linear_cross_entropy.ipynb #aa572dbd
 def plain_linear_cross_entropy(
@@ -176,6 +178,8 @@ def linear_cross_entropy(
         len(head) if isinstance(head, Tensor) else getattr(head, 'out_features', MAX_LOGITS)
     )
     chunk = chunk or max(64, min(512, MAX_LOGITS // vocab_size // 64 * 64))
+    if not is_eager(h):
+        return traced_cross_entropy(h, head, targets, ignore_index)
     counted = targets != ignore_index
     if not counted.all():  # nothing is computed for the others
         h = h[counted]
@@ -190,9 +194,21 @@ def linear_cross_entropy(
     return LinearCrossEntropy.apply(h, weight, targets, chunk)
 
 # %% ../../nbs/12_kernels/06_linear_cross_entropy.ipynb #0f0dd343
+def traced_cross_entropy(
+    h: Tensor,  # states (tokens, hidden_size)
+    head: nn.Module | Tensor,  # the head, or the weight of a plain one (vocab_size, hidden_size)
+    targets: Tensor,  # right tokens (tokens,)
+    ignore_index: int,  # a target that does not count
+) -> Tensor:  # summed loss in nats, float32 at least
+    "Return the summed cross-entropy by its definition, for a compiler to cut into pieces"
+    logits = F.linear(h, head) if isinstance(head, Tensor) else head(h)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction='sum')
+
+
 def _check_targets(targets, vocab_size, ignore_index):
-    "Refuse tokens outside of the vocabulary; on a GPU looking would wait for all work before it"
-    if targets.device.type != 'cpu' or not len(targets):
+    "Refuse tokens outside of the vocabulary"
+    if not has_readable_values(targets) or not len(targets):
         return
     if not 0 <= targets.min() <= targets.max() < vocab_size:
         raise ValueError(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tracing import has_readable_values, is_eager
+
 # %% ../../nbs/12_kernels/04_permutation.ipynb #e8355cec
 def plain_permute_indices(
     indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
@@ -31,8 +33,9 @@ def check_expert_ids(
     experts: int,  # how many there are
 ):
     "Raise a `ValueError` for an expert that does not exist"
-    # On CUDA asking would wait for the device.
-    if flat.device.type == 'cpu' and len(flat) and not 0 <= flat.min() <= flat.max() < experts:
+    if not has_readable_values(flat):
+        return
+    if len(flat) and not 0 <= flat.min() <= flat.max() < experts:
         raise ValueError(
             f'indices from {flat.min()} to {flat.max()}: must '
             f'lie in 0..{experts - 1}, the experts there are'
@@ -50,7 +53,8 @@ def layout(
     flat = indices.flatten()
     check_expert_ids(flat, experts)
     order = flat.argsort(stable=True)
-    count = torch.bincount(flat, minlength=experts)
+    # Not `bincount`, which asks for the largest number: a device would wait, and a compiler stop.
+    count = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
     filled_up = (count + multiple - 1) // multiple * multiple
     offsets = filled_up.cumsum(0)
     # By how much rounding up moves the rows of each expert.
@@ -145,6 +149,8 @@ def permute(
     inverse_permutation: Tensor,  # row of each choice (tokens, num_experts_per_tok)
 ) -> Tensor:  # (rows, features)
     "Copy tokens into rows sorted by expert"
+    if not is_eager(x):
+        return plain_permute(x, token_index)
     return Permute.apply(x, token_index, inverse_permutation)
 
 
@@ -153,6 +159,8 @@ def unpermute(
     inverse_permutation: Tensor,  # row of each choice (tokens, num_experts_per_tok)
 ) -> Tensor:  # (tokens, num_experts_per_tok, features)
     "Fetch the rows of each token's choices"
+    if not is_eager(y):
+        return plain_unpermute(y, inverse_permutation)
     return Unpermute.apply(y, inverse_permutation)
 
 
@@ -162,6 +170,8 @@ def unpermute_sum(
     inverse_permutation: Tensor,  # row of each choice (tokens, num_experts_per_tok)
 ) -> Tensor:  # (tokens, features)
     "Fetch the rows of each token's choices and add them up"
+    if not is_eager(y):
+        return plain_unpermute_sum(y, inverse_permutation)
     return UnpermuteSum.apply(y, token_index, inverse_permutation)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .linear import product
+from .tracing import is_eager
 
 # %% ../../nbs/12_kernels/05_swiglu.ipynb #215a7d15
 def plain_gated_activation(
@@ -59,6 +60,8 @@ def gated_activation(
     act: Callable[[Tensor], Tensor],  # the activation
 ) -> Tensor:  # (rows, width)
     "Return the activated gate times the up part times the factor, keeping only what it was given"
+    if not is_eager(gate_up):
+        return plain_gated_activation(gate_up, factor, act)
     # One route for every device and type: what is kept falls from five tensors to two (printed in
     # 12_kernels/05_swiglu).
     return GatedActivation.apply(gate_up, factor, act)
@@ -76,6 +79,7 @@ def is_decode_step(
         indices.numel() <= MAX_DECODE_CHOICES
         and x.device.type == 'cpu'
         and not torch.is_grad_enabled()
+        and is_eager(x)
     )
 
 # %% ../../nbs/12_kernels/05_swiglu.ipynb #b4b6d8d3

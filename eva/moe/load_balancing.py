@@ -168,7 +168,9 @@ class ExpertLoadTracker:
         self.routings: list[Routing] = []  # of the forward passes since the last loss
 
     def _see(self, name, routing):
-        chosen = torch.bincount(routing.indices.flatten(), minlength=routing.scores.shape[-1])
+        indices = routing.indices.flatten()
+        chosen = indices.new_zeros(routing.scores.shape[-1])
+        chosen = chosen.scatter_add_(0, indices, torch.ones_like(indices))
         self.count[name] = self.count.get(name, 0) + chosen
         if torch.is_grad_enabled() and routing.scores.requires_grad:
             self.routings.append(routing)

@@ -72,7 +72,7 @@ def span_loss(
     apart: bool,  # may tokens not look into other documents?
 ) -> float:  # nats
     "Return the summed loss of the scored tokens of some windows"
-    device = model.lm_head.weight.device
+    device = model.device
     _, scored = spans[0].sizes
     windows = np.stack([stream.tokens[span.start : span.end + 1] for span in spans])
     tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
