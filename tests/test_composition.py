@@ -222,14 +222,14 @@ def factors(features):
 def add_hook(model, name):
     layer = model.get_submodule(name)
     scale = factors(layer.out_features)
-    layer.register_forward_hook(lambda module, args, out: scale * out)
+    layer.register_forward_hook(lambda module, args, out: scale.to(out.device) * out)
     return scale[:, None] * layer.weight
 
 
 def add_pre_hook(model, name):
     layer = model.get_submodule(name)
     scale = factors(layer.in_features)
-    layer.register_forward_pre_hook(lambda module, args: (scale * args[0],))
+    layer.register_forward_pre_hook(lambda module, args: (scale.to(args[0].device) * args[0],))
     return scale * layer.weight
 
 

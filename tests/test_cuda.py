@@ -19,16 +19,20 @@ pytestmark = [
 
 
 def test_one_function_on_both_machines():
+    """In float64, up to the cosines and sines
+
+    They are float32 in every model, and two libraries may differ in their last two bits: 2.4e-7.
+    """
     torch.manual_seed(0)
     model = DeepSeekV3(Config.from_preset('mini')).double().eval()
     ids = torch.randint(4096, (2, 200))
     with torch.no_grad():
         want = model(ids)
         model.cuda()
-        assert_close(model(ids.cuda()).cpu(), want, atol=1e-9, rtol=1e-9)
+        assert_close(model(ids.cuda()).cpu(), want, atol=2.4e-7, rtol=2.4e-7)
         cache = LatentCache(model.cfg, 2, 200, dtype=torch.float64, device='cuda')
         parts = torch.cat([model(c, cache) for c in ids.cuda().split([150, 49, 1], 1)], 1)
-    assert_close(parts.cpu(), want, atol=1e-9, rtol=1e-9)
+        assert_close(parts, model(ids.cuda()), atol=1e-9, rtol=1e-9)
 
 
 def test_losses_and_gradients():
@@ -61,13 +65,10 @@ def test_backends_agree_with_emulation(backend, recipe):
     out = {}
     for b in ('emulate', backend):
         torch.manual_seed(0)
-        model = convert(
-            DeepSeekV3(Config.from_preset('mini', num_hidden_layers=2, num_nextn_predict_layers=0))
-            .cuda()
-            .bfloat16(),
-            recipe,
-            b,
-        )
+        # Every expert is chosen: a choice that turns over is no rounding of a number.
+        sizes = dict(num_hidden_layers=2, num_nextn_predict_layers=0, num_experts_per_tok=8)
+        model = DeepSeekV3(Config.from_preset('mini', **sizes)).cuda().bfloat16()
+        convert(model, recipe, b)
         tokens = torch.randint(4096, (2, 257), device='cuda')
         loss = model.losses(tokens)[0]
         loss.backward()
@@ -77,8 +78,10 @@ def test_backends_agree_with_emulation(backend, recipe):
         )
     (a, ga), (b, gb) = out.values()
     assert abs(a - b) < 0.01 * a
-    for n in ga:
-        assert snr_db(ga[n], gb[n]) > 10, n  # routing may differ for a few tokens
+    ratios = {n: snr_db(ga[n], gb[n]) for n in ga}
+    print(f'{recipe}, {backend}: from {min(ratios.values()):.1f} dB')
+    # Two neighbours in eight bits lie 2^-3 apart, and a value between them may go either way.
+    assert min(ratios.values()) > 10, min(ratios, key=ratios.get)
 
 
 def test_training_in_eight_bits(tmp_path):

@@ -74,7 +74,8 @@ def block_scale(
     pow2: bool = False,  # round up to a power of two?
 ) -> Tensor:  # same shape, float32
     "Return the scale that brings each block to the end of the format; 1 for a block of zeros"
-    scale = amax.float() / limit
+    # By a tensor: by a number a GPU multiplies with the reciprocal, which may be one bit off.
+    scale = amax.float() / torch.full_like(amax, limit, dtype=torch.float32)
     if pow2:
         scale = round_up_to_pow2(scale)
     return torch.where(scale == 0, 1.0, scale)

@@ -21,7 +21,7 @@ def load_metrics(
     load: Tensor,  # tokens per expert (..., experts)
 ) -> dict[str, Tensor]:  # figure -> Tensor (...), utilisation (..., experts)
     "Return utilisation, variance, balance score, entropy ratio and violation of a load"
-    load = load.double()
+    load = load.cpu().double()  # Apple's GPU has no float64
     total = load.sum(-1, keepdim=True)
     if (total == 0).any():
         raise ValueError('a layer has no tokens yet: run the model before reading its load')
