@@ -112,10 +112,9 @@ def metric_warnings(
             continue
         usual = max(median(before), 1 if kind == 'overflow' else 0)
         if value > factor * usual:
-            warnings.append(
-                f'{start} {layer} is {value:.3g}, {value / usual:.1f} '
-                f'times its median of the last {len(before)} steps'
-            )
+            measure = f'its median of the last {len(before)} steps'
+            judged = f'{value / usual:.1f} times {measure}' if usual else f'where {measure} is 0'
+            warnings.append(f'{start} {layer} is {value:.3g}, {judged}')
     return warnings
 
 # %% ../../nbs/07_training/11_gradients.ipynb #5f0c7b17
