@@ -26,8 +26,8 @@ def transformers_moe(moe):  # a MoE without shared experts
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
     except ImportError:
         return None
-    about = DeepseekV3Config(**moe.gate.cfg.to_dict() | dict(n_shared_experts=1))
-    about._experts_implementation = 'grouped_mm'
+    fields = dict(n_shared_experts=1, experts_implementation='grouped_mm')
+    about = DeepseekV3Config(**moe.gate.cfg.to_dict() | fields)
     peer = DeepseekV3MoE(about).to(moe.gate.weight)
     peer.register_module('shared_experts', Nothing())
     with torch.no_grad():
