@@ -20,7 +20,7 @@ import pytest
 import torch
 from sizes import TINY
 
-from eva.benchmarks.harness import Line
+from eva.benchmarks.harness import BenchResult
 from eva.benchmarks.harness import run as bench
 from eva.checkpoints.pretrained import save_pretrained
 from eva.cli import main as cli
@@ -61,9 +61,9 @@ Config.from_preset = lambda name, **kw: preset(name, **({TINY!r} if name == 'min
 KINDS = ['file', 'folder', 'link to a file', 'link to a folder', 'link to nothing', 'pipe']
 
 
-def quickly():
+def bench_quickly():
     "What eva_bench measures here"
-    return [Line('quickly', 'ms', 1.0, {'peer': 2.0}, {'peer': 2.0})]
+    return [BenchResult('quickly', 'ms', 1.0, {'peer': 2.0}, {'peer': 2.0})]
 
 
 @pytest.fixture

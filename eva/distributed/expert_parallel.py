@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIT_NOW', 'dispatch_plan', 'slot_table', 'gather_rows', 'gather', 'all_to_all', 'AllToAll', 'compute_held',
-           'check_expert_ids', 'ExpertParallel', 'parallelize_experts', 'to_each_rank', 'collective_bytes',
-           'CommTracker', 'shutdown', 'failure', 'torchrun']
+           'ExpertParallel', 'parallelize_experts', 'to_each_rank', 'collective_bytes', 'CommTracker', 'shutdown',
+           'failure', 'torchrun']
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #8354e084
 import json
@@ -34,7 +34,7 @@ from eva.distributed.private import (
     process_group_of,
 )
 from ..kernels.grouped_linear import grouped_linear
-from ..kernels.permutation import Permute, Unpermute
+from ..kernels.permutation import Permute, Unpermute, check_expert_ids
 from ..moe.experts import Experts
 from ..training.optimizer import local
 
@@ -143,20 +143,6 @@ def compute_held(
     return gather(y * factors[row, slot].to(y.dtype)[:, None], table)
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #3e93fbda
-def check_expert_ids(
-    indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
-    count: int,  # experts of all ranks
-):
-    "Refuse experts that no rank has; on a GPU looking would wait for the device"
-    if indices.device.type != 'cpu' or not len(indices):
-        return
-    if not 0 <= indices.min() <= indices.max() < count:
-        raise ValueError(
-            f'indices from {indices.min()} to {indices.max()}: '
-            f'must lie in 0..{count - 1}, the experts of all ranks'
-        )
-
-
 class ExpertParallel(Experts):
     "Stacked experts of which each rank holds a stretch; tokens travel to them and back"
 

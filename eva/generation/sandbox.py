@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PRODUCT_SIZE', 'MAX_RENDERERS', 'WORKER_CODE', 'KEPT_ENVIRONMENT', 'RENDER_PROCESS', 'check_product', 'to_json',
            'sandbox', 'Renderer', 'template_error_message', 'address_space', 'resource_limits', 'render', 'serve',
-           'start_process', 'exchange', 'end_process', 'RenderProcess']
+           'start_process', 'exchange', 'end_process', 'ending_message', 'RenderProcess']
 
 # %% ../../nbs/08_generation/09_sandbox.ipynb #c50a3870
 import json
@@ -274,6 +274,16 @@ def end_process(
             with suppressed(OSError):  # what was written has no reader any more
                 pipe.close()
 
+# %% ../../nbs/08_generation/09_sandbox.ipynb #2b20d2e7
+def ending_message(
+    code: int,  # with which the process ended
+    request: dict,  # that it was to answer
+) -> str:
+    "Say why a process ended that was to render a template"
+    if -code in (signal.SIGPROF, signal.SIGALRM):
+        return f'takes longer than {request["seconds"]:g} seconds'
+    return f'ended the process that rendered it (code {code}), as without memory'
+
 # %% ../../nbs/08_generation/09_sandbox.ipynb #241cf43c
 class RenderProcess:
     "A process that renders templates; one that ended is replaced at the next request"
@@ -322,9 +332,7 @@ class RenderProcess:
                 return json.loads(said)
             code = process.wait()
             self.stop()
-        if -code in (signal.SIGPROF, signal.SIGALRM):
-            return dict(error=f'takes longer than {request["seconds"]:g} seconds')
-        return dict(error=f'ended the process that rendered it (code {code}), as without memory')
+        return dict(error=ending_message(code, request))
 
-
+# %% ../../nbs/08_generation/09_sandbox.ipynb #e9bda0cd
 RENDER_PROCESS = RenderProcess()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALE', 'STATES', 'training_state_bytes', 'selective_activations', 'norm_bytes', 'all_activations',
-           'block_activations', 'activation_bytes', 'blocks_of', 'add_states', 'stage_memory', 'stages_on', 'memory',
+           'block_activations', 'activation_bytes', 'block_kinds', 'add_states', 'stage_memory', 'stages_on', 'memory',
            'expected_devices', 'devices_visited', 'routing_traffic', 'ring', 'zero_traffic', 'communication_bytes']
 
 # %% ../../nbs/11_planner/02_memory.ipynb #63bb74cf
@@ -131,7 +131,7 @@ def activation_bytes(
     return sum(sum(block_activations(cfg, o, precision, recompute).values()) for o in kinds)
 
 # %% ../../nbs/11_planner/02_memory.ipynb #0f8eff94
-def blocks_of(
+def block_kinds(
     cfg: Config,  # the model
     stage: list[str],  # pieces
 ) -> list[str]:  # dense or moe for each
@@ -184,7 +184,7 @@ def stage_memory(
         'mtp': 8 * cfg.hidden_size,
         'embedding': 8,
     }
-    kept = activation_bytes(cfg, blocks_of(cfg, stage), lay.precision, lay.recompute)
+    kept = activation_bytes(cfg, block_kinds(cfg, stage), lay.precision, lay.recompute)
     kept += sum(extra.get(o, 0) for o in stage)
     return out | dict(activations=kept * lay.tokens * in_flight)
 

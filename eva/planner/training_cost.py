@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config import Config
 from .layout import GPUS, Layout
-from .memory import activation_bytes, blocks_of, communication_bytes, memory
+from .memory import activation_bytes, block_kinds, communication_bytes, memory
 from eva.planner.schedules import (
     bubble_seconds,
     operations_of,
@@ -76,7 +76,7 @@ def product_seconds(
         (cfg.q_lora_rank or 0) * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
         + cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
     )
-    blocks = len(blocks_of(cfg, stage))
+    blocks = len(block_kinds(cfg, stage))
     return products, core, 2 * lay.tokens * up * blocks / lay.tp / low_rate
 
 
@@ -106,7 +106,7 @@ def stage_seconds(
     sent: dict[str, float],  # from `communication_bytes`
 ) -> dict[str, dict[str, float]]:  # operation -> part -> seconds for one micro-batch
     "Return how long a stage computes and communicates: F, I and W"
-    blocks = blocks_of(cfg, stage)
+    blocks = block_kinds(cfg, stage)
     products, core, up = product_seconds(cfg, lay, gpu, a, stage)
     way, tensor = exchange_seconds(lay, gpu, a, blocks, sent)
     every = lay.tokens * activation_bytes(cfg, blocks, lay.precision, 'none')
@@ -204,7 +204,7 @@ def plan(
         gpu=gpu,
         layout=asdict(lay) | dict(dp=lay.dp, micro_batches=lay.micro_batches),
         assumptions=asdict(a),
-        stages=[len(blocks_of(cfg, stage)) for stage in stages(cfg, lay.pp, lay.seq)],
+        stages=[len(block_kinds(cfg, stage)) for stage in stages(cfg, lay.pp, lay.seq)],
         memory=fullest,
         memory_total=sum(fullest.values()),
         fits=sum(fullest.values()) <= GPUS[gpu].memory,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WATCHED_METRICS', 'MAX_SAVED_WARNINGS', 'layer_of', 'numbered_layers', 'gradient_norms', 'output_figures',
            'take_overflow', 'metric_warnings', 'step_warnings', 'to_json_number', 'from_json_number', 'read_rows',
-           'GradientMonitor']
+           'check_monitor_settings', 'layer_outputs', 'read_monitor_state', 'GradientMonitor']
 
 # %% ../../nbs/07_training/11_gradients.ipynb #06388e32
 import math
@@ -112,10 +112,9 @@ def metric_warnings(
             continue
         usual = max(median(before), 1 if kind == 'overflow' else 0)
         if value > factor * usual:
-            warnings.append(
-                f'{start} {layer} is {value:.3g}, {value / usual:.1f} '
-                f'times its median of the last {len(before)} steps'
-            )
+            measure = f'its median of the last {len(before)} steps'
+            judged = f'{value / usual:.1f} times {measure}' if usual else f'where {measure} is 0'
+            warnings.append(f'{start} {layer} is {value:.3g}, {judged}')
     return warnings
 
 # %% ../../nbs/07_training/11_gradients.ipynb #5f0c7b17
@@ -179,6 +178,46 @@ def read_rows(
                 raise ValueError(f'{kind} of a layer is not a number')
     return steps, rows
 
+# %% ../../nbs/07_training/11_gradients.ipynb #f9293451
+def check_monitor_settings(
+    window: int,  # steps whose median is the measure
+    factor: float,  # how many times that is too much
+    quiet: int,  # steps before the first warning
+):
+    "Refuse settings of a monitor with which it could not judge"
+    if not (isinstance(window, int) and window > 0 and isinstance(quiet, int) and quiet > 0):
+        raise ValueError(f'window={window!r}, quiet={quiet!r}: must be positive numbers of steps')
+    if quiet > window:
+        raise ValueError(
+            f'quiet={quiet}: cannot exceed window={window}, the steps that are looked at'
+        )
+    if not factor > 1:
+        raise ValueError(f'factor={factor}: must exceed 1, or every step is a warning')
+
+
+def layer_outputs(
+    seen: dict[str, tuple[Tensor, Tensor]],  # layer -> of `output_figures`
+) -> dict[str, dict[str, float]]:  # two of the figures of a step
+    "Return the largest magnitudes and the counts of values that are not finite, as numbers"
+    return dict(
+        largest={name: largest.item() for name, (largest, _) in seen.items()},
+        not_finite={name: bad.item() for name, (_, bad) in seen.items()},
+    )
+
+
+def read_monitor_state(
+    state: dict,  # from `GradientMonitor.state_dict`
+) -> tuple[int, list[dict[str, Any]], list[str]]:  # steps, rows, warnings
+    "Return what a monitor had seen, or say that it cannot be read"
+    try:
+        steps, rows = read_rows(state)
+        return steps, rows, [str(warning) for warning in state['warnings']]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+        raise ValueError(
+            f'the memory of the monitor cannot be read ({e}); '
+            'remove the checkpoint to go on from an older one'
+        ) from None
+
 # %% ../../nbs/07_training/11_gradients.ipynb #5f0c7b15
 class GradientMonitor:
     "Watches gradients and activations layer by layer, and warns before the loss does"
@@ -190,16 +229,7 @@ class GradientMonitor:
         factor: float = 5.0,  # how many times that is too much
         quiet: int = 8,  # steps before the first warning
     ):
-        if not (isinstance(window, int) and window > 0 and isinstance(quiet, int) and quiet > 0):
-            raise ValueError(
-                f'window={window!r}, quiet={quiet!r}: must be positive numbers of steps'
-            )
-        if quiet > window:
-            raise ValueError(
-                f'quiet={quiet}: cannot exceed window={window}, the steps that are looked at'
-            )
-        if not factor > 1:
-            raise ValueError(f'factor={factor}: must exceed 1, or every step is a warning')
+        check_monitor_settings(window, factor, quiet)
         self.model = model
         self.window = window
         self.factor = factor
@@ -248,14 +278,8 @@ class GradientMonitor:
         if grads is None:
             grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         self.steps += 1
-        row: dict[str, Any] = dict(
-            step=self.steps,
-            loss=float(loss),
-            grad_norm=gradient_norms(grads),
-            largest={name: largest.item() for name, (largest, _) in self.seen.items()},
-            not_finite={name: bad.item() for name, (_, bad) in self.seen.items()},
-            overflow=take_overflow(self.model),
-        )
+        row = dict(step=self.steps, loss=float(loss), grad_norm=gradient_norms(grads))
+        row |= layer_outputs(self.seen) | dict(overflow=take_overflow(self.model))
         warnings = step_warnings(row, self.rows[-self.window :], self.factor, self.quiet)
         self.seen = {}
         self.rows.append(row)
@@ -272,15 +296,7 @@ class GradientMonitor:
         state: dict | None,  # from `state_dict`; None: as if no step had been seen
     ) -> None:
         "Go on where another monitor stood; rows before those that were saved stay"
-        state = state or dict(steps=0, rows=[], warnings=[])
-        try:
-            steps, rows = read_rows(state)
-            warnings = [str(warning) for warning in state['warnings']]
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
-            raise ValueError(
-                f'the memory of the monitor cannot be read ({e}); '
-                'remove the checkpoint to go on from an older one'
-            ) from None
+        steps, rows, warnings = read_monitor_state(state or dict(steps=0, rows=[], warnings=[]))
         self.rows = [row for row in self.rows if row['step'] <= steps - len(rows)] + rows
         self.steps = steps
         self.warnings = warnings

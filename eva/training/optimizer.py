@@ -104,7 +104,7 @@ def load_memory(
     if found:
         optimizer.state[p] = {k: v.view_as(p) if v.dim() else v for k, v in found.items()}
 
-
+# %% ../../nbs/07_training/02_optimizer.ipynb #25b93b5b
 def load_masters(
     masters: dict[str, nn.Parameter],  # by name, changed in place
     saved: dict[str, Tensor],  # from `MixedPrecisionOptimizer.state_dict`

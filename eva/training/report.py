@@ -25,49 +25,61 @@ def balance_summary(
     return load_metrics(torch.tensor(good).sum(0))
 
 # %% ../../nbs/07_training/14_report.ipynb #85166b8e
+def _draw_loss(ax, good: list[dict], million_tokens: np.ndarray):
+    "The training loss, smoothed, and that of the token after"
+    loss = np.array([r['loss'] for r in good])
+    window = max(1, len(loss) // 50)
+    kernel = np.ones(window) / window
+    x = million_tokens[window - 1 :]
+    ax.plot(million_tokens, loss, color='C0', alpha=0.25, lw=0.8)
+    ax.plot(x, np.convolve(loss, kernel, 'valid'), color='C0', label='next token')
+    if 'mtp_loss' in good[-1]:
+        ahead = np.convolve([r['mtp_loss'] for r in good], kernel, 'valid')
+        ax.plot(x, ahead, '--', color='C1', label='the token after (MTP)')
+    ax.set(xlabel='million tokens', ylabel='training loss, nats per token', title='Loss')
+    ax.legend()
+
+
+def _draw_held_out(ax, good: list[dict], baselines: dict, final: float | None):
+    "Estimates on the way, the figure at the end, and figures to compare with"
+    found = [(r['tokens'] / 1e6, r['val_bits_per_byte']) for r in good if 'val_bits_per_byte' in r]
+    if found:
+        ax.plot(*zip(*found), 'o-', ms=3, label='held out, estimate')
+    if final is not None:
+        end = good[-1]['tokens'] / 1e6
+        ax.plot(end, final, '*', ms=12, color='C3', label=f'held out, all: {final:.3f}')
+    for (name, bits), style in zip(baselines.items(), (':', '-.', '--')):
+        ax.axhline(bits, ls=style, color='grey', label=f'{name}: {bits:.3f}')
+
+# %% ../../nbs/07_training/14_report.ipynb #f751e16a
 def plot_run(
     rows: list[dict],  # lines of metrics.jsonl
     path: Path,  # the picture
     baselines: dict | None = None,  # name -> bits per byte
     final: float | None = None,  # bits per byte at the end, over all held-out tokens
-    optimum: float
-    | None = None,  # of a task, bits per token; then all of the above is bits per token too
+    # of a task, bits per token; then all of the above is bits per token too
+    optimum: float | None = None,
 ):
     "Draw loss, held-out bits per byte and expert load"
     from matplotlib.figure import Figure
 
-    unit, what = ('bits per byte', 'text') if optimum is None else ('bits per token', 'documents')
     good = [r for r in rows if not r.get('skipped')]
     if not good:
         raise ValueError('no finished step in these metrics: nothing to draw')
     load = torch.tensor([r['expert_load'] for r in good if r['expert_load']], dtype=torch.float)
     layers = load.shape[1] if load.numel() else 0
+    heights = [4, 1.3 * layers] if layers else [4]
     fig = Figure(figsize=(10, 4 + 1.2 * layers), layout='constrained')
-    top, *below = fig.subfigures(
-        2 if layers else 1, 1, height_ratios=[4, 1.3 * layers] if layers else None, squeeze=False
-    )[:, 0]
+    top, *below = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     left, right = top.subplots(1, 2)
-    x = np.array([r['tokens'] for r in good]) / 1e6
-    y = np.array([r['loss'] for r in good])
-    k = max(1, len(y) // 50)
-    smooth = np.convolve(y, np.ones(k) / k, 'valid')
-    left.plot(x, y, color='C0', alpha=0.25, lw=0.8)
-    left.plot(x[k - 1 :], smooth, color='C0', label='next token')
-    if 'mtp_loss' in good[-1]:
-        m = np.convolve([r['mtp_loss'] for r in good], np.ones(k) / k, 'valid')
-        left.plot(x[k - 1 :], m, '--', color='C1', label='the token after (MTP)')
-    left.set(xlabel='million tokens', ylabel='training loss, nats per token', title='Loss')
-    left.legend()
-    val = [(r['tokens'] / 1e6, r['val_bits_per_byte']) for r in good if 'val_bits_per_byte' in r]
-    if val:
-        right.plot(*zip(*val), 'o-', ms=3, label='held out, estimate')
-    if final is not None:
-        right.plot(x[-1], final, '*', ms=12, color='C3', label=f'held out, all: {final:.3f}')
-    for (name, b), style in zip((baselines or {}).items(), (':', '-.', '--')):
-        right.axhline(b, ls=style, color='grey', label=f'{name}: {b:.3f}')
-    if optimum is not None:
+    _draw_loss(left, good, np.array([r['tokens'] for r in good]) / 1e6)
+    _draw_held_out(right, good, baselines or {}, final)
+    if optimum is None:
+        right.set(ylabel='bits per byte', title='Held-out text')
+    else:
         right.axhline(optimum, color='C2', lw=1.5, label=f'optimum: {optimum:.3f}')
-    right.set(xlabel='million tokens', ylabel=unit, title=f'Held-out {what}')
+        right.set(ylabel='bits per token', title='Held-out documents')
+    right.set_xlabel('million tokens')
     right.legend(fontsize=8)
     if layers:
         _draw_load(below[0], load)

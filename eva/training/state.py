@@ -82,7 +82,7 @@ def check_settings(
     for name, now in settings.items():
         assert_same_config(path, state.get(name, {}), now, defaults.get(name, {}))
 
-
+# %% ../../nbs/07_training/08_state.ipynb #58f9fb36
 def read_counters(
     path: Path,  # of the checkpoint, for the message
     state: dict,  # from its state.json
