@@ -141,11 +141,8 @@ def _check_tokens(cfg: 'Config', need: Need):
     kinds = 'an integer, 0 or more, or null'
     _check_token_ids(cfg, need, 'bos_token_id', starts, kinds)
     pad = cfg.pad_token_id  # some files say -1 where there is none
-    need(
-        pad is None or is_int(pad) and -1 <= pad < cfg.vocab_size,
-        'pad_token_id',
-        f'must be null or a token below vocab_size={cfg.vocab_size}',
-    )
+    is_known = pad is None or is_int(pad) and -1 <= pad < cfg.vocab_size
+    need(is_known, 'pad_token_id', f'must be null or a token below vocab_size={cfg.vocab_size}')
 
 # %% ../nbs/01_foundations/02_config.ipynb #b7ac1455
 def _check_yarn(settings: dict, need: Need):
@@ -188,16 +185,10 @@ def _check_rope(cfg: 'Config', need: Need):
         return
     need(isinstance(settings, dict), name, 'must be None or a dictionary of YaRN settings')
     _check_yarn(settings, need)
-    need(
-        settings.get('rope_theta', cfg.rope_theta) == cfg.rope_theta,
-        name,
-        f'has another rope_theta than the field beside it, {cfg.rope_theta!r}',
-    )
-    need(
-        settings.get('partial_rotary_factor', 1) == 1,
-        name,
-        'partial_rotary_factor must be 1; these models rotate qk_rope_head_dim features',
-    )
+    expected = f'has another rope_theta than the field beside it, {cfg.rope_theta!r}'
+    need(settings.get('rope_theta', cfg.rope_theta) == cfg.rope_theta, name, expected)
+    expected = 'partial_rotary_factor must be 1; these models rotate qk_rope_head_dim features'
+    need(settings.get('partial_rotary_factor', 1) == 1, name, expected)
 
 
 def _check_names(changes: dict[str, Any]):
