@@ -16,7 +16,7 @@ import pytest
 import torch
 from sizes import TINY
 
-from eva.cli.main import eva_train
+from eva.cli.train import eva_train
 from eva.config import Config
 from eva.data.decode import Document
 from eva.data.text import TokenStream, write_tokens
