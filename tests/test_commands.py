@@ -215,7 +215,7 @@ def finished(tmp_path_factory):
         name: STARTED[name] for name in ('steps', 'seq_len', 'batch_size', 'precision', 'data')
     }
     with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Config, 'preset', lambda name, **kw: preset(name, **TINY | kw))
+        patch.setattr(Config, 'from_preset', lambda name, **kw: preset(name, **TINY | kw))
         (root / 'lines').mkdir()
         rows = [f'def f{i}(x):\n    return x + {i}\n' * 6 for i in range(200)]
         (root / 'lines' / 'a.jsonl').write_text(

@@ -58,7 +58,7 @@ def eva_convert(
     args = convert_parser().parse_args(argv)
     return guarded('eva_convert', lambda: _convert_with_bar(args))
 
-
+# %% ../../nbs/15_cli/11_convert.ipynb #484e1289
 def _convert_with_bar(
     args: argparse.Namespace,  # from convert_parser
 ) -> int:  # exit code

@@ -89,7 +89,7 @@ def _add_sampling(
         help='above 1 makes tokens less likely that have been seen (default: 1)',
     )
 
-
+# %% ../../nbs/15_cli/10_generate.ipynb #1e15872b
 def _add_course(
     p: argparse.ArgumentParser,  # of eva_generate
 ) -> None:
@@ -133,7 +133,7 @@ def eva_generate(
 
     return guarded('eva_generate', work)
 
-
+# %% ../../nbs/15_cli/10_generate.ipynb #2ec3ba00
 def _speak(
     args: argparse.Namespace,  # from generate_parser
 ) -> int | None:  # exit code

@@ -141,7 +141,7 @@ def open_run(
         found.about['arguments'] = given_arguments(args)
     return found, exists
 
-
+# %% ../../nbs/15_cli/07_run_folder.ipynb #745ee0c9
 def open_run_on_ranks(
     args: argparse.Namespace,  # from train_parser
     say: Say,  # where messages go
@@ -239,7 +239,7 @@ def check_run_folder(
                 f'by Eva; move it away, or choose another folder'
             )
 
-
+# %% ../../nbs/15_cli/07_run_folder.ipynb #2a6e6055
 @contextmanager
 def hold_run_folder(
     args: argparse.Namespace,  # from train_parser

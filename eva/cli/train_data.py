@@ -38,7 +38,7 @@ class NewRun(NamedTuple):
     held_out: 'TokenStream'
     about: dict[str, Any]  # what run.json will say
 
-
+# %% ../../nbs/15_cli/06_train_data.ipynb #ca9d72c1
 def new_small_run(
     args: argparse.Namespace,  # from train_parser
     data: 'TrainingData',  # what --data says, looked through
