@@ -56,10 +56,11 @@ def write(shape, mb, root):
 
 write(shape, mb, root)
 
-import eva.cli.main as C
+import eva.cli.run_folder as C
 import eva.data.corpus
 import eva.data.text
 import eva.training.trainer
+from eva.cli.train_arguments import train_parser
 
 
 def peak():
@@ -68,7 +69,7 @@ def peak():
     )  # of this program alone
 
 
-args = C.train_parser().parse_args(
+args = train_parser().parse_args(
     ['--data', str(root), '--out', str(root.parent / 'out'), '--steps', '1', '--vocab_size', vocab]
 )
 before = peak()

@@ -14,7 +14,10 @@ from safetensors import SafetensorError
 from sizes import TINY
 
 from eva.checkpoints.files import SafetensorsFolder
-from eva.cli.main import eva_convert, eva_train, guarded, train_parser
+from eva.cli.common import guarded
+from eva.cli.convert import eva_convert
+from eva.cli.train import eva_train
+from eva.cli.train_arguments import train_parser
 from eva.config import Config
 from eva.training.checkpointing import checkpoints, read_metrics
 from eva.training.recovery import DivergedError
@@ -65,7 +68,7 @@ def test_a_streamed_run_is_killed(tmp_path, monkeypatch):
         [
             sys.executable,
             '-c',
-            'from eva.cli.main import eva_train; raise SystemExit(eva_train())',
+            'from eva.cli.train import eva_train; raise SystemExit(eva_train())',
             *SMALL,
             '--out',
             'killed',
@@ -212,7 +215,7 @@ def finished(tmp_path_factory):
         name: STARTED[name] for name in ('steps', 'seq_len', 'batch_size', 'precision', 'data')
     }
     with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Config, 'preset', lambda name, **kw: preset(name, **TINY | kw))
+        patch.setattr(Config, 'from_preset', lambda name, **kw: preset(name, **TINY | kw))
         (root / 'lines').mkdir()
         rows = [f'def f{i}(x):\n    return x + {i}\n' * 6 for i in range(200)]
         (root / 'lines' / 'a.jsonl').write_text(

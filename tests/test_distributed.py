@@ -380,7 +380,9 @@ def job(folder, *options, restarts=0):
     (folder / 'text.txt').write_text(
         'if x == 1: y = 2\nelse: y = 3\nfor i in range(10): print(i, x*y)\n' * 300
     )
-    (folder / 'go.py').write_text('import sys, eva.cli.main\nsys.exit(eva.cli.main.eva_train())\n')
+    (folder / 'go.py').write_text(
+        'import sys, eva.cli.train\nsys.exit(eva.cli.train.eva_train())\n'
+    )
     return subprocess.Popen(
         [*START, '--max-restarts', str(restarts), 'go.py', *TRAIN, '--out', 'run', *options],
         cwd=folder,

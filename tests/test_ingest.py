@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from eva.cli.main import new_run, train_parser
+from eva.cli.run_folder import new_run
+from eva.cli.train_arguments import train_parser
 from eva.data.decode import CHUNK_BYTES
 from eva.data.ingest import TrainingData
 
@@ -391,7 +392,7 @@ def test_memory_of_a_large_corpus(tmp_path, shape):
 STEP = r"""
 import json, re, sys, tempfile, torch
 from pathlib import Path
-from eva.cli.main import step_memory
+from eva.cli.train_memory import step_memory
 from eva.config import Config
 from eva.data.decode import Document
 from eva.data.tokenizer import train_tokenizer

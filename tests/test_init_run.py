@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from eva.checkpoints.pretrained import save_pretrained
-from eva.cli.main import eva_generate, eva_train
+from eva.cli.generate import eva_generate
+from eva.cli.train import eva_train
 from eva.config import Config
 from eva.data.conversations import CHAT_TEMPLATE as EVAS
 from eva.generation.chat_templates import ChatTemplate

@@ -23,9 +23,13 @@ from sizes import TINY
 from eva.benchmarks.harness import BenchResult
 from eva.benchmarks.harness import run as bench
 from eva.checkpoints.pretrained import save_pretrained
-from eva.cli import main as cli
-from eva.cli.main import RUN_FILES, RUN_FOLDERS, eva_bench, eva_convert, eva_generate, eva_train
+from eva.cli import run_folder, train
+from eva.cli.bench import eva_bench
+from eva.cli.convert import eva_convert
+from eva.cli.generate import eva_generate
 from eva.cli.plan import eva_plan
+from eva.cli.run_folder import RUN_FILES, RUN_FOLDERS
+from eva.cli.train import eva_train
 from eva.config import Config
 from eva.fileio.locks import FolderLock
 from eva.fileio.manifest import Manifest
@@ -177,8 +181,9 @@ def no_work(monkeypatch):
     def work(*args, **kwargs):
         raise AssertionError('the command began to work')
 
-    for name in ('new_run', 'old_run', 'start_model'):
-        monkeypatch.setattr(cli, name, work)
+    # each in the module that looks it up
+    for module, name in ((run_folder, 'new_run'), (run_folder, 'old_run'), (train, 'start_model')):
+        monkeypatch.setattr(module, name, work)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -471,7 +476,7 @@ def test_a_copied_run_goes_on(started, tmp_path, monkeypatch):
 START = [
     sys.executable,
     '-c',
-    SHRINK + 'from eva.cli.main import eva_train; raise SystemExit(eva_train())',
+    SHRINK + 'from eva.cli.train import eva_train; raise SystemExit(eva_train())',
 ]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from sizes import TINY
 
-from eva.cli.main import eva_train
+from eva.cli.train import eva_train
 from eva.config import Config
 from eva.data.decode import Document
 from eva.data.text import TokenStream, write_tokens
@@ -541,7 +541,7 @@ def sources(tmp_path, monkeypatch):
     "Data to train on, the smallest model there is, and everything imported that a child will need"
 
     preset = Config.from_preset
-    monkeypatch.setattr(Config, 'preset', lambda name, **kw: preset(name, **TINY | kw))
+    monkeypatch.setattr(Config, 'from_preset', lambda name, **kw: preset(name, **TINY | kw))
     monkeypatch.setenv('TOKENIZERS_PARALLELISM', 'false')  # its threads do not survive a fork
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'text').mkdir()
