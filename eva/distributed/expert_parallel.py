@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from eva.distributed.private import (
 )
 from ..kernels.grouped_linear import grouped_linear
 from ..kernels.permutation import Permute, Unpermute, check_expert_ids
-from ..moe.experts import Experts
+from ..moe.experts import Experts, MoE
 from ..training.optimizer import local
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #e333ac91
@@ -146,11 +146,24 @@ def compute_held(
 class ExpertParallel(Experts):
     "Stacked experts of which each rank holds a stretch; tokens travel to them and back"
 
-    act: Callable[[Tensor], Tensor]  # activation
-    group: dist.ProcessGroup  # ranks that share the layer
-    ranks: int  # how many they are
-    count: int  # experts of all of them
-    recompute: bool  # compute activations again in the backward pass?
+    def __init__(
+        self,
+        experts: Experts,  # all of them, the same on each rank
+        mesh: DeviceMesh,  # ranks to divide them among, one dimension
+        recompute: bool = False,  # compute activations again in the backward pass?
+    ):
+        nn.Module.__init__(self)  # the weights are those of `experts`
+        self.act = experts.act
+        self.group = mesh.get_group()
+        self.ranks = mesh.size()
+        self.count = len(experts.down_proj)
+        self.recompute = recompute
+        rank = mesh.get_local_rank()
+        held = slice(rank * self.count // self.ranks, (rank + 1) * self.count // self.ranks)
+        for name, p in experts.named_parameters(recurse=False):
+            here = p.data[held].clone()  # a view would keep all of them alive
+            part = DTensor.from_local(here, mesh, [Shard(0)], run_check=False)
+            self.register_parameter(name, nn.Parameter(part))
 
     def forward(
         self,
@@ -178,33 +191,19 @@ class ExpertParallel(Experts):
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #97116a7a
 def parallelize_experts(
-    experts: Experts,  # all of them, the same on each rank
-    mesh: DeviceMesh,  # ranks to divide them among, one dimension
+    layer: MoE,  # the same on each rank; changed in place
+    mesh: DeviceMesh,  # ranks to divide its experts among, one dimension
     recompute: bool = False,  # keep no activations of the experts?
 ):
-    """Keep this rank's stretch of a layer's experts, and send tokens to the others
-
-    The module stays the object that it is, with its names, and becomes an `ExpertParallel`.
-    """
-    count = len(experts.down_proj)
+    "Keep this rank's stretch of a layer's experts under their names, and send tokens to the others"
+    count = len(layer.experts.down_proj)
     ranks = mesh.size()
     if count % ranks:
         raise ValueError(
             f'ep={ranks}: cannot divide n_routed_experts={count} evenly; use one '
             f'of {", ".join(str(n) for n in range(1, count + 1) if count % n == 0)}'
         )
-    rank = mesh.get_local_rank()
-    held = slice(rank * count // ranks, (rank + 1) * count // ranks)
-    for name, p in list(experts.named_parameters(recurse=False)):
-        here = p.data[held].clone()  # a view would keep all of them alive
-        part = DTensor.from_local(here, mesh, [Shard(0)], run_check=False)
-        experts.register_parameter(name, nn.Parameter(part))
-    experts.__class__ = ExpertParallel
-    divided = cast(ExpertParallel, experts)
-    divided.group = mesh.get_group()
-    divided.ranks = ranks
-    divided.count = count
-    divided.recompute = recompute
+    layer.experts = ExpertParallel(layer.experts, mesh, recompute)
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #8401a99b
 def _nbytes(

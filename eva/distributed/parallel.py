@@ -171,7 +171,7 @@ class Parallel:
         blocks = blocks_of(model)
         for block in blocks:
             if self.ep > 1 and isinstance(block.mlp, MoE):
-                parallelize_experts(block.mlp.experts, self.mesh['ep'], self.recompute)
+                parallelize_experts(block.mlp, self.mesh['ep'], self.recompute)
         if self.recompute:
             checkpoint_activations(blocks)
         if self.fsdp and self.ranks > 1:
