@@ -386,7 +386,7 @@ def generate(
         def ours():
             at = [
                 time.perf_counter()
-                for _ in stream(model, ids, new, SamplingParams(0), context=context)
+                for _ in stream(model, ids, new, eos_token_id=None, context=context)
             ]
             return median([b - a for a, b in zip(at, at[1:])])
 
@@ -458,7 +458,14 @@ def drafts(
                 t = tallies[k] = GenerationStats()
                 for ids in prompts:
                     for _ in stream(
-                        model, ids.to(device), new, SamplingParams(temperature), k, seed=0, tally=t
+                        model,
+                        ids.to(device),
+                        new,
+                        SamplingParams(temperature),
+                        k,
+                        seed=0,
+                        eos_token_id=None,
+                        tally=t,
                     ):
                         pass
                 return t.seconds
