@@ -126,7 +126,8 @@ def test_generation_says_on_the_gpu_what_it_says_on_the_cpu(speculate):
     )
     ids = torch.randint(2, 200, (3, 9))
     mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] * 8 + [1]])
-    for how in (dict(temperature=0), dict(temperature=0.9, top_p=0.95, repetition_penalty=1.2)):
+    drawn = dict(do_sample=True, temperature=0.9, top_p=0.95, repetition_penalty=1.2)
+    for how in (dict(eos_token_id=None), dict(eos_token_id=None, **drawn)):
         want = generate(
             model.cpu(), ids, 20, seed=1, speculate=speculate, attention_mask=mask, **how
         )

@@ -359,7 +359,7 @@ def compare_drafts(precision, feature):
 
     def run(drafts, absorb, at_once=None):
         def write(model, ids, masks):
-            return generate(model, ids, max_new_tokens=5, temperature=0.0, speculate=drafts)
+            return generate(model, ids, max_new_tokens=5, eos_token_id=None, speculate=drafts)
 
         return switched(write, absorb, at_once)(model, ids[:, :4], {}).tolist()
 

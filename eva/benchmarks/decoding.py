@@ -206,7 +206,7 @@ def own_seconds(
     session: DecodingSession,  # with room for both
 ) -> float:  # seconds a token, the median
     "Return how long Eva takes for a new token"
-    tokens = stream(model, ids, new, SamplingParams(0), context=session)
+    tokens = stream(model, ids, new, eos_token_id=None, context=session)
     at = [time.perf_counter() for _ in tokens]
     return median([b - a for a, b in zip(at, at[1:])])
 
@@ -295,7 +295,8 @@ def drafted_seconds(
     stats = GenerationStats()
     params = SamplingParams(temperature)
     for ids in prompts:
-        for _ in stream(model, ids, new, params, drafts, seed=0, tally=stats):
+        options = dict(seed=0, eos_token_id=None, tally=stats)
+        for _ in stream(model, ids, new, params, drafts, **options):
             pass
     return stats
 

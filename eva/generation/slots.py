@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SlotTable', 'token_positions', 'track_validity', 'place_tokens', 'count_tokens', 'set_upcoming', 'keep_tokens',
            'truncate_rows', 'close_gaps', 'check_capacity', 'check_rows', 'last_slots_valid', 'last_token_index',
-           'slots_of_last', 'fork_table', 'takes_dtype', 'make_table', 'align_left', 'shared_prefix', 'last_tokens']
+           'slots_of_last', 'fork_table', 'takes_dtype', 'make_table', 'align_left', 'shared_prefix', 'last_tokens',
+           'check_padding', 'check_prompts']
 
 # %% ../../nbs/08_generation/04_slots.ipynb #a415d54d
 import copy
@@ -309,3 +310,54 @@ def last_tokens(
     most = int((lengths - known).max())
     place = lengths[:, None] - most + torch.arange(most, device=ids.device)
     return ids.gather(1, place.clamp(min=0)), place >= known[:, None]
+
+# %% ../../nbs/08_generation/04_slots.ipynb #76c3871b
+def check_padding(
+    attention_mask: Tensor,  # 0 for padding (batch, seq)
+    input_ids: Tensor,  # prompts (batch, seq)
+):
+    "Refuse a mask that is not one of padding on the left"
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f'attention_mask of shape {tuple(attention_mask.shape)}: '
+            f'must be that of input_ids, {tuple(input_ids.shape)}'
+        )
+    falls = attention_mask[:, 1:] < attention_mask[:, :-1]
+    if falls.any() or not attention_mask[:, -1].all():
+        raise ValueError(
+            'attention_mask: padding in the middle or on the right; pad prompts on the left'
+        )
+
+
+def check_prompts(
+    model: DeepSeekV3,  # to speak
+    input_ids: Tensor,  # prompts (batch, seq), int64, padded on the left
+    attention_mask: Tensor | None,  # 0 for padding (batch, seq)
+):
+    "Refuse prompts that this model cannot read"
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f'input_ids of type {type(input_ids).__name__}: must '
+            f'be a tensor (batch, seq); call torch.tensor on it'
+        )
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f'input_ids of shape {tuple(input_ids.shape)}: must be (batch, seq) '
+            f'with at least one prompt and one token; start with the bos token'
+        )
+    if input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f'input_ids of {input_ids.dtype}: tokens are integers; call input_ids.long()'
+        )
+    if not 0 <= input_ids.min() <= input_ids.max() < model.cfg.vocab_size:
+        raise ValueError(
+            f'input_ids from {input_ids.min()} to {input_ids.max()}: must lie in '
+            f'0..{model.cfg.vocab_size - 1}, the vocabulary; was another tokenizer used?'
+        )
+    device = model.lm_head.weight.device
+    if device != input_ids.device:
+        raise ValueError(
+            f'input_ids on {input_ids.device}: the model is on {device}; move them there'
+        )
+    if attention_mask is not None:
+        check_padding(attention_mask, input_ids)

@@ -20,6 +20,7 @@ from ..config import Config
 from ..kernels.linear import Linear
 from ..kernels.tracing import has_readable_values
 from .block import TransformerBlock
+from .generation_config import GenerationConfig
 from .mtp import MTPModule, TrainingWindows, mtp_losses, next_token_loss, window_loss
 
 # %% ../../nbs/05_model/01_transformer.ipynb #c0900001
@@ -63,6 +64,7 @@ class DeepSeekV3(nn.Module):
     ):
         super().__init__()
         self.cfg = cfg
+        self.generation_config: GenerationConfig | None = None  # what a loaded folder says
         self.model = make_layers(cfg)
         self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_word_embeddings:
