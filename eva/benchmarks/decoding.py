@@ -295,8 +295,8 @@ def drafted_seconds(
     stats = GenerationStats()
     params = SamplingParams(temperature)
     for ids in prompts:
-        options = dict(seed=0, eos_token_id=None, tally=stats)
-        for _ in stream(model, ids, new, params, drafts, **options):
+        texts = stream(model, ids, new, params, drafts, seed=0, eos_token_id=None, tally=stats)
+        for _ in texts:
             pass
     return stats
 
