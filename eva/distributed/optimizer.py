@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .expert_parallel import all_to_all
+from ..kernels.linear import widest
 from ..kernels.private import foreach_norm
 from ..training.muon import Muon, orthogonal_dtype, orthogonalize
 from ..training.optimizer import MixedPrecisionOptimizer
@@ -141,7 +142,7 @@ class ShardedOptimizer(MixedPrecisionOptimizer):
         "Return the gradient's norm; every part counts once, however many ranks hold it"
         copies = [n for _, n in self.divided.values()]
         squares = torch.stack(
-            [part.double().square() / n for part, n in zip(foreach_norm(grads), copies)]
+            [widest(part).square() / n for part, n in zip(foreach_norm(grads), copies)]
         ).sum()
         dist.all_reduce(squares)
         return squares.sqrt().item()

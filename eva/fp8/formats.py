@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.linear import widest
+
 # %% ../../nbs/04_fp8/01_formats.ipynb #a99adff9
 class Format(NamedTuple):
     "An 8-bit floating-point format"
@@ -221,8 +223,8 @@ def snr_db(
     "Return the signal-to-noise ratio"
     if x.shape != x_hat.shape:
         raise ValueError(f'shapes {tuple(x.shape)} and {tuple(x_hat.shape)}: must be the same')
-    x = x.double()
-    noise = (x - x_hat.double()).norm()
+    x = widest(x)
+    noise = (x - widest(x_hat)).norm()
     signal = x.norm()
     return math.inf if noise == 0 else 20 * torch.log10(signal / noise).item()
 
@@ -233,12 +235,12 @@ def quantization_metrics(
     limit: Tensor | float = math.inf,  # what saturated: magnitudes beyond this (broadcast to x)
 ) -> dict[str, float]:  # snr_db, correlation, and overflow and underflow as shares of all values
     "Return four measures of what quantisation did to a tensor"
-    pair = torch.stack((x.flatten().double(), x_hat.flatten().double()))
+    pair = torch.stack((widest(x.flatten()), widest(x_hat.flatten())))
     return dict(
         snr_db=snr_db(x, x_hat),
         correlation=torch.corrcoef(pair)[0, 1].item(),
-        overflow=(x.abs() > limit * (1 + 1e-6)).double().mean().item(),
-        underflow=((x_hat == 0) & (x != 0)).double().mean().item(),
+        overflow=widest(x.abs() > limit * (1 + 1e-6)).mean().item(),
+        underflow=widest((x_hat == 0) & (x != 0)).mean().item(),
     )
 
 # %% ../../nbs/04_fp8/01_formats.ipynb #b7e13297

@@ -147,7 +147,7 @@ def draft_step(
     left = run.ends.left
     most = max(left)
     count = min(run.drafts, most)  # no row may say more
-    uniform = run.dice.roll(2 * run.drafts + 1).to(token.device)
+    uniform = run.dice.roll(2 * run.drafts + 1)
     to_draw = uniform[:, : run.drafts]
     to_accept = uniform[:, run.drafts :]
     drafts, q = propose(run, token, to_draw[:, :count])

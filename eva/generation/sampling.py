@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.linear import widest
 from ..model.generation_config import GenerationConfig
 
 # %% ../../nbs/08_generation/02_sampling.ipynb #26953eae
@@ -214,8 +215,8 @@ def sample_inverse_cdf(
     u: Tensor,  # uniform numbers (rows,)
 ) -> Tensor:  # a token for each row (rows,)
     "Return the first token whose cumulated probability exceeds u"
-    reached = p.double().cumsum(-1)
-    line = u.to(p.device)[:, None] * reached[:, -1:]
+    reached = widest(p).cumsum(-1)
+    line = u.to(reached)[:, None] * reached[:, -1:]
     token = torch.searchsorted(reached, line, right=True)[:, 0]
     return token.clamp(max=p.shape[-1] - 1)
 

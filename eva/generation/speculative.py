@@ -16,6 +16,7 @@ from ..attention.rope import rope_cos_sin
 from .sampling import sample_inverse_cdf
 from .session import DecodingSession, MTPWindow, mtp_inputs, run_mtp
 from .slots import last_token_index, set_upcoming
+from ..kernels.linear import widest
 from ..model.mtp import MTPModule
 from ..model.transformer import DeepSeekV3
 
@@ -29,8 +30,9 @@ def rejection_sample(
 ) -> tuple[Tensor, Tensor]:  # drafts each row accepts (batch,), the token behind them (batch,)
     "Accept drafts such that what comes out is distributed like p"
     k = drafts.shape[1]
-    p_draft = p[:, :k].gather(2, drafts[..., None])[..., 0].double()
-    q_draft = q.gather(2, drafts[..., None])[..., 0].double()
+    p_draft = widest(p[:, :k].gather(2, drafts[..., None])[..., 0])
+    q_draft = widest(q.gather(2, drafts[..., None])[..., 0])
+    u = u.to(p_draft)
     accepted = (u[:, :k] * q_draft < p_draft).long().cumprod(1).sum(1)
     rows = torch.arange(len(drafts), device=drafts.device)
     here = p[rows, accepted]

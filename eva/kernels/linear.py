@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONEDNN_MIN_MACS', 'BF16_IS_SLOW', 'Step', 'Operands', 'cpu_vendor', 'cpu_prefers_onednn', 'onednn_is_faster',
-           'row_multiple', 'multiply', 'LinearFunction', 'use_onednn', 'bf16_is_fast', 'is_slow_bf16',
+           'row_multiple', 'multiply', 'LinearFunction', 'use_onednn', 'bf16_is_fast', 'is_slow_bf16', 'widest',
            'WidenedLinearFunction', 'product', 'Linear', 'bmm_nt', 'disable_autocast', 'has_no_hooks',
            'is_plain_linear', 'linear_operands']
 
@@ -126,6 +126,13 @@ def is_slow_bf16(
 ) -> bool:  # True for bfloat16 on a processor without instructions for it
     "Is a product of this type better computed in float32 and rounded once?"
     return BF16_IS_SLOW and x.dtype == torch.bfloat16 and x.device.type == 'cpu'
+
+
+def widest(
+    x: Tensor,  # any floating or integer type
+) -> Tensor:  # float64; float32 on a device that has no wider type, as Apple's GPUs
+    "Return a tensor in the widest type that its device has"
+    return x.float() if x.device.type == 'mps' else x.double()
 
 
 class WidenedLinearFunction(torch.autograd.Function):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..kernels.linear import widest
 from .router import Router, Routing
 
 # %% ../../nbs/03_moe/03_load_balancing.ipynb #e1908b2c
@@ -21,7 +22,7 @@ def load_metrics(
     load: Tensor,  # tokens per expert (..., experts)
 ) -> dict[str, Tensor]:  # figure -> Tensor (...), utilisation (..., experts)
     "Return utilisation, variance, balance score, entropy ratio and violation of a load"
-    load = load.cpu().double()  # Apple's GPU has no float64
+    load = widest(load)
     total = load.sum(-1, keepdim=True)
     if (total == 0).any():
         raise ValueError('a layer has no tokens yet: run the model before reading its load')
