@@ -59,6 +59,7 @@ write(shape, mb, root)
 import eva.cli.run_folder as C
 import eva.data.corpus
 import eva.data.text
+import eva.data.tokenizer
 import eva.training.trainer
 from eva.cli.train_arguments import train_parser
 
@@ -89,7 +90,7 @@ def watch(mod, name):
 
 
 for m, n in (
-    (D, 'train_tokenizer'),
+    (eva.data.tokenizer, 'train_tokenizer'),
     (eva.data.corpus, 'tokenise'),
     (D, 'compressed_bits_per_byte'),
     (D, 'bigram_bits_per_byte'),
