@@ -284,7 +284,7 @@ def check_light(
 ):
     "Refuse to time a start that imports what is not used yet"
     code = (
-        f'import sys; import eva; {modules}; from eva.cli.main import '
+        f'import sys; import eva; {modules}; from eva.cli.train import '
         f'eva_train\ntry: eva_train(["--help"])\nexcept SystemExit: '
         f'pass\nprint([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)'
     )
@@ -309,7 +309,7 @@ def bench_start(
         eva=python('import eva'),
         modules=python(modules),
         help=python(
-            'from eva.cli.main import eva_train\ntry: '
+            'from eva.cli.train import eva_train\ntry: '
             'eva_train(["--help"])\nexcept SystemExit: pass'
         ),
     )
