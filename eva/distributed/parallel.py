@@ -22,6 +22,7 @@ from eva.checkpoints.pretrained import (
     published,
     save_config_and_tokenizer,
 )
+from ..checkpoints.safetensors import remove_weights, weight_files
 from ..config import Config
 from .checkpoint import dtensor_like, load_safetensors, save_safetensors
 from .expert_parallel import parallelize_experts, shutdown
@@ -138,17 +139,16 @@ def export_together(
             parts |= expert_parts(name, master.data, first, cfg)
         else:
             parts[name] = dtensor_like(master.data, p)
-    if (path / 'model.safetensors.index.json').exists():
-        raise ValueError(
-            f'{path}: holds a sharded checkpoint, whose index '
-            f'would go on to be read; save to another folder'
-        )
     # before anything is written
-    parallel.tell(lambda: Manifest(path).check(*pretrained_file_names(tokenizer)))
+    names = pretrained_file_names(tokenizer)
+    parallel.tell(lambda: Manifest(path).check(*names, *weight_files(path)))
     with write_together_to(path / 'model.safetensors', parallel.rank, parallel.first) as temporary:
         save_safetensors(temporary, parts)
     if parallel.rank == 0:
-        save_config_and_tokenizer(path, cfg, dtype, tokenizer)
+        said = trainer.model.generation_config
+        save_config_and_tokenizer(path, cfg, dtype, tokenizer, said)
+        others = {*weight_files(path)} - {'model.safetensors'}
+        remove_weights(Manifest(path), others)
 
 # %% ../../nbs/10_distributed/05_parallel.ipynb #6fcaadc7
 def single_process_trainer(
