@@ -9,7 +9,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from eva.checkpoints.pretrained import save_pretrained
+from eva.checkpoints.pretrained import load_pretrained, save_pretrained
+from eva.cli.convert import eva_convert
 from eva.cli.generate import eva_generate
 from eva.cli.train import eva_train
 from eva.config import Config
@@ -167,3 +168,41 @@ def test_the_hint_is_a_command_that_works(data, monkeypatch):
         assert (what, name, rest[0], rest[1]) == (kind, 'eva_generate', out, '--prompt')
         text = said_by(eva_generate, *rest, '--max_new_tokens', 3)
         assert text.startswith(rest[2])
+
+
+@pytest.mark.parametrize('kind', ['saved', 'task', 'base', 'init', 'init without'])
+def test_special_tokens_are_named_in_every_folder(init, data, monkeypatch, kind):
+    """What transformers reads beside the weights of a model, a run, and what was converted of them
+
+    A run on a checkpoint whose tokenizer says nothing gets the names from config.json.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    monkeypatch.chdir(data)
+    (init / 'tokenizer_config.json').write_text(json.dumps(NAMED))
+    runs = dict(
+        task=('--data', 'synthetic:copy'), base=('--data', 'texts.jsonl', '--vocab_size', 300)
+    )
+    runs |= {'init': ('--init', init, '--data', 'texts.jsonl')}
+    runs['init without'] = ('--init', 'bare', '--data', 'texts.jsonl')
+    if kind == 'init without':
+        names = 'config.json', 'model.safetensors', 'tokenizer.json', 'generation_config.json'
+        (data / 'bare').mkdir()
+        for name in names:
+            (data / 'bare' / name).write_bytes((init / name).read_bytes())
+    if kind == 'saved':
+        model = load_pretrained(init)
+        model.cfg = model.cfg.replace(pad_token_id=2)
+        save_pretrained(model, 'folder', Tokenizer.from_file(str(init / 'tokenizer.json')))
+    else:
+        said_by(eva_train, *runs[kind], '--out', 'folder', *SMALL)
+    said_by(eva_convert, 'folder', 'eight', '--to', 'fp8')
+    for folder in ('folder', 'eight'):
+        cfg = load_pretrained(folder).cfg
+        theirs = AutoTokenizer.from_pretrained(folder)
+        pad = 2 if kind in ('saved', 'init') else None
+        named = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+        assert named == (cfg.bos_token_id, cfg.eos_token_ids[0], pad), (folder, named)
+        config = GenerationConfig.from_pretrained(folder)
+        ends = [1, 3] if kind in ('saved', 'init', 'init without') else cfg.eos_token_id
+        assert (config.bos_token_id or cfg.bos_token_id, config.eos_token_id) == (0, ends)

@@ -305,7 +305,8 @@ def test_a_conversion_meets_something_of_a_users(started, tmp_path, monkeypatch,
         refused(eva_convert, 'run', f'to{i}', names=f'to{i}{name}: ', roots=[tmp_path])
     code, _, err = command(eva_convert, 'run', 'fine')
     assert code == 0, err
-    theirs = {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'}
+    weights = {'config.json', 'generation_config.json', 'model.safetensors'}
+    theirs = weights | {'tokenizer.json', 'tokenizer_config.json'}
     assert {p.name for p in Path('fine').iterdir()} == theirs
 
 
@@ -373,7 +374,15 @@ def test_figures_and_plans_are_replaced_where_they_are_ours(tmp_path, monkeypatc
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_model_is_saved_beside_something_of_a_users(tmp_path, kind):
     model = DeepSeekV3(Config.from_preset('mini', vocab_size=40, **TINY))
-    for i, name in enumerate(('model.safetensors', 'config.json', Manifest.NAME, '.eva-lock')):
+    names = (
+        'model.safetensors',
+        'config.json',
+        'generation_config.json',
+        Manifest.NAME,
+        '.eva-lock',
+    )
+    names += ('model.safetensors.index.json', 'model-00001-of-00002.safetensors')
+    for i, name in enumerate(names):
         plant(tmp_path / f'm{i}' / name, kind, tmp_path / 'elsewhere')
         before = snapshot(tmp_path)
         with pytest.raises(ValueError, match=f'm{i}/{name}: '):

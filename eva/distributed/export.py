@@ -17,6 +17,7 @@ from eva.checkpoints.pretrained import (
     published,
     save_config_and_tokenizer,
 )
+from ..checkpoints.safetensors import remove_weights, weight_files
 from ..config import Config
 from .checkpoint import dtensor_like, save_safetensors
 from .fsdp import first_expert
@@ -64,18 +65,17 @@ def export_together(
     tokenizer=None,  # a `tokenizers.Tokenizer` to put beside it
 ):
     "Write what `save_pretrained` writes, by all ranks: nobody ever holds the model"
-    if (path / 'model.safetensors.index.json').exists():
-        raise ValueError(
-            f'{path}: holds a sharded checkpoint, whose index '
-            f'would go on to be read; save to another folder'
-        )
     # before anything is written
-    parallel.tell(lambda: Manifest(path).check(*pretrained_file_names(tokenizer)))
+    names = pretrained_file_names(tokenizer)
+    parallel.tell(lambda: Manifest(path).check(*names, *weight_files(path)))
     with write_together_to(path / 'model.safetensors', parallel.rank, parallel.first) as temporary:
         save_safetensors(temporary, masters_by_name(parallel, trainer))
     if parallel.rank == 0:
         dtype = next((m.dtype for m in trainer.opt.masters.values()), torch.float32)
-        save_config_and_tokenizer(path, trainer.model.cfg, dtype, tokenizer)
+        said = trainer.model.generation_config
+        save_config_and_tokenizer(path, trainer.model.cfg, dtype, tokenizer, said)
+        others = {*weight_files(path)} - {'model.safetensors'}
+        remove_weights(Manifest(path), others)
 
 # %% ../../nbs/10_distributed/10_export.ipynb #6fcaadc7
 def single_process_trainer(
