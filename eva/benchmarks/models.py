@@ -43,7 +43,7 @@ def transformers_model(
     peer.load_state_dict(weights, assign=True, strict=False)
     # its tables are no weights and were made without memory
     peer.model.rotary_emb = type(peer.model.rotary_emb)(config=peer.config)
-    return peer.eval().to(model.lm_head.weight.device)
+    return peer.eval().to(model.device)
 
 
 def next_tokens_loss(

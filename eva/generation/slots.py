@@ -354,7 +354,7 @@ def check_prompts(
             f'input_ids from {input_ids.min()} to {input_ids.max()}: must lie in '
             f'0..{model.cfg.vocab_size - 1}, the vocabulary; was another tokenizer used?'
         )
-    device = model.lm_head.weight.device
+    device = model.device
     if device != input_ids.device:
         raise ValueError(
             f'input_ids on {input_ids.device}: the model is on {device}; move them there'
