@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from eva.checkpoints.pretrained import load_pretrained, save_pretrained
+from eva.config import Config
 from eva.distributed.expert_parallel import torchrun
+from eva.model.transformer import DeepSeekV3
 from eva.training.checkpointing import checkpoints, load_checkpoint, read_metrics
 
 HERE = Path(__file__).parent
@@ -189,6 +191,10 @@ def done(request, tmp_path_factory):
         list({c['name']: c for name, cases in by.items() if name in asked for c in cases}.values())
         for by in (BY_FOUR, BY_TWO)
     )
+    if 'test_exports_without_gathering' in asked:  # into a folder that holds shards of ours
+        small = Config.from_preset('mini', vocab_size=67, num_hidden_layers=2)
+        save_pretrained(DeepSeekV3(small), out / 'export-both', max_shard_size='1MB')
+        assert len(list((out / 'export-both').glob('model-*.safetensors'))) > 1
     found = together(4, out, *four) if four else {}
     if 'both' in found:
         shutil.copytree(out / 'both', out / 'run')  # a run whose newest checkpoint is damaged
@@ -334,9 +340,10 @@ def test_exports_without_gathering(done):
             load_file(out / c['name'] / 'model.safetensors'),
             load_file(out / 'alone' / 'model.safetensors'),
         )
-        assert (out / c['name'] / 'config.json').read_text() == (
-            out / 'alone' / 'config.json'
-        ).read_text()
+        for name in ('config.json', 'generation_config.json'):
+            texts = [(out / folder / name).read_text() for folder in (c['name'], 'alone')]
+            assert texts[0] == texts[1]
+        assert len(list((out / c['name']).glob('model*'))) == 1
         everyone = found[c['name']]
         print(
             c['name'],
