@@ -166,7 +166,7 @@ def open_run_on_ranks(
     return NewRun(cfg, tcfg, None, *streams_of(args.out), about), exists
 
 # %% ../../nbs/15_cli/07_run_folder.ipynb #b7d2c914
-# What runs leave. The index is never written, and must not be there: it would go on to be read.
+# What runs leave; an index stands beside shards, where a model is large.
 RUN_FILES = [
     'run.json',
     'config.json',

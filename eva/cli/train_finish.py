@@ -53,6 +53,7 @@ def sample_text(
         trainer.model,
         prompts,
         more,
+        do_sample=True,
         temperature=0.7,
         top_p=0.95,
         seed=trainer.cfg.seed,
