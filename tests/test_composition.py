@@ -30,6 +30,7 @@ from eva.attention.rope import rope_cos_sin
 from eva.config import Config
 from eva.distributed.expert_parallel import torchrun
 from eva.fp8.linear import convert
+from eva.fp8.recipes import RECIPES
 from eva.model.block import TransformerBlock
 from eva.model.transformer import DeepSeekV3
 
@@ -127,6 +128,20 @@ def test_the_whole_model_compiled(dtype, backend):
     got.backward()
     assert_close(got.detach(), want, **BOUNDS[dtype])
     assert_close(gradients(model), wanted, **BOUNDS[dtype])
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_every_recipe_compiled(recipe):
+    "With breaks where the rows of experts are counted, and with the same loss and gradients"
+    torch._dynamo.reset()
+    model = convert(make_model(), recipe, 'emulate')
+    ids = make_ids()
+    want, wanted = training_step(copy.deepcopy(model), ids)
+    got, found = training_step(torch.compile(model, backend='aot_eager'), ids)
+    assert_close(got, want, **BOUNDS[torch.float32])
+    off = torch.stack([(found[f'_orig_mod.{n}'] - g).norm() for n, g in wanted.items()]).norm()
+    assert off < 0.01 * torch.stack([g.norm() for g in wanted.values()]).norm()
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -431,6 +446,43 @@ def test_the_loss_joins_those_of_every_depth():
     joined = model(ids, labels=ids, mtp_weight=0.3) - model(ids, labels=ids)
     assert_close(joined, 0.3 * ahead)
     assert_close(model(ids[:, :-1], labels=ids[:, :-1]), main)
+
+
+@pytest.mark.parametrize('mtp_weight', [0.0, 0.3])
+@pytest.mark.parametrize('marks', ['documents', 'prefix', 'documents_and_prefix'])
+def test_a_padded_row_has_the_loss_of_the_row_alone(marks, mtp_weight):
+    "Whatever else is marked; what stands in the padding changes nothing"
+    model = make_model(torch.float64)
+    ids = make_ids()[:1]
+    given = {}
+    if 'documents' in marks:
+        given['documents'] = (torch.arange(SEQ) > 6).long()[None]
+    if 'prefix' in marks:
+        given['prefix'] = torch.arange(SEQ)[None] < 4
+    labels = ids.clone()
+    labels[:, 0] = -100  # nothing real stands before it
+    want = model(ids, labels=labels, mtp_weight=mtp_weight, **given)
+    for filler in (5, 60):
+        padded = nn.functional.pad(ids, (3, 0), value=filler)
+        got = model(
+            padded,
+            attention_mask=(torch.arange(SEQ + 3) > 2).long()[None],
+            labels=nn.functional.pad(labels, (3, 0), value=-100),
+            mtp_weight=mtp_weight,
+            **{name: nn.functional.pad(mark, (3, 0)) for name, mark in given.items()},
+        )
+        assert_close(got, want, **BOUNDS[torch.float64])
+
+
+def test_documents_in_a_row_have_the_losses_of_training():
+    model = make_model(torch.float64)
+    ids = make_ids()
+    documents = torch.tensor([[0] * 5 + [1] * 7, [2] * 8 + [3] * 4])
+    _, ahead = model.losses(ids, documents=documents, apart=True)
+    given = dict(labels=ids, documents=documents)
+    joined = model(ids, mtp_weight=0.3, **given) - model(ids, **given)
+    assert_close(joined, 0.3 * ahead)
+    assert (ahead - model.losses(ids)[1]).abs() > 1e-6
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def save_pretrained(
     "Write a folder that `load_pretrained` and other software open"
     path = Path(path)
     max_bytes = parse_size(max_shard_size)
-    dtype = model.lm_head.weight.dtype
+    dtype = model.dtype
     with locked(path) as lock:
         manifest = Manifest(path)
         if lock.previous:

@@ -24,9 +24,10 @@ from eva.fp8.backends import (
     unsupported_reason,
 )
 from .recipes import RECIPES, FakeQuantizer, Recipe, named_recipe
-from ..kernels.grouped_linear import group_sizes, grouped_linear
+from ..kernels.grouped_linear import group_sizes, grouped_linear, grouped_weight_grad_op
 from ..kernels.linear import Linear, is_slow_bf16, product
 from ..kernels.permutation import Permute, Unpermute, layout
+from ..kernels.tracing import is_eager
 from ..moe.experts import Experts
 from ..moe.router import Router, Routing
 
@@ -57,6 +58,8 @@ def weight_gradient(
     "Return gᵀ x, for rows of experts one by one"
     if ends is None:
         return product(g.mT, x.mT) if is_slow_bf16(g) else g.mT @ x
+    if not is_eager(g):
+        return grouped_weight_grad_op(g, x, ends)
     if not rows_fit_grouped_mm(g, x):
         parts = zip(g.split(group_sizes(ends)), x.split(group_sizes(ends)))
         return torch.stack([g_rows.mT @ x_rows for g_rows, x_rows in parts])

@@ -200,7 +200,7 @@ def traced_cross_entropy(
     targets: Tensor,  # right tokens (tokens,)
     ignore_index: int,  # a target that does not count
 ) -> Tensor:  # summed loss in nats, float32 at least
-    "Return the summed cross-entropy by its definition, for a compiler to cut into pieces"
+    "Return the summed cross-entropy by its definition, with all logits at once"
     logits = F.linear(h, head) if isinstance(head, Tensor) else head(h)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction='sum')
