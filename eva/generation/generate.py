@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Generation', 'read_prompts', 'plain_step', 'propose', 'verify', 'draft_step', 'check_context', 'new_token_limit',
-           'model_defaults', 'row_fill', 'stream', 'generate']
+           'model_defaults', 'row_fill', 'stream', 'generate', 'filled_rows']
 
 # %% ../../nbs/08_generation/01_generate.ipynb #49543f0a
 import time
@@ -383,10 +383,17 @@ def generate(
         streamer=streamer,
         **kwargs,
     )
-    rows: list[list[int]] = [[] for _ in input_ids]
-    for said in steps:
-        for row, new in zip(rows, said):
-            row += new
+    return torch.cat((input_ids, filled_rows(steps, input_ids, fill)), 1)
+
+
+def filled_rows(
+    steps: Iterable[list[list[int]]],  # new tokens of each row, as `stream` gives them
+    input_ids: Tensor,  # the prompts (batch, seq)
+    fill: int,  # the token behind the end of shorter rows
+) -> Tensor:  # all new tokens (batch, new)
+    "Join the steps, and fill up the rows that have ended"
+    said = list(steps)
+    rows = [[token for new in said for token in new[row]] for row in range(len(input_ids))]
     width = max(map(len, rows))
     filled = [row + [fill] * (width - len(row)) for row in rows]
-    return torch.cat((input_ids, torch.tensor(filled, device=input_ids.device)), 1)
+    return torch.tensor(filled, device=input_ids.device)
