@@ -39,13 +39,13 @@ SETTINGS = dict(
     batch_size=8,
     micro_batch=2,
     seq_len=16,
-    mtp_share=0.5,
+    mtp_batch_ratio=0.5,
     eval_every=20,
     save_every=1000,
     lr=3e-3,
     muon_lr=3e-3,
     balance_weight=1e-2,
-    bias_speed=1e-3,
+    bias_update_rate=1e-3,
 )
 
 

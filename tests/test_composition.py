@@ -478,7 +478,7 @@ def test_documents_in_a_row_have_the_losses_of_training():
     model = make_model(torch.float64)
     ids = make_ids()
     documents = torch.tensor([[0] * 5 + [1] * 7, [2] * 8 + [3] * 4])
-    _, ahead = model.losses(ids, documents=documents, apart=True)
+    _, ahead = model.losses(ids, documents=documents, mask_documents=True)
     given = dict(labels=ids, documents=documents)
     joined = model(ids, mtp_weight=0.3, **given) - model(ids, **given)
     assert_close(joined, 0.3 * ahead)

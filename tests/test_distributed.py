@@ -113,19 +113,19 @@ def compare(out, found, cases, tolerance, of_gradients=None):
             ) * first[n].norm(), (c['name'], n)
 
 
-SHORT = dict(steps=6, save_every=3, keep=3)
+SHORT = dict(steps=6, save_every=3, keep_checkpoints=3)
 SMALL = dict(model=dict(num_hidden_layers=2))
 BACK = SMALL | dict(
     spoil=True,
     steps=40,
     batch_size=4,
     seq_len=32,
-    mtp_share=1.0,
+    mtp_batch_ratio=1.0,
     save_every=10,
     on_spike='rewind',
     lr=0.02,
     muon_lr=0.02,
-    ramp=0.0,
+    batch_size_warmup=0.0,
 )
 WIDE = dict(
     dtype='float32',
@@ -146,11 +146,16 @@ BY_FOUR = dict(
         case(f'{k}-float32', LAYOUTS[k], 'float32') for k in ('fsdp', 'ep', 'both', 'pipeline')
     ],
     test_bfloat16_trains_nearly_alike=[
-        case(f'{k}-bf16', LAYOUTS[k], 'float32', run=SMALL | dict(precision='bf16', moments='bf16'))
+        case(
+            f'{k}-bf16',
+            LAYOUTS[k],
+            'float32',
+            run=SMALL | dict(precision='bf16', optimizer_state_dtype='bf16'),
+        )
         for k in ('pipeline',)
     ],
     test_answers_are_learned_alike=[
-        case(f'{k}-learn', LAYOUTS[k], run=SMALL | dict(learn=True, apart=True))
+        case(f'{k}-learn', LAYOUTS[k], run=SMALL | dict(learn=True, mask_documents=True))
         for k in ('copies',)
     ],
     test_all_ranks_go_back_together=[
@@ -369,7 +374,7 @@ TRAIN = [
     '32',
     '--batch_size',
     '4',
-    '--mtp_share',
+    '--mtp_batch_ratio',
     '1',
     '--precision',
     'fp32',

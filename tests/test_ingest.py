@@ -456,7 +456,7 @@ def test_memory_of_a_step(model, train):
             sys.executable,
             '-c',
             STEP,
-            json.dumps(dict(model=model, train=dict(train, mtp_share=1.0))),
+            json.dumps(dict(model=model, train=dict(train, mtp_batch_ratio=1.0))),
         ],
         capture_output=True,
         text=True,

@@ -173,7 +173,7 @@ WHOLE_GRID = [(*p, *o) for p in PRECISIONS for o in OPTIMIZERS]
 
 def go_back(streams, folder, settings, steps_saved, steps_after):
     "Go back to each checkpoint; a fresh trainer that begins there is the same, at once and later"
-    here = tiny_trainer(streams, folder, keep=9, **settings)
+    here = tiny_trainer(streams, folder, keep_checkpoints=9, **settings)
     saved = {}
     for step in steps_saved:
         trained(here, step - here.step)
@@ -187,7 +187,7 @@ def go_back(streams, folder, settings, steps_saved, steps_after):
         here.out = out
         here.rewinds = 0
         here.rewind()
-        fresh = tiny_trainer(streams, out, keep=9, **settings)
+        fresh = tiny_trainer(streams, out, keep_checkpoints=9, **settings)
         fresh.resume()
         tensors, rest = everything(fresh)
         assert_same(
@@ -206,7 +206,7 @@ def go_back(streams, folder, settings, steps_saved, steps_after):
 
 
 def settings_of(precision, recipe, muon_lr, moments):
-    return dict(precision=precision, recipe=recipe, muon_lr=muon_lr, moments=moments)
+    return dict(precision=precision, recipe=recipe, muon_lr=muon_lr, optimizer_state_dtype=moments)
 
 
 @pytest.mark.parametrize('case', SHORT_GRID, ids=str)
@@ -225,7 +225,9 @@ def test_going_back_to_more_steps(streams, tmp_path, case):
 )
 def test_fit_goes_back_to_step_0(streams, tmp_path, precision, recipe):
     "The same by the way a user takes: a loss that is no number sends the run back to its beginning"
-    settings = dict(precision=precision, recipe=recipe, on_spike='rewind', max_bad=1, steps=7)
+    settings = dict(
+        precision=precision, recipe=recipe, on_spike='rewind', max_skipped_steps=1, steps=7
+    )
     here = tiny_trainer(streams, tmp_path / 'here', **settings)
     losses = here.model.losses
 

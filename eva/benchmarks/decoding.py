@@ -366,7 +366,7 @@ def bench_drafts(
     if missing := [name for name in needed if not (dir / name).exists()]:
         say(
             f'no drafts: {dir} holds no {missing[0]}; make a model with eva_train '
-            f'--steps 1300 --mtp_share 1 --out {dir}, or name another with --dir'
+            f'--steps 1300 --mtp_batch_ratio 1 --out {dir}, or name another with --dir'
         )
         return []
     model = load_pretrained(dir).to(device)

@@ -30,7 +30,7 @@ HELP = dict(
     schedule='of the pipeline',
     recompute='in the backward pass',
     precision='of the products',
-    moments='of AdamW',
+    optimizer_state_dtype='of AdamW',
 )  # fields of a layout that are options
 
 
@@ -68,7 +68,7 @@ def plan_parser() -> argparse.ArgumentParser:  # of eva_plan
     add_layout_options(parser, 'pp', 'ep', 'tp')
     add('--dp', type=int, help='replicas of each stage (default: gpus/(pp·tp))')
     add_layout_options(parser, 'batch', 'seq', 'micro_batch', 'per_node')
-    add_layout_options(parser, 'schedule', 'recompute', 'precision', 'moments')
+    add_layout_options(parser, 'schedule', 'recompute', 'precision', 'optimizer_state_dtype')
     shares = ', '.join(f'{f.name}={f.default:.3g}' for f in fields(Assumptions))
     text = f'shares of the published peaks that are reached: {shares}'
     add('--assume', nargs='+', default=[], metavar='NAME=SHARE', help=text)

@@ -122,7 +122,7 @@ def _add_rates(
         ),
     )
     add(
-        '--mtp_share',
+        '--mtp_batch_ratio',
         type=float,
         help=(
             'share of each batch that multi-token prediction learns '
@@ -135,7 +135,7 @@ def _add_rates(
         help='share of documents with the middle moved to the end (V3: 0.1; default: 0)',
     )
     add(
-        '--apart',
+        '--mask_documents',
         action='store_true',
         default=None,
         help='hide the documents of a window from each other (default: for conversations)',
@@ -212,8 +212,8 @@ TRAIN_CONFIG_ARGUMENTS = [
     'batch_size',
     'lr',
     'muon_lr',
-    'mtp_share',
-    'apart',
+    'mtp_batch_ratio',
+    'mask_documents',
     'on_spike',
     'on_collapse',
     'save_every',

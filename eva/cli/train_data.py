@@ -244,7 +244,9 @@ def new_answers_run(
     from eva.generation.chat_templates import ChatTemplate
     from eva.training.config import TrainConfig
 
-    tcfg = TrainConfig(**dict(lr=0.002, muon_lr=0.002, apart=True) | train_config_kwargs(args))
+    tcfg = TrainConfig(
+        **dict(lr=0.002, muon_lr=0.002, mask_documents=True) | train_config_kwargs(args)
+    )
     check_memory(cfg, tcfg, device_of(args))
     bos = start_token(args, cfg)
     end = next(iter(cfg.eos_token_ids), bos)  # fills rows
@@ -369,7 +371,7 @@ def _task_settings(
     from eva.training.config import TrainConfig
 
     tcfg = TrainConfig(
-        **dict(seq_len=length, batch_size=128, lr=0.01, muon_lr=0.01, bias_speed=0.001)
+        **dict(seq_len=length, batch_size=128, lr=0.01, muon_lr=0.01, bias_update_rate=0.001)
         | train_config_kwargs(args)
     )
     tcfg.micro_batch = max(1, 2048 // tcfg.seq_len)

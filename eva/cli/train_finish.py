@@ -137,7 +137,7 @@ def _judged(
             window,
             stride,
             progress=lambda x: bar.update(int(100 * x) - bar.n),
-            apart=trainer.cfg.apart,
+            mask_documents=trainer.cfg.mask_documents,
         )
         trainer.compute_in('fp32')
     return final

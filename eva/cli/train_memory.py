@@ -32,7 +32,7 @@ def step_memory(
     number_bytes = 4 if precision == 'fp32' else 2
     rows = min(tcfg.micro_batch, tcfg.batch_size)
     dense = min(cfg.first_k_dense_replace, cfg.num_hidden_layers)
-    mtp = cfg.num_nextn_predict_layers * min(1.0, tcfg.mtp_share)
+    mtp = cfg.num_nextn_predict_layers * min(1.0, tcfg.mtp_batch_ratio)
     blocks = dict(dense=dense, moe=cfg.num_hidden_layers - dense + mtp)
     per_token = sum(
         number * sum(block_activations(cfg, kind, precision, 'none', fused=False).values())

@@ -45,15 +45,15 @@ def check_batches(
     pp: int,  # that share the layers
 ):
     "Refuse batches that do not divide among the ranks"
-    if pp > 1 and cfg.apart:
+    if pp > 1 and cfg.mask_documents:
         raise ValueError(
-            f'apart=True, pp={pp}: a pipeline does not hide '
+            f'mask_documents=True, pp={pp}: a pipeline does not hide '
             f'documents from each other; leave one of them out'
         )
     for size in sorted({cfg.sequences(i + 1) - cfg.sequences(i) for i in range(cfg.steps)}):
-        ahead = max(1, round(cfg.mtp_share * size)) if cfg.mtp_share and depths else 0
+        ahead = max(1, round(cfg.mtp_batch_ratio * size)) if cfg.mtp_batch_ratio and depths else 0
         if size % ranks:
-            everywhere = ' in every phase of the ramp' if cfg.ramp else ''
+            everywhere = ' in every phase of the ramp' if cfg.batch_size_warmup else ''
             raise ValueError(
                 f'batch_size={cfg.batch_size}: {size} sequences do not divide among '
                 f'{ranks} ranks; use a multiple of {ranks}{everywhere}'
@@ -65,7 +65,7 @@ def check_batches(
             )
         if ahead % ranks:
             raise ValueError(
-                f'mtp_share={cfg.mtp_share}: {ahead} of {size} sequences do not divide '
+                f'mtp_batch_ratio={cfg.mtp_batch_ratio}: {ahead} of {size} sequences do not divide '
                 f'among {ranks} ranks; use a share that gives a multiple of {ranks}, such as 1'
             )
 

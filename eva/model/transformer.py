@@ -144,12 +144,12 @@ class DeepSeekV3(nn.Module):
         mtp_rows: int | None = None,
         # changes where another document begins, as large as tokens: MTP predicts from within one
         documents: Tensor | None = None,
-        apart: bool = False,  # may tokens not look into other documents either?
+        mask_documents: bool = False,  # may tokens not look into other documents either?
         learn: Tensor | None = None,  # True for tokens to be predicted, as large as tokens
     ) -> list[Tensor]:  # nats per token: the main loss, then one for each MTP depth
         "Mean next-token loss, and that of each MTP module"
         windows = TrainingWindows(tokens, len(self.mtp), documents, learn)
-        seen = documents[:, : windows.seq] if apart and documents is not None else None
+        seen = documents[:, : windows.seq] if mask_documents and documents is not None else None
         h = self.hidden(windows.inputs(), documents=seen)
         main_loss = window_loss(h, self.lm_head, windows)
         rows = len(tokens) if mtp_rows is None else min(mtp_rows, len(tokens))

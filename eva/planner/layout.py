@@ -42,7 +42,7 @@ CHOICES = dict(
     schedule=SCHEDULES,
     recompute=RECOMPUTE,
     precision=('bf16', 'fp8'),
-    moments=('bf16', 'fp32'),
+    optimizer_state_dtype=('bf16', 'fp32'),
 )  # of the fields of a layout that are words
 COUNTS = ('gpus', 'pp', 'ep', 'tp', 'batch', 'seq', 'micro_batch', 'per_node')
 
@@ -182,7 +182,7 @@ class Layout:
     schedule: str = 'dualpipe'  # of the pipeline: 1f1b, zero_bubble (ZB1P) or dualpipe
     recompute: str = 'selective'  # in the backward pass: none, selective (as V3) or full
     precision: str = 'fp8'  # of the products: bf16 or fp8
-    moments: str = 'bf16'  # of AdamW: bf16 (V3) or fp32
+    optimizer_state_dtype: str = 'bf16'  # of AdamW: bf16 (V3) or fp32
     per_node: int = 8  # GPUs of a machine
 
     @property

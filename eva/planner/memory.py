@@ -25,13 +25,13 @@ def training_state_bytes(
     n: float,  # parameters on this GPU
     low: float = 0,  # of these, kept in FP8 where the precision is fp8
     precision: str = 'bf16',  # fp32, bf16 or fp8
-    moments: str = 'bf16',  # of AdamW: bf16 or fp32
+    optimizer_state_dtype: str = 'bf16',  # of AdamW: bf16 or fp32
     shards: float = 1,  # GPUs over which ZeRO-1 spreads the optimizer
 ) -> dict[str, float]:  # part -> bytes
     "Return what weights, gradients and optimizer of some parameters take"
     weights = dict(fp32=4 * n, bf16=2 * n, fp8=2 * n - low * (1 - SCALE))[precision]
     masters = 0 if precision == 'fp32' else 4 * n  # weights in float32 are their own masters
-    moment_bytes = dict(bf16=2, fp32=4)[moments]
+    moment_bytes = dict(bf16=2, fp32=4)[optimizer_state_dtype]
     return dict(
         weights=weights,
         gradients=4 * n,
@@ -158,7 +158,7 @@ def add_states(
         ('dense', dense, low_dense, lay.dp * lay.copies),
         ('expert', experts, experts, group / lay.ep),
     ):
-        states = training_state_bytes(n, in_fp8, lay.precision, lay.moments, shards)
+        states = training_state_bytes(n, in_fp8, lay.precision, lay.optimizer_state_dtype, shards)
         out[f'{name} weights'] += states['weights']
         out[f'{name} gradients'] += states['gradients']
         out['optimizer'] += states['optimizer']

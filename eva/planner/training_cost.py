@@ -251,7 +251,7 @@ def heading(
     )
     yield (
         f'{lay["schedule"]}, {lay["precision"]}, recompute {lay["recompute"]}, '
-        f'moments {lay["moments"]}'
+        f'moments {lay["optimizer_state_dtype"]}'
     )
     yield (
         f'{lay["batch"]} sequences of {lay["seq"]} tokens a step, '

@@ -70,29 +70,30 @@ def check_numbers(
         seq_len=cfg.seq_len,
         eval_every=cfg.eval_every,
         save_every=cfg.save_every,
-        keep=cfg.keep,
-        max_bad=cfg.max_bad,
+        keep_checkpoints=cfg.keep_checkpoints,
+        max_skipped_steps=cfg.max_skipped_steps,
     )
     check_shares(
-        warmup=cfg.warmup,
-        decay=cfg.decay,
-        final_lr=cfg.final_lr,
-        mtp_share=cfg.mtp_share,
-        ramp=cfg.ramp,
-        bias_rest=cfg.bias_rest,
+        warmup_ratio=cfg.warmup_ratio,
+        lr_decay_ratio=cfg.lr_decay_ratio,
+        min_lr_ratio=cfg.min_lr_ratio,
+        mtp_batch_ratio=cfg.mtp_batch_ratio,
+        batch_size_warmup=cfg.batch_size_warmup,
+        bias_freeze_ratio=cfg.bias_freeze_ratio,
     )
-    if cfg.warmup + cfg.decay > 1 + 1e-9:
+    if cfg.warmup_ratio + cfg.lr_decay_ratio > 1 + 1e-9:
         raise ValueError(
-            f'warmup={cfg.warmup}, decay={cfg.decay}: must not exceed 1 together, or the rate '
-            'would fall before it has risen and jump in between; lower one of them'
+            f'warmup_ratio={cfg.warmup_ratio}, lr_decay_ratio={cfg.lr_decay_ratio}: must not '
+            'exceed 1 together, or the rate would fall before it has risen and jump in between; '
+            'lower one of them'
         )
     check_not_negative(
         lr=cfg.lr,
         muon_lr=cfg.muon_lr,
         weight_decay=cfg.weight_decay,
-        clip=cfg.clip,
+        max_grad_norm=cfg.max_grad_norm,
         mtp_weight=cfg.mtp_weight,
-        bias_speed=cfg.bias_speed,
+        bias_update_rate=cfg.bias_update_rate,
         balance_weight=cfg.balance_weight,
     )
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
@@ -109,10 +110,12 @@ def check_words(
         )
     check_choice('precision', cfg.precision, DTYPES)
     check_choice('recipe', cfg.recipe, RECIPES)
-    if cfg.moments not in ('fp32', 'bf16'):
-        raise ValueError(f'moments={cfg.moments!r}: must be fp32 or bf16')
-    if not isinstance(cfg.apart, bool):
-        raise ValueError(f'apart={cfg.apart!r}: must be True or False')
+    if cfg.optimizer_state_dtype not in ('fp32', 'bf16'):
+        raise ValueError(
+            f'optimizer_state_dtype={cfg.optimizer_state_dtype!r}: must be fp32 or bf16'
+        )
+    if not isinstance(cfg.mask_documents, bool):
+        raise ValueError(f'mask_documents={cfg.mask_documents!r}: must be True or False')
     check_choice('on_spike', cfg.on_spike, ('log', 'skip', 'rewind', 'stop'))
     check_choice('on_collapse', cfg.on_collapse, ('log', 'rewind', 'stop'))
 
@@ -124,34 +127,34 @@ class TrainConfig:
     steps: int = 320  # optimizer steps
     batch_size: int = 16  # sequences per step, once grown to its full size (V3: 15360)
     # share of steps with a quarter, then half of the batch (V3: from 3072, over 469 B tokens)
-    ramp: float = 0.0
+    batch_size_warmup: float = 0.0
     micro_batch: int = 4  # sequences per forward pass
     seq_len: int = 512  # tokens per sequence (V3: 4096)
     lr: float = 0.02  # peak of AdamW, for tables and vectors (V3, for everything: 2.2e-4)
     muon_lr: float = 0.02  # peak of Muon, for matrices; 0 leaves all to AdamW, as V3 did
-    warmup: float = 0.02  # share of the run over which the rates rise
-    decay: float = 0.8  # share of the run over which they fall at the end
-    final_lr: float = 0.02  # where they end, as a share of the peak
+    warmup_ratio: float = 0.02  # share of the run over which the rates rise
+    lr_decay_ratio: float = 0.8  # share of the run over which they fall at the end
+    min_lr_ratio: float = 0.02  # where they end, as a share of the peak
     # of matrices and tables, per unit of their rate, by AdamW and by Muon
     weight_decay: float = 0.1
-    clip: float = 1.0  # norm to which gradients are clipped
+    max_grad_norm: float = 1.0  # norm to which gradients are clipped
     mtp_weight: float = 0.3  # lambda of the MTP loss; a third of it from two thirds of the run on
-    mtp_share: float = 0.25  # share of each batch that MTP learns from (V3: 1)
-    bias_speed: float = 0.02  # gamma of the routing biases, falls with the rates (V3: 0.001)
+    mtp_batch_ratio: float = 0.25  # share of each batch that MTP learns from (V3: 1)
+    bias_update_rate: float = 0.02  # gamma of the routing biases, falls with the rates (V3: 0.001)
     # share of the run at its end over which the biases rest (V3: 500 B of 14.8 T tokens)
-    bias_rest: float = 0.034
+    bias_freeze_ratio: float = 0.034
     balance_weight: float = 1e-4  # alpha of the balance loss
     # what that loss evens: each 'sequence' (V3) or the 'batch', the classic auxiliary loss
     balance_over: str = 'sequence'
     precision: str = 'fp32'  # of the products: fp32, bf16, fp16 or fp8; master weights are float32
     recipe: str = 'block_pow2'  # of fp8: one of eva.fp8.recipes.RECIPES
-    moments: str = 'fp32'  # what the optimizers' memory is kept in: fp32 or bf16 (V3)
+    optimizer_state_dtype: str = 'fp32'  # what the optimizers' memory is kept in: fp32 or bf16 (V3)
     seed: int = 0  # of the order of the data
     eval_every: int = 50  # steps between quick evaluations
     save_every: int = 100  # steps between checkpoints
-    keep: int = 2  # checkpoints to keep
-    max_bad: int = 5  # steps in a row that were skipped, before going back or giving up
-    apart: bool = False  # may tokens not look into other documents of their window?
+    keep_checkpoints: int = 2  # checkpoints to keep
+    max_skipped_steps: int = 5  # steps in a row that were skipped, before going back or giving up
+    mask_documents: bool = False  # may tokens not look into other documents of their window?
     on_spike: str = 'log'  # what a spike of the loss leads to: log, skip, rewind or stop
     on_collapse: str = 'log'  # what dead experts and collapsed loads lead to: log, rewind or stop
 
@@ -164,7 +167,7 @@ class TrainConfig:
         step: int,  # counted from 0
     ) -> int:  # before this step
         "How many sequences have been seen"
-        return sequences_seen(step, self.steps, self.batch_size, self.ramp)
+        return sequences_seen(step, self.steps, self.batch_size, self.batch_size_warmup)
 
     def rate(
         self,
@@ -172,7 +175,7 @@ class TrainConfig:
     ) -> float:  # share of the peak
         "Warm-up, constant, linear decay, by sequences seen"
         done = self.sequences(step + 1) / self.sequences(self.steps)
-        return rate_factor(done, self.warmup, self.decay, self.final_lr)
+        return rate_factor(done, self.warmup_ratio, self.lr_decay_ratio, self.min_lr_ratio)
 
     def mtp_weight_at(
         self,
@@ -187,21 +190,21 @@ class TrainConfig:
         step: int,  # counted from 0
     ) -> float:  # gamma
         "The speed of the routing biases: with the rates, at rest for the last steps"
-        moving_until = (1 - self.bias_rest) * self.sequences(self.steps)
+        moving_until = (1 - self.bias_freeze_ratio) * self.sequences(self.steps)
         if self.sequences(step + 1) > moving_until:
             return 0.0
-        return self.bias_speed * max(self.rate(step), 0.05)
+        return self.bias_update_rate * max(self.rate(step), 0.05)
 
 # %% ../../nbs/07_training/01_config.ipynb #c1d8d5b6
 def sequences_seen(
     step: int,  # counted from 0
     steps: int,  # of the run
     batch_size: int,  # sequences per step, once grown to its full size
-    ramp: float,  # share of steps with a quarter, then half of the batch
+    batch_size_warmup: float,  # share of steps with a quarter, then half of the batch
 ) -> int:  # before this step
     "Return how many sequences have been seen"
-    quarter_until = round(ramp / 2 * steps)
-    half_until = round(ramp * steps)
+    quarter_until = round(batch_size_warmup / 2 * steps)
+    half_until = round(batch_size_warmup * steps)
     quarter = min(step, quarter_until) * max(1, batch_size // 4)
     half = max(0, min(step, half_until) - quarter_until) * max(1, batch_size // 2)
     whole = max(0, step - half_until) * batch_size
@@ -210,13 +213,13 @@ def sequences_seen(
 
 def rate_factor(
     done: float,  # share of the run's sequences, this step's included
-    warmup: float,  # share of the run over which the rate rises
-    decay: float,  # share of the run over which it falls at the end
+    warmup_ratio: float,  # share of the run over which the rate rises
+    lr_decay_ratio: float,  # share of the run over which it falls at the end
     final: float,  # where it ends, as a share of the peak
 ) -> float:  # share of the peak
     "Return the learning rate after warm-up, a constant stretch and a linear decay"
-    if done < warmup:
-        return done / warmup
-    if done <= 1 - decay:
+    if done < warmup_ratio:
+        return done / warmup_ratio
+    if done <= 1 - lr_decay_ratio:
         return 1.0
-    return final + (1 - final) * (1 - done) / decay
+    return final + (1 - final) * (1 - done) / lr_decay_ratio

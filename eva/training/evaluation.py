@@ -59,17 +59,17 @@ def document_ids(
 def document_mask_ids(
     model: DeepSeekV3,  # whose start token begins a document
     rows: Tensor,  # tokens (batch, seq)
-    apart: bool,  # may tokens not look into other documents?
+    mask_documents: bool,  # may tokens not look into other documents?
 ) -> Tensor | None:  # the document of each token (batch, seq), None where it makes no difference
     "Return the document of each token, for the mask between documents, if there is to be one"
-    return document_ids(rows, model.cfg.bos_token_id) if apart else None
+    return document_ids(rows, model.cfg.bos_token_id) if mask_documents else None
 
 
 def span_loss(
     model: DeepSeekV3,  # to be judged
     stream: TokenStream,  # held-out tokens
     spans: list[Span],  # of the same sizes
-    apart: bool,  # may tokens not look into other documents?
+    mask_documents: bool,  # may tokens not look into other documents?
 ) -> float:  # nats
     "Return the summed loss of the scored tokens of some windows"
     device = model.device
@@ -77,7 +77,9 @@ def span_loss(
     windows = np.stack([stream.tokens[span.start : span.end + 1] for span in spans])
     tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
     inputs = tokens[:, :-1]
-    hidden = model.hidden(inputs, documents=document_mask_ids(model, inputs, apart))[:, -scored:]
+    hidden = model.hidden(inputs, documents=document_mask_ids(model, inputs, mask_documents))[
+        :, -scored:
+    ]
     targets = tokens[:, -scored:]
     if stream.learn is not None:
         marks = np.stack([stream.learn[s.scored_from + 1 : s.end + 1] for s in spans])
@@ -94,7 +96,7 @@ def bits_per_byte(
     window: int = 512,  # tokens of context at most
     stride: int | None = None,  # tokens that each window scores, a quarter of the window by default
     progress: Callable[[float], object] | None = None,  # called with the share done
-    apart: bool = False,  # may tokens not look into other documents?
+    mask_documents: bool = False,  # may tokens not look into other documents?
 ) -> float:  # bits per byte
     """Return the summed loss of all tokens but the first, over the bytes that they stand for
 
@@ -115,7 +117,7 @@ def bits_per_byte(
     for members in by_sizes.values():
         for i in range(0, len(members), batch):
             part = members[i : i + batch]
-            total += span_loss(model, stream, part, apart)
+            total += span_loss(model, stream, part, mask_documents)
             done += len(part)
             if progress:
                 progress(done / len(spans))

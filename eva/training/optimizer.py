@@ -162,9 +162,9 @@ class MixedPrecisionOptimizer:
         weight_decay: float = 0.1,  # per unit of an optimizer's lr, on matrices and tables
         muon_decay: float | None = None,  # the same for Muon's matrices alone; None: `weight_decay`
         # of what both remember between steps (V3: bfloat16); None: as the masters
-        moments: torch.dtype | None = None,
+        optimizer_state_dtype: torch.dtype | None = None,
     ):
-        self.moments = moments
+        self.optimizer_state_dtype = optimizer_state_dtype
         self.params = dict(model.named_parameters())
         self.masters = make_masters(self.params)
         stacks = {
@@ -220,13 +220,13 @@ class MixedPrecisionOptimizer:
     def _step_optimizers(self, scale: float):
         "One step of each, with its memory in the masters' type meanwhile"
         for optimizer in self.optimizers:
-            if self.moments is not None:
+            if self.optimizer_state_dtype is not None:
                 cast_memory(optimizer, None)
             for group in optimizer.param_groups:
                 group['lr'] = group['peak'] * scale
             optimizer.step()
-            if self.moments is not None:
-                cast_memory(optimizer, self.moments)
+            if self.optimizer_state_dtype is not None:
+                cast_memory(optimizer, self.optimizer_state_dtype)
 
     @torch.no_grad()
     def publish(self):

@@ -86,7 +86,7 @@ def recovery_action(
         answers.add(cfg.on_collapse)
     if 'not_finite' in kinds:
         answers.add('skip')
-    if skipped >= cfg.max_bad:
+    if skipped >= cfg.max_skipped_steps:
         answers.add('rewind' if cfg.on_spike == 'rewind' else 'stop')
     return next(answer for answer in ('stop', 'rewind', 'skip', 'log') if answer in answers)
 
@@ -107,7 +107,7 @@ def stopped(
 ) -> DivergedError:  # to be raised
     "Say why a run ends and where its last good checkpoint is"
     reason = event.said
-    if skipped >= cfg.max_bad:
+    if skipped >= cfg.max_skipped_steps:
         reason = f'{skipped} steps in a row were skipped, the last one because {reason}'
     return DivergedError(
         f'step {step}: {reason}; the last good checkpoint is in {out / "checkpoints"}; '

@@ -41,9 +41,9 @@ def mtp_sequences(
     depths: int,  # MTP modules
 ) -> int:
     "Return how many sequences of a step MTP learns from, at least one where it learns at all"
-    if not (cfg.mtp_share and depths):
+    if not (cfg.mtp_batch_ratio and depths):
         return 0
-    return max(1, round(cfg.mtp_share * batch))
+    return max(1, round(cfg.mtp_batch_ratio * batch))
 
 
 def split_batch(
@@ -149,7 +149,7 @@ class GradientAccumulator:
             part.tokens,
             mtp_rows=part.mtp_rows,
             documents=document_ids(part.tokens, self.model.cfg.bos_token_id),
-            apart=self.cfg.apart,
+            mask_documents=self.cfg.mask_documents,
             learn=part.learn,
         )
 
@@ -215,7 +215,7 @@ def apply_gradients(
         mixed.unscale()
     if monitor is not None:
         monitor.step(main_loss, {n: summed_gradient(w) for n, w in optimizer.masters.items()})
-    grad_norm = optimizer.step(rate, cfg.clip) if wanted else optimizer.forget()
+    grad_norm = optimizer.step(rate, cfg.max_grad_norm) if wanted else optimizer.forget()
     applied = wanted and math.isfinite(grad_norm)
     overflow = wanted and not applied and mixed.can_lower_scale
     if finite:

@@ -105,7 +105,7 @@ class Strategy(Protocol):
         self,
         model: DeepSeekV3,  # divided
         rows: Tensor,  # windows, the same in each process (batch, seq + 1)
-        apart: bool,  # may tokens not look into other documents?
+        mask_documents: bool,  # may tokens not look into other documents?
         on: Tensor | None = None,  # the tokens that count (batch, seq), None for all
     ) -> float:  # nats, the same in each process
         "The summed loss of some windows"
@@ -152,13 +152,13 @@ class Strategy(Protocol):
 def summed_loss(
     model: DeepSeekV3,  # to be judged
     rows: Tensor,  # windows (batch, seq + 1)
-    apart: bool,  # may tokens not look into other documents?
+    mask_documents: bool,  # may tokens not look into other documents?
     on: Tensor | None = None,  # the tokens that count (batch, seq), None for all
 ) -> float:  # nats
     "Return the summed loss of some windows"
     inputs = rows[:, :-1]
     targets = rows[:, 1:]
-    hidden = model.hidden(inputs, documents=document_mask_ids(model, inputs, apart))
+    hidden = model.hidden(inputs, documents=document_mask_ids(model, inputs, mask_documents))
     if on is not None:
         hidden = hidden[on]
         targets = targets[on]
@@ -215,10 +215,10 @@ class SingleProcess:
         return load
 
     def judge(
-        self, model: DeepSeekV3, rows: Tensor, apart: bool, on: Tensor | None = None
+        self, model: DeepSeekV3, rows: Tensor, mask_documents: bool, on: Tensor | None = None
     ) -> float:
         "The whole model is here"
-        return summed_loss(model, rows, apart, on)
+        return summed_loss(model, rows, mask_documents, on)
 
     def asked(self, trainer: Any) -> str | None:
         "By whoever asked this process"

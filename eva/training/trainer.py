@@ -74,12 +74,9 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.parallel.wrap(model, cfg)
         # made before the model is rounded: masters of the exact weights
+        dtype = torch.bfloat16 if cfg.optimizer_state_dtype == 'bf16' else None
         self.opt = self.parallel.optimizer(
-            model,
-            cfg.lr,
-            cfg.muon_lr,
-            weight_decay=cfg.weight_decay,
-            moments=None if cfg.moments == 'fp32' else DTYPES[cfg.moments],
+            model, cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay, optimizer_state_dtype=dtype
         )
         self.meter = ExpertLoadTracker(model, attach=False)
         self.mixed = MixedPrecision(model, self.opt, cfg.recipe)
@@ -233,14 +230,14 @@ class Trainer:
         "The loss on the first held-out windows: an estimate that costs little"
 
         def judge(rows, learned):
-            return self.parallel.judge(self.model, rows, self.cfg.apart, learned)
+            return self.parallel.judge(self.model, rows, self.cfg.mask_documents, learned)
 
         return quick_estimate(
             judge, self.held_out, self.cfg.seq_len, self.cfg.micro_batch, self.device
         )
 
     def save(self):
-        "Write a checkpoint of this step and remove the oldest beyond `keep`"
+        "Write a checkpoint of this step and remove the oldest beyond `keep_checkpoints`"
         path = self.out / 'checkpoints' / f'step-{self.step:06d}'
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= dict(precision=self.precision, watch=self.guard.state_dict(), **self.settings)
@@ -254,7 +251,7 @@ class Trainer:
         self.parallel.save(path, tensors, state)
         self.rewinds = 0
         if self.parallel.rank == 0:
-            prune(path.parent, self.cfg.keep)
+            prune(path.parent, self.cfg.keep_checkpoints)
 
     def restore(
         self,
@@ -303,7 +300,7 @@ class Trainer:
         if self.parallel.rank == 0:
             cut_metrics(self.out / 'metrics.jsonl', self.step)
             # A process that was killed after it saved could not remove the oldest one.
-            prune(self.out / 'checkpoints', self.cfg.keep)
+            prune(self.out / 'checkpoints', self.cfg.keep_checkpoints)
         if path is None:
             return f'{said}nothing to resume from in {self.out}: starting at the beginning'
         if self.step < self.cfg.steps:
