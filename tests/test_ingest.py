@@ -421,7 +421,7 @@ t = Trainer(DeepSeekV3(cfg), *streams, tcfg, tmp/'run')
 for _ in range(2):
     batch = t.train.batch(0, tcfg.batch_size, tcfg.seq_len, 1 + len(t.model.mtp))
     t.gradients(batch, tcfg.batch_size, 0.1)
-    t.opt.collect()
+    t.opt.accumulate_grads()
     t.opt.step()
 print(json.dumps(dict(measured=peak()-before, predicted=sum(step_memory(cfg, tcfg).values()))))
 """

@@ -194,7 +194,7 @@ def go_back(streams, folder, settings, steps_saved, steps_after):
             (tensors, rest | dict(load=[])), (saved[step][0], saved[step][1] | dict(load=[]))
         )
         # Only the place in the data differs: what was read is not read again.
-        fresh.passed = here.passed
+        fresh.skipped_windows = here.skipped_windows
         fresh.rewound = here.rewound
         assert_same(everything(here), everything(fresh))
         random_state = torch.get_rng_state()
@@ -241,10 +241,10 @@ def test_fit_goes_back_to_step_0(streams, tmp_path, precision, recipe):
 
     here.model.losses = broken_once
     here.fit(keep_first)
-    assert (here.step, here.rewound, here.passed) == (7, 1, 10)
+    assert (here.step, here.rewound, here.skipped_windows) == (7, 1, 10)
     there = tiny_trainer(streams, tmp_path / 'there', **settings)
     assert there.resume().endswith('going on from step 0 of 7')
-    there.passed = here.passed
+    there.skipped_windows = here.skipped_windows
     there.rewound = here.rewound
     there.fit()
     assert_same(everything(here), everything(there))

@@ -75,12 +75,12 @@ class LatentCache:
         dtype: torch.dtype = torch.bfloat16,  # of the values kept
         device: str | torch.device | None = None,  # where it lives
         mtp: bool = False,  # layers for the MTP modules too?
-        spare: int = 0,  # slots beyond max_len, for sequences that wait for each other
+        extra_slots: int = 0,  # slots beyond max_len, for sequences that wait for each other
     ):
         check_cache_sizes(cfg, batch, max_len, dtype)
         layers = cfg.num_hidden_layers + mtp * cfg.num_nextn_predict_layers
         width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
-        shape = layers, batch, max_len + spare, width
+        shape = layers, batch, max_len + extra_slots, width
         self.rows = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
         self.rank = cfg.kv_lora_rank
@@ -106,7 +106,7 @@ class LatentCache:
             f'positions, batch {self.batch}, {self.nbytes:,} bytes)'
         )
 
-    def check_room(
+    def check_capacity(
         self,
         batch: int,  # sequences about to be written
         seq: int,  # positions about to be written
@@ -130,7 +130,7 @@ class LatentCache:
         rows: Tensor,
     ) -> Tensor:  # everything so far, a view (batch, length + seq, the same width)
         "Put new rows after the old ones"
-        self.check_room(*rows.shape[:2])
+        self.check_capacity(*rows.shape[:2])
         if rows.shape[2] != self.rows.shape[3] or not 0 <= layer < len(self.rows):
             raise ValueError(
                 f'layer {layer}, rows of width {rows.shape[2]}: this cache has '

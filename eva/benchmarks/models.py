@@ -76,7 +76,7 @@ def training_step(
             loss = loss_of(model)
         loss.backward()
         if isinstance(opt, MixedPrecisionOptimizer):
-            opt.collect()
+            opt.accumulate_grads()
             opt.step()
         else:
             opt.step()

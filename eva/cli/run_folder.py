@@ -158,7 +158,7 @@ def open_run_on_ranks(
         made.append(found)
         return found.about, exists
 
-    about, exists = parallel.tell(work)
+    about, exists = parallel.broadcast_from_main(work)
     if made:
         return made[0], exists
     cfg = Config.from_dict(about['model'])
@@ -264,5 +264,5 @@ def hold_run_folder(
             ):  # else it is refused, and not looked at
                 check_run_folder(args.out, say)
 
-        take() if parallel is None else parallel.tell(take)
+        take() if parallel is None else parallel.broadcast_from_main(take)
         yield

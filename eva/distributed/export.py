@@ -67,7 +67,7 @@ def export_together(
     "Write what `save_pretrained` writes, by all ranks: nobody ever holds the model"
     # before anything is written
     names = pretrained_file_names(tokenizer)
-    parallel.tell(lambda: Manifest(path).check(*names, *weight_files(path)))
+    parallel.broadcast_from_main(lambda: Manifest(path).check(*names, *weight_files(path)))
     with write_together_to(path / 'model.safetensors', parallel.rank, parallel.first) as temporary:
         save_safetensors(temporary, masters_by_name(parallel, trainer))
     if parallel.rank == 0:

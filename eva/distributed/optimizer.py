@@ -58,13 +58,15 @@ class ShardedMuon(Muon):
 
     rows: dict[Any, DividedRows] = {}  # of parameters, for matrices that are divided
 
-    def directions(
+    def orthogonalized_updates(
         self,
         # parameters and what is to be orthogonalised, of divided ones only this rank's rows
         ahead: list,
     ) -> list:  # of parameters, their orthogonal matrices, and how many rows and columns these have
         "Return orthogonal matrices; those of one shape travel together"
-        out = super().directions([(p, g) for p, g in ahead if p not in self.rows and p.numel()])
+        out = super().orthogonalized_updates(
+            [(p, g) for p, g in ahead if p not in self.rows and p.numel()]
+        )
         shapes: dict[tuple[DividedRows, int], list] = {}
         for p, g in ahead:
             if p in self.rows:

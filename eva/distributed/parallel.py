@@ -217,7 +217,7 @@ class Parallel:
         learned = [learn for _, learn in parts if learn is not None]  # all of them, or none
         return windows, torch.cat(learned) if learned else None
 
-    def share(self, ahead: int) -> int:
+    def local_count(self, ahead: int) -> int:
         "Return how many of the sequences that MTP learns from are this rank's"
         return ahead // self.ranks
 
@@ -238,14 +238,14 @@ class Parallel:
         for count in meter.count.values():
             self.sum(count)
 
-    def everyone(
+    def gather_loads(
         self,
         load: dict[str, Tensor],  # layer -> tokens per expert, of the layers that are here
     ) -> dict[str, Tensor]:  # of all layers
         "Return the loads of all stages"
         return all_loads(load, self.gates, self.pipe) if self.pipe else load
 
-    def judge(
+    def evaluate_batch(
         self,
         model: DeepSeekV3,  # divided
         rows: Tensor,  # windows, the same on each rank
@@ -253,8 +253,8 @@ class Parallel:
     ) -> float:  # nats
         "Return the summed loss of some windows; all ranks compute the same"
         if self.pipe:
-            return self.pipe.judge(rows)
-        total = SingleProcess().judge(model, rows, *args)
+            return self.pipe.evaluate_batch(rows)
+        total = SingleProcess().evaluate_batch(model, rows, *args)
         unit: Any = model
         if hasattr(unit, 'reshard'):
             unit.reshard()  # no backward pass will do it, and the next step would find old weights
@@ -262,14 +262,14 @@ class Parallel:
 
     # Agreeing
 
-    def tell(
+    def broadcast_from_main(
         self,
         work: Callable[[], T],  # called by the first rank
     ) -> T:  # what it returned, on all ranks; others leave quietly where it failed
         "Let one rank do what all need"
         return from_first_rank(self.rank, work)
 
-    def asked(
+    def should_stop(
         self,
         trainer: Trainer,  # that may have been asked to stop
     ) -> str | None:  # why
@@ -306,7 +306,9 @@ class Parallel:
         folder: Path,  # of checkpoints, from any number of ranks
     ) -> tuple:  # as of `eva.training.checkpointing.latest_checkpoint`, with this rank's tensors
         "Let the first rank check what is there, and all read their parts"
-        path, _, state, said = self.tell(lambda: latest_checkpoint(folder, read_nothing))
+        path, _, state, said = self.broadcast_from_main(
+            lambda: latest_checkpoint(folder, read_nothing)
+        )
         if path is None:
             return path, {}, state, said
         return path, load_safetensors(path / 'tensors.safetensors', self._like), state, said
@@ -320,7 +322,7 @@ class Parallel:
         "Write what `save_pretrained` writes, by all ranks: nobody ever holds the model"
         export_together(self, trainer, path, tokenizer)
 
-    def settle(self, trainer: Trainer):
+    def finalize(self, trainer: Trainer):
         "Put the model into evaluation mode; its masters stay where they are"
         trainer.model.eval()
 

@@ -301,7 +301,7 @@ class Pipeline:
             counted=torch.arange(len(batch), device=batch.device) < ahead,
             return_outputs=False,
         )
-        trainer.opt.collect()
+        trainer.opt.accumulate_grads()
         for stage in self.stages.values():
             stage.rules = None
         wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
@@ -312,7 +312,7 @@ class Pipeline:
         dist.all_reduce(total, group=self.group)  # only the last stage saw losses
         return total
 
-    def judge(
+    def evaluate_batch(
         self,
         rows: Tensor,  # windows (batch, seq + 1)
     ) -> float:  # nats

@@ -54,10 +54,10 @@ class FP8LatentCache(LatentCache):
         max_len: int,  # positions it can hold
         device: str | torch.device | None = None,  # where it lives
         mtp: bool = False,  # layers for the MTP modules too?
-        spare: int = 0,  # slots beyond max_len
+        extra_slots: int = 0,  # slots beyond max_len
     ):
         # On the meta device it takes no memory: only the sizes are checked and computed.
-        super().__init__(cfg, batch, max_len, device='meta', mtp=mtp, spare=spare)
+        super().__init__(cfg, batch, max_len, device='meta', mtp=mtp, extra_slots=extra_slots)
         self.scales = latent_scales(cfg.kv_lora_rank)
         self.width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
         row_bytes = cfg.kv_lora_rank + 4 * self.scales + 2 * cfg.qk_rope_head_dim

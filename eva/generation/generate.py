@@ -74,7 +74,7 @@ def read_prompts(
     "Read the prompts and choose the first tokens"
     context = run.context
     model = context.model
-    state = context.go_to(input_ids, attention_mask, progress=progress)
+    state = context.prefill(input_ids, attention_mask, progress=progress)
     if run.how.repetition_penalty != 1:
         run.seen = prompt_seen(input_ids, attention_mask, model.cfg.vocab_size)
     run.tally.read += context.computed

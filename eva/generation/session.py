@@ -164,10 +164,10 @@ def drop_states(
 def make_room(
     table: SlotTable,  # changed in place
     window: MTPWindow | None,  # its slots stay as they are
-    spare: int,  # invalid slots to tolerate
+    extra_slots: int,  # invalid slots to tolerate
 ):
     "Close gaps where there are more than are tolerated"
-    if table.valid is None or table.cache.length - table.longest <= spare:
+    if table.valid is None or table.cache.length - table.longest <= extra_slots:
         return
     won = close_gaps(table, table.cache.length if window is None else window.start)
     if window is not None:
@@ -199,15 +199,15 @@ class DecodingSession:
         batch: int = 1,  # rows
         depths: int = 0,  # MTP modules that are to look ahead from here
         cache: Callable[..., LatentCache] = LatentCache,  # its kind
-        spare: int = 64,  # invalid slots to tolerate
+        extra_slots: int = 64,  # invalid slots to tolerate
     ):
         if not 0 <= depths <= len(model.mtp):
             raise ValueError(f'depths={depths}: this model has {len(model.mtp)} MTP modules')
         self.model = model
         self.max_len = max_len
         self.depths = depths
-        self.spare = spare
-        self.table = make_table(model, max_len, batch, depths, cache, spare)
+        self.extra_slots = extra_slots
+        self.table = make_table(model, max_len, batch, depths, cache, extra_slots)
         self.window: MTPWindow | None = None
         if depths:
             self.window = MTPWindow(model, depths, self.table, deque(maxlen=depths))
@@ -250,7 +250,7 @@ class DecodingSession:
         "Give new tokens to the model, behind the old ones"
         table = self.table
         seq = new.shape[1]
-        make_room(table, self.window, self.spare)  # MTP modules need the window in its place
+        make_room(table, self.window, self.extra_slots)  # MTP modules need the window in its place
         check_capacity(table, seq, mask, self.max_len)
         if mask is not None and mask.all():
             mask = None
@@ -340,7 +340,7 @@ class DecodingSession:
                 self.read(*last_tokens(self.tokens, keep, sure))
         return self
 
-    def go_to(
+    def prefill(
         self,
         ids: Tensor,  # rows of tokens (batch, seq)
         mask: Tensor | None = None,  # False for padding on the left (batch, seq)

@@ -259,7 +259,7 @@ def make_table(
     batch: int,  # rows
     depths: int,  # MTP modules that are to look ahead
     cache: Callable[..., LatentCache],  # its kind
-    spare: int,  # invalid slots to tolerate
+    extra_slots: int,  # invalid slots to tolerate
 ) -> SlotTable:  # with its cache
     "Make an empty table where the model is"
     weight = cast(nn.Embedding, model.model['embed_tokens']).weight
@@ -269,11 +269,11 @@ def make_table(
         max_len,
         device=weight.device,
         mtp=depths > 0,
-        spare=2 * spare if batch > 1 else 0,
+        extra_slots=2 * extra_slots if batch > 1 else 0,
         **(dict(dtype=weight.dtype) if takes_dtype(cache) else {}),
     )
     # by position, with room for drafts
-    tokens = torch.zeros(batch, max_len + spare, dtype=torch.long, device=weight.device)
+    tokens = torch.zeros(batch, max_len + extra_slots, dtype=torch.long, device=weight.device)
     return SlotTable(slots, tokens)
 
 # %% ../../nbs/08_generation/04_slots.ipynb #64f6f64c

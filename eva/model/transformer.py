@@ -278,7 +278,7 @@ def check_labels(labels, input_ids, cache, mtp_weight, modules):
 
 def _check_cache(cfg, cache, input_ids):
     "Refuse a cache that is full, or that was made for another model"
-    cache.check_room(*input_ids.shape)
+    cache.check_capacity(*input_ids.shape)
     if cache.rank != cfg.kv_lora_rank or len(cache.rows) < cfg.num_hidden_layers:
         raise ValueError(
             f'a cache of {len(cache.rows)} layers with latents of {cache.rank}: '

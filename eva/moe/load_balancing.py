@@ -198,7 +198,7 @@ class ExpertLoadTracker:
         self.hooks = []
         self._start_anew()
 
-    def forget(self):
+    def reset(self):
         "Start as if no step had been counted"
         self.history = []
         self._start_anew()

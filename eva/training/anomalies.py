@@ -140,7 +140,7 @@ class AnomalyDetector:
             f'the last {len(self.losses)} steps is {median(self.losses):.3f}',
         )
 
-    def good(
+    def update(
         self,
         loss: float,  # of a step that was learned from
         load: dict[str, Tensor],  # layer -> tokens per expert (experts,)

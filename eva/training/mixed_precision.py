@@ -36,7 +36,7 @@ def round_masters(
         convert(model, recipe)
         if fp8_memory:
             load_fp8_state(model, fp8_memory)
-    optimizer.publish()
+    optimizer.sync_params()
 
 # %% ../../nbs/07_training/04_mixed_precision.ipynb #1ebf4b58
 class MixedPrecision:

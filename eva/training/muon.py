@@ -117,13 +117,13 @@ class Muon(torch.optim.Optimizer):
             lr = group['lr']
             trained = [p for p in group['params'] if p.grad is not None]
             ahead = [(p, nesterov_momentum(p, self.state[p], group['momentum'])) for p in trained]
-            for p, direction, (rows, columns) in self.directions(ahead):
+            for p, direction, (rows, columns) in self.orthogonalized_updates(ahead):
                 length = lr * math.sqrt(max(1, rows / columns))
                 p.mul_(1 - lr * group['weight_decay'])
                 p.add_(direction.to(p.dtype).view_as(p) * -length)
         return loss
 
-    def directions(
+    def orthogonalized_updates(
         self,
         ahead: GradientList,  # parameters and what is to be orthogonalised
     ) -> StepList:  # parameters, their orthogonal matrices, and these matrices' rows and columns

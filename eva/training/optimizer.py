@@ -181,14 +181,14 @@ class MixedPrecisionOptimizer:
         self.optimizers = make_optimizers(self.masters, self.params, muon, lr, betas, weight_decay)
 
     @torch.no_grad()
-    def collect(self):
+    def accumulate_grads(self):
         "Add the model's gradients to the masters' and clear them"
         for name, p in self.params.items():
             if p.grad is not None:
                 summed_gradient(self.masters[name]).add_(local(p.grad))
             p.grad = None
 
-    def forget(self) -> float:  # not a number: there was no step
+    def discard_grads(self) -> float:  # not a number: there was no step
         "Drop the gradients collected so far"
         foreach_zero_([summed_gradient(w) for w in self.masters.values()])
         return math.nan
@@ -213,7 +213,7 @@ class MixedPrecisionOptimizer:
             if norm > max_norm:
                 foreach_mul_(grads, max_norm / norm)
             self._step_optimizers(scale)
-            self.publish()
+            self.sync_params()
         foreach_zero_(grads)
         return norm
 
@@ -229,7 +229,7 @@ class MixedPrecisionOptimizer:
                 cast_memory(optimizer, self.optimizer_state_dtype)
 
     @torch.no_grad()
-    def publish(self):
+    def sync_params(self):
         "Round the masters into the model"
         for name, p in self.params.items():
             here = local(p)
@@ -255,4 +255,4 @@ class MixedPrecisionOptimizer:
             for group in optimizer.param_groups:
                 for p in group['params']:
                     load_memory(optimizer, p, self.names[p], state)
-        self.publish()
+        self.sync_params()

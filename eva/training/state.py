@@ -58,7 +58,7 @@ def load_random_states(
 # %% ../../nbs/07_training/08_state.ipynb #8a6fa7ee
 # Attributes of a trainer that its checkpoints keep, and their types.
 COUNTERS: dict[str, type] = dict(
-    step=int, tokens=int, seconds=float, bad=int, passed=int, rewound=int
+    step=int, tokens=int, seconds=float, bad=int, skipped_windows=int, rewound=int
 )
 
 
@@ -88,7 +88,7 @@ def read_counters(
     state: dict,  # from its state.json
 ) -> dict[str, int | float]:  # by name
     "Return the counters of a checkpoint; older ones do not know of windows that were passed over"
-    later = ('passed', 'rewound')
+    later = ('skipped_windows', 'rewound')
     return {
         name: counter(path, state, name, kind, 0 if name in later else None)
         for name, kind in COUNTERS.items()

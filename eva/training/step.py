@@ -183,7 +183,7 @@ class GradientAccumulator:
                 each = torch.stack([mtp_loss.detach() for mtp_loss in losses[1:]])
                 total[1:] += part.mtp_rows / sequences * each.cpu()
             self.mixed.scale(loss).backward()
-            optimizer.collect()
+            optimizer.accumulate_grads()
         return total
 
 # %% ../../nbs/07_training/07_step.ipynb #4573f8aa
@@ -215,7 +215,7 @@ def apply_gradients(
         mixed.unscale()
     if monitor is not None:
         monitor.step(main_loss, {n: summed_gradient(w) for n, w in optimizer.masters.items()})
-    grad_norm = optimizer.step(rate, cfg.max_grad_norm) if wanted else optimizer.forget()
+    grad_norm = optimizer.step(rate, cfg.max_grad_norm) if wanted else optimizer.discard_grads()
     applied = wanted and math.isfinite(grad_norm)
     overflow = wanted and not applied and mixed.can_lower_scale
     if finite:

@@ -63,7 +63,7 @@ class Strategy(Protocol):
         "This process's windows of a step, and which of their tokens are learned"
         ...
 
-    def share(
+    def local_count(
         self,
         ahead: int,  # sequences of the step
     ) -> int:  # of which so many are here
@@ -94,14 +94,14 @@ class Strategy(Protocol):
     ) -> None:
         "Add up the tokens of each expert, before the routing biases move"
 
-    def everyone(
+    def gather_loads(
         self,
         load: dict[str, Tensor],  # layer -> tokens per expert, of the layers that are here
     ) -> dict[str, Tensor]:  # of all layers
         "The loads of the layers that other processes hold too"
         ...
 
-    def judge(
+    def evaluate_batch(
         self,
         model: DeepSeekV3,  # divided
         rows: Tensor,  # windows, the same in each process (batch, seq + 1)
@@ -111,14 +111,14 @@ class Strategy(Protocol):
         "The summed loss of some windows"
         ...
 
-    def asked(
+    def should_stop(
         self,
         trainer: Any,  # the `eva.training.trainer.Trainer` that may have been asked to stop
     ) -> str | None:  # by which signal any process was asked, None: go on
         "Stop together"
         ...
 
-    def settle(
+    def finalize(
         self,
         trainer: Any,  # the `eva.training.trainer.Trainer` that has ended
     ) -> None:
@@ -193,7 +193,7 @@ class SingleProcess:
         windows = (first, count, seq, extra, seed)
         return stream.batch(*windows), stream.learned(*windows)
 
-    def share(self, ahead: int) -> int:
+    def local_count(self, ahead: int) -> int:
         "All of them"
         return ahead
 
@@ -210,25 +210,25 @@ class SingleProcess:
     def loads(self, meter: ExpertLoadTracker) -> None:
         "Nobody else has counted"
 
-    def everyone(self, load: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather_loads(self, load: dict[str, Tensor]) -> dict[str, Tensor]:
         "All layers are here"
         return load
 
-    def judge(
+    def evaluate_batch(
         self, model: DeepSeekV3, rows: Tensor, mask_documents: bool, on: Tensor | None = None
     ) -> float:
         "The whole model is here"
         return summed_loss(model, rows, mask_documents, on)
 
-    def asked(self, trainer: Any) -> str | None:
+    def should_stop(self, trainer: Any) -> str | None:
         "By whoever asked this process"
         return trainer.stop
 
-    def settle(self, trainer: Any) -> None:
+    def finalize(self, trainer: Any) -> None:
         "Exact weights in float32, ready to be used"
         trainer.compute_in('fp32')
         trainer.model.float().eval()
-        trainer.opt.publish()
+        trainer.opt.sync_params()
 
     def log(self, out: Path, step: int) -> RunLog:
         "This process writes"

@@ -90,7 +90,7 @@ class Trainer:
         self.seconds = 0.0  # that they took
         self.bad = 0  # steps that were skipped
         self.bad_row = 0  # of these, the last ones in a row
-        self.passed = 0  # windows never to be read again
+        self.skipped_windows = 0  # windows never to be read again
         self.rewound = 0  # times that the run went back
         self.rewinds = 0  # of these, since the last save
         self.stop: str | None = None  # the signal that asked for it
@@ -175,7 +175,7 @@ class Trainer:
         self._count(outcome)
         self.events = step_events(outcome)
         if outcome.applied:
-            self.events += self.guard.good(losses[0].item(), load)
+            self.events += self.guard.update(losses[0].item(), load)
         seconds = time.perf_counter() - start
         self.step += 1
         self.tokens += size * cfg.seq_len
@@ -196,7 +196,7 @@ class Trainer:
         "Read the next windows and compute their gradients; the losses of all processes"
         batch, learn = self.parallel.batch(
             self.train,
-            self.cfg.sequences(self.step) + self.passed,
+            self.cfg.sequences(self.step) + self.skipped_windows,
             size,
             self.cfg.seq_len,
             1 + len(self.model.mtp),
@@ -205,7 +205,7 @@ class Trainer:
         losses = self.parallel.gradients(
             self,
             batch.to(self.device),
-            self.parallel.share(ahead),
+            self.parallel.local_count(ahead),
             self.cfg.mtp_weight_at(self.step),
             learn if learn is None else learn.to(self.device),
         )
@@ -215,7 +215,7 @@ class Trainer:
         "Move the routing biases by the load of all processes, which is returned"
         self.parallel.loads(self.meter)
         speed = self.cfg.bias_speed_at(self.step) if outcome.applied else 0.0
-        return self.parallel.everyone(self.meter.step(speed, keep=outcome.applied))
+        return self.parallel.gather_loads(self.meter.step(speed, keep=outcome.applied))
 
     def _count(self, outcome: StepOutcome):
         "Count the steps that were skipped"
@@ -229,11 +229,11 @@ class Trainer:
     def quick_eval(self) -> dict:  # val_loss in nats per token, val_bits_per_byte
         "The loss on the first held-out windows: an estimate that costs little"
 
-        def judge(rows, learned):
-            return self.parallel.judge(self.model, rows, self.cfg.mask_documents, learned)
+        def evaluate_batch(rows, learned):
+            return self.parallel.evaluate_batch(self.model, rows, self.cfg.mask_documents, learned)
 
         return quick_estimate(
-            judge, self.held_out, self.cfg.seq_len, self.cfg.micro_batch, self.device
+            evaluate_batch, self.held_out, self.cfg.seq_len, self.cfg.micro_batch, self.device
         )
 
     def save(self):
@@ -282,7 +282,7 @@ class Trainer:
         if self.monitor is not None:
             writes = self.parallel.rank == 0
             self.monitor.load_state_dict(state.get('monitor') if writes else None)
-        self.meter.forget()
+        self.meter.reset()
         self.opt.load_state_dict(tensors)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(tensors[f'buffer.{name}'])
@@ -307,13 +307,13 @@ class Trainer:
             return f'{said}going on from step {self.step} of {self.cfg.steps}'
         return f'{said}finished: all {self.step} steps are done'
 
-    def answer(self) -> str:  # log, skip, rewind or stop
+    def recovery_action(self) -> str:  # log, skip, rewind or stop
         "What the settings say about the events of this step"
         return recovery_action(self.cfg, self.events, self.bad_row)
 
     def rewind(self) -> str:  # what was done
         "Back to the last checkpoint, past the windows since"
-        read = self.cfg.sequences(self.step) + self.passed
+        read = self.cfg.sequences(self.step) + self.skipped_windows
         times = dict(rewinds=self.rewinds + 1, rewound=self.rewound + 1)
         path, tensors, state, said = self.parallel.newest(self.out / 'checkpoints')
         if path is None or times['rewinds'] > 3:
@@ -322,11 +322,11 @@ class Trainer:
                 reason = 'no checkpoint to go back to'
             raise DivergedError(f'step {self.step}: {reason}; start another run {advice(self.cfg)}')
         self.restore(path, tensors, state)
-        before = self.passed
-        self.passed = read - self.cfg.sequences(self.step)
+        before = self.skipped_windows
+        self.skipped_windows = read - self.cfg.sequences(self.step)
         self.rewinds = times['rewinds']
         self.rewound = times['rewound']
-        return f'{said}back to step {self.step}, past {self.passed - before} windows'
+        return f'{said}back to step {self.step}, past {self.skipped_windows - before} windows'
 
     def fit(
         self,
@@ -348,7 +348,7 @@ class Trainer:
         finally:
             if self.monitor is not None:
                 self.monitor.detach()
-            self.parallel.settle(self)
+            self.parallel.finalize(self)
 
     def _loop(self, watch: Callable[[dict], Any] | None):
         "Step, log, answer, save"
@@ -358,7 +358,7 @@ class Trainer:
             may_rewind = 'rewind' in (cfg.on_spike, cfg.on_collapse)
             if may_rewind and not checkpoints(self.out / 'checkpoints'):
                 self.save()  # somewhere to go back to
-            while self.step < cfg.steps and not self.parallel.asked(self):
+            while self.step < cfg.steps and not self.parallel.should_stop(self):
                 row = self.train_step()
                 if self.step % cfg.eval_every == 0 or self.step == cfg.steps:
                     row |= self.quick_eval()
@@ -381,7 +381,7 @@ class Trainer:
         "Do what is to be done about the events of a step, and write it down"
         step = self.step
         events = self.events
-        action = self.answer()
+        action = self.recovery_action()
         done = action
         if action == 'rewind':
             try:
