@@ -449,16 +449,16 @@ def test_the_loss_joins_those_of_every_depth():
 
 
 @pytest.mark.parametrize('mtp_weight', [0.0, 0.3])
-@pytest.mark.parametrize('marks', ['documents', 'prefix', 'documents_and_prefix'])
+@pytest.mark.parametrize('marks', ['document_ids', 'prefix_mask', 'document_ids_and_prefix_mask'])
 def test_a_padded_row_has_the_loss_of_the_row_alone(marks, mtp_weight):
     "Whatever else is marked; what stands in the padding changes nothing"
     model = make_model(torch.float64)
     ids = make_ids()[:1]
     given = {}
-    if 'documents' in marks:
-        given['documents'] = (torch.arange(SEQ) > 6).long()[None]
-    if 'prefix' in marks:
-        given['prefix'] = torch.arange(SEQ)[None] < 4
+    if 'document_ids' in marks:
+        given['document_ids'] = (torch.arange(SEQ) > 6).long()[None]
+    if 'prefix_mask' in marks:
+        given['prefix_mask'] = torch.arange(SEQ)[None] < 4
     labels = ids.clone()
     labels[:, 0] = -100  # nothing real stands before it
     want = model(ids, labels=labels, mtp_weight=mtp_weight, **given)
@@ -477,9 +477,9 @@ def test_a_padded_row_has_the_loss_of_the_row_alone(marks, mtp_weight):
 def test_documents_in_a_row_have_the_losses_of_training():
     model = make_model(torch.float64)
     ids = make_ids()
-    documents = torch.tensor([[0] * 5 + [1] * 7, [2] * 8 + [3] * 4])
-    _, ahead = model.losses(ids, documents=documents, mask_documents=True)
-    given = dict(labels=ids, documents=documents)
+    document_ids = torch.tensor([[0] * 5 + [1] * 7, [2] * 8 + [3] * 4])
+    _, ahead = model.losses(ids, document_ids=document_ids, mask_documents=True)
+    given = dict(labels=ids, document_ids=document_ids)
     joined = model(ids, mtp_weight=0.3, **given) - model(ids, **given)
     assert_close(joined, 0.3 * ahead)
     assert (ahead - model.losses(ids)[1]).abs() > 1e-6

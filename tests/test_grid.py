@@ -152,7 +152,7 @@ def add_parametrization(attention):
 ALTERED = dict(
     adapter=add_adapter, hook=add_hook, pre_hook=add_pre_hook, parametrization=add_parametrization
 )
-MASKS = ('documents', 'prefix', 'documents_and_prefix')
+MASKS = ('document_ids', 'prefix_mask', 'document_ids_and_prefix_mask')
 FEATURES = ['plain', *MASKS, *ALTERED]
 
 
@@ -197,10 +197,10 @@ def setting(precision, feature):
     model = use(model if precision in ROUNDED else model.double(), precision)
     ids = torch.randint(2, 64, (2, LENGTH))
     masks = {}
-    if 'documents' in feature:
-        masks['documents'] = torch.tensor([[0] * 4 + [1] * 5, [3] * 6 + [2] * 3])
-    if 'prefix' in feature:
-        masks['prefix'] = torch.arange(LENGTH).expand(2, -1) < torch.tensor([[3], [4]])
+    if 'document_ids' in feature:
+        masks['document_ids'] = torch.tensor([[0] * 4 + [1] * 5, [3] * 6 + [2] * 3])
+    if 'prefix_mask' in feature:
+        masks['prefix_mask'] = torch.arange(LENGTH).expand(2, -1) < torch.tensor([[3], [4]])
     return learn(model, ids), ids, masks
 
 
@@ -227,7 +227,7 @@ def prefill(model, ids, masks):
 
 
 def token_by_token(model, ids, masks):
-    first = 4 if 'prefix' in masks else 1  # a prefix is read in one call
+    first = 4 if 'prefix_mask' in masks else 1  # a prefix is read in one call
     return feed(model, ids, masks, [first] + [1] * (LENGTH - first))
 
 
@@ -436,7 +436,7 @@ def test_a_batch_of_nothing(recipe, backend, grad):
     if recipe:
         convert(model, recipe, backend)
     none = torch.empty(0, 5, dtype=torch.long)
-    masks = dict(attention_mask=torch.ones(0, 5), documents=none, prefix=none.bool())
+    masks = dict(attention_mask=torch.ones(0, 5), document_ids=none, prefix_mask=none.bool())
     with torch.set_grad_enabled(grad):
         logits = model(none, **masks)
         assert logits.shape == model(none).shape == (0, 5, 64)

@@ -247,9 +247,9 @@ def make_attention_mask(
     real: Tensor,  # False for left padding (batch, cached + seq)
     seq: int,  # new tokens, the last ones
     # changes where another document begins, any integers (batch, cached + seq)
-    documents: Tensor | None = None,
+    document_ids: Tensor | None = None,
     # True for tokens that see each other both ways (batch, cached + seq)
-    prefix: Tensor | None = None,
+    prefix_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # positions (batch, seq); mask (batch, 1, seq, cached + seq)
     """Return the positions and the mask of padded rows, packed documents and prefixes
 
@@ -258,11 +258,11 @@ def make_attention_mask(
     past = real.shape[1] - seq
     count = real.cumsum(1)
     mask = torch.ones(seq, real.shape[1], dtype=torch.bool, device=real.device).tril(past)
-    if prefix is not None:
-        mask = mask | (prefix[:, past:, None] & prefix[:, None])
+    if prefix_mask is not None:
+        mask = mask | (prefix_mask[:, past:, None] & prefix_mask[:, None])
     mask = mask & real[:, None]
-    if documents is not None:
-        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    if document_ids is not None:
+        begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
         run = begins.cumsum(1)  # a number that comes back begins another document
         mask = mask & (run[:, past:, None] == run[:, None])
         # Real tokens since the document began.

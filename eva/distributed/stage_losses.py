@@ -86,10 +86,10 @@ def losses_of_states(
     def given_states(*args, **kw):
         return states
 
-    documents = cast(Tensor, tokens == model.cfg.bos_token_id).cumsum(1)
+    document_ids = cast(Tensor, tokens == model.cfg.bos_token_id).cumsum(1)
     instance = cast(Any, model)  # an attribute of the instance hides the method for one call
     instance.hidden = given_states
     try:
-        return model.losses(tokens, mtp_rows=rows, documents=documents)
+        return model.losses(tokens, mtp_rows=rows, document_ids=document_ids)
     finally:
         del instance.hidden

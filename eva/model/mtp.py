@@ -55,12 +55,12 @@ class TrainingWindows:
 
     tokens: Tensor  # (batch, seq + 1 + depths), int64
     depths: int  # MTP modules
-    documents: Tensor | None = None  # changes where another document begins, as large as tokens
+    document_ids: Tensor | None = None  # changes where another document begins, as large as tokens
     learn: Tensor | None = None  # True for tokens to be predicted, as large as tokens; None for all
     labels: Tensor | None = None  # what is predicted, as large as tokens; None: the tokens
 
     def __post_init__(self):
-        check_windows(self.tokens, self.depths, self.documents, self.learn, self.labels)
+        check_windows(self.tokens, self.depths, self.document_ids, self.learn, self.labels)
 
     @property
     def seq(self) -> int:
@@ -79,8 +79,8 @@ class TrainingWindows:
     def counted(self, depth: int = 0) -> Tensor | None:
         "True for the predictions of a depth that count (batch, seq), None where all do"
         within = None
-        if depth and self.documents is not None:
-            within = same_document(self.documents, depth, self.seq)
+        if depth and self.document_ids is not None:
+            within = same_document(self.document_ids, depth, self.seq)
         if self.learn is None:
             return within
         learned = self.learn[:, depth + 1 : depth + 1 + self.seq]
@@ -94,26 +94,26 @@ class TrainingWindows:
 
     def first(self, rows: int) -> 'TrainingWindows':
         "The first rows alone"
-        documents, learn, labels = (
+        document_ids, learn, labels = (
             mark if mark is None else mark[:rows]
-            for mark in (self.documents, self.learn, self.labels)
+            for mark in (self.document_ids, self.learn, self.labels)
         )
         tokens = self.tokens[:rows]
-        return TrainingWindows(tokens, self.depths, documents, learn, labels)
+        return TrainingWindows(tokens, self.depths, document_ids, learn, labels)
 
 # %% ../../nbs/05_model/03_mtp.ipynb #e5a615bf
 def same_document(
-    documents: Tensor,  # changes where another document begins (batch, at least seq + depth)
+    document_ids: Tensor,  # changes where another document begins (batch, at least seq + depth)
     depth: int,  # how far a token is looked ahead
     seq: int,  # positions
 ) -> Tensor:  # True where token i + depth belongs to the document of token i (batch, seq)
     "Say which positions have not left their document `depth` tokens on"
-    begins = documents[:, 1:] != documents[:, :-1]
+    begins = document_ids[:, 1:] != document_ids[:, :-1]
     index = F.pad(begins.cumsum(1), (1, 0))
     return index[:, depth : depth + seq] == index[:, :seq]
 
 # %% ../../nbs/05_model/03_mtp.ipynb #409c0da1
-def check_windows(tokens, depths, documents, learn, labels=None):
+def check_windows(tokens, depths, document_ids, learn, labels=None):
     "Refuse windows that are too short, none at all, and marks that do not fit them"
     if tokens.shape[1] < 2 + depths:
         raise ValueError(
@@ -124,7 +124,7 @@ def check_windows(tokens, depths, documents, learn, labels=None):
         raise ValueError(
             f'tokens of shape {tuple(tokens.shape)}: a mean loss needs at least one window'
         )
-    for name, marks in dict(documents=documents, learn=learn, labels=labels).items():
+    for name, marks in dict(document_ids=document_ids, learn=learn, labels=labels).items():
         if marks is not None and marks.shape != tokens.shape:
             raise ValueError(
                 f'{name} of shape {tuple(marks.shape)}: must be that '

@@ -40,19 +40,20 @@ def positions_and_mask(
     input_ids: Tensor,  # new tokens (batch, seq)
     past: int = 0,  # cached positions
     attention_mask: Tensor | None = None,  # 1 real, 0 left padding (batch, cached + seq)
-    documents: Tensor | None = None,  # changes where another document begins (batch, cached + seq)
-    prefix: Tensor | None = None,  # True for tokens that see both ways (batch, cached + seq)
+    document_ids: Tensor
+    | None = None,  # changes where another document begins (batch, cached + seq)
+    prefix_mask: Tensor | None = None,  # True for tokens that see both ways (batch, cached + seq)
 ) -> tuple[Tensor, Tensor | None]:  # (batch or 1, seq); (batch, 1, seq, cached + seq), None: causal
     "Return the positions of new tokens, and where each may look"
     batch, seq = input_ids.shape
     device = input_ids.device
-    if attention_mask is documents is prefix is None:
+    if attention_mask is document_ids is prefix_mask is None:
         return torch.arange(past, past + seq, device=device)[None], None
     if attention_mask is None:
         real = torch.ones(batch, past + seq, dtype=torch.bool, device=device)
     else:
         real = attention_mask.bool()
-    return make_attention_mask(real, seq, documents, prefix)
+    return make_attention_mask(real, seq, document_ids, prefix_mask)
 
 # %% ../../nbs/05_model/01_transformer.ipynb #d8ae3c7f
 class DeepSeekV3(nn.Module):
@@ -98,24 +99,25 @@ class DeepSeekV3(nn.Module):
         input_ids: Tensor,  # new tokens (batch, seq), int64
         cache: LatentCache | None = None,  # the past, extended in place
         attention_mask: Tensor | None = None,  # 1 real, 0 left padding (batch, cached + seq)
-        documents: Tensor | None = None,  # each token's document, integers (batch, cached + seq)
-        prefix: Tensor | None = None,  # True for tokens that see both ways (batch, cached + seq)
+        document_ids: Tensor | None = None,  # each token's document, integers (batch, cached + seq)
+        prefix_mask: Tensor
+        | None = None,  # True for tokens that see both ways (batch, cached + seq)
         labels: Tensor | None = None,  # tokens to be predicted, -100 for none (batch, seq)
         mtp_weight: float = 0.0,  # lambda, with labels: of the mean loss of the MTP modules
     ) -> Tensor:  # logits (batch, seq, vocab_size), with labels a loss in nats per token
         """Logits of the token after each given one; with labels, the mean loss in their place
 
         Each label is predicted from the position before it, so labels are input_ids as a rule."""
-        h = self.hidden(input_ids, cache, attention_mask, documents, prefix)
+        h = self.hidden(input_ids, cache, attention_mask, document_ids, prefix_mask)
         if labels is None:
             return self.lm_head(h)
         check_labels(labels, input_ids, cache, mtp_weight, len(self.mtp))
         loss = next_token_loss(h, self.lm_head, labels)
         if not mtp_weight:
             return loss
-        bounds = document_bounds(documents, attention_mask)
+        bounds = document_bounds(document_ids, attention_mask)
         windows = TrainingWindows(input_ids, len(self.mtp), bounds, labels != -100, labels)
-        ahead = self._losses_ahead(h, windows, attention_mask, documents, prefix)
+        ahead = self._losses_ahead(h, windows, attention_mask, document_ids, prefix_mask)
         return loss + mtp_weight * torch.stack(ahead).mean()
 
     def hidden(
@@ -123,12 +125,15 @@ class DeepSeekV3(nn.Module):
         input_ids: Tensor,  # new tokens (batch, seq), int64
         cache: LatentCache | None = None,  # the past, extended in place
         attention_mask: Tensor | None = None,  # 1 real, 0 left padding (batch, cached + seq)
-        documents: Tensor | None = None,  # each token's document, integers (batch, cached + seq)
-        prefix: Tensor | None = None,  # True for tokens that see both ways (batch, cached + seq)
+        document_ids: Tensor | None = None,  # each token's document, integers (batch, cached + seq)
+        prefix_mask: Tensor
+        | None = None,  # True for tokens that see both ways (batch, cached + seq)
     ) -> Tensor:  # normalised states (batch, seq, hidden_size)
         "States of the last main layer, ready for the head"
-        past = check_inputs(self.cfg, input_ids, cache, attention_mask, documents, prefix)
-        positions, mask = positions_and_mask(input_ids, past, attention_mask, documents, prefix)
+        past = check_inputs(self.cfg, input_ids, cache, attention_mask, document_ids, prefix_mask)
+        positions, mask = positions_and_mask(
+            input_ids, past, attention_mask, document_ids, prefix_mask
+        )
         h = self.model['embed_tokens'](input_ids)
         rope = rope_cos_sin(self.cfg, positions, h.dtype)
         for block in self.blocks:
@@ -143,25 +148,28 @@ class DeepSeekV3(nn.Module):
         # rows of the batch that MTP learns from: all by default, 0 for none
         mtp_rows: int | None = None,
         # changes where another document begins, as large as tokens: MTP predicts from within one
-        documents: Tensor | None = None,
+        document_ids: Tensor | None = None,
         mask_documents: bool = False,  # may tokens not look into other documents either?
         learn: Tensor | None = None,  # True for tokens to be predicted, as large as tokens
     ) -> list[Tensor]:  # nats per token: the main loss, then one for each MTP depth
         "Mean next-token loss, and that of each MTP module"
-        windows = TrainingWindows(tokens, len(self.mtp), documents, learn)
-        seen = documents[:, : windows.seq] if mask_documents and documents is not None else None
-        h = self.hidden(windows.inputs(), documents=seen)
+        windows = TrainingWindows(tokens, len(self.mtp), document_ids, learn)
+        seen = (
+            document_ids[:, : windows.seq] if mask_documents and document_ids is not None else None
+        )
+        h = self.hidden(windows.inputs(), document_ids=seen)
         main_loss = window_loss(h, self.lm_head, windows)
         rows = len(tokens) if mtp_rows is None else min(mtp_rows, len(tokens))
         if not self.mtp or rows == 0:
             return [main_loss]
         seen = None if seen is None else seen[:rows]
-        return [main_loss, *self._losses_ahead(h[:rows], windows.first(rows), documents=seen)]
+        return [main_loss, *self._losses_ahead(h[:rows], windows.first(rows), document_ids=seen)]
 
-    def _losses_ahead(self, h, windows, attention_mask=None, documents=None, prefix=None):
+    def _losses_ahead(self, h, windows, attention_mask=None, document_ids=None, prefix_mask=None):
         "Mean loss of each MTP module, from the states of the main model"
         marks = (
-            m if m is None else m[:, : windows.seq] for m in (attention_mask, documents, prefix)
+            m if m is None else m[:, : windows.seq]
+            for m in (attention_mask, document_ids, prefix_mask)
         )
         positions, mask = positions_and_mask(windows.inputs(), 0, *marks)
         rope = rope_cos_sin(self.cfg, positions, h.dtype)
@@ -208,8 +216,8 @@ def check_inputs(
     input_ids: Tensor,  # and what else `DeepSeekV3.forward` takes
     cache: LatentCache | None,
     attention_mask: Tensor | None,
-    documents: Tensor | None,
-    prefix: Tensor | None,
+    document_ids: Tensor | None,
+    prefix_mask: Tensor | None,
 ) -> int:  # cached positions
     "Refuse what cannot be meant; return the number of cached positions"
     _check_ids(input_ids, cfg.vocab_size)
@@ -217,14 +225,18 @@ def check_inputs(
     if cache is not None:
         _check_cache(cfg, cache, input_ids)
     _check_length(cfg, attention_mask, input_ids, past + input_ids.shape[1])
-    marks = dict(attention_mask=attention_mask, documents=documents, prefix=prefix)
+    marks = dict(attention_mask=attention_mask, document_ids=document_ids, prefix_mask=prefix_mask)
     _check_marks(marks, (len(input_ids), past + input_ids.shape[1]))
     if attention_mask is not None and not ((attention_mask == 0) | (attention_mask == 1)).all():
         raise ValueError(
             'attention_mask holds other numbers than 0 and 1: it says which '
             'tokens are real; turn an additive mask into (mask==0).long()'
         )
-    if prefix is not None and past and (prefix[:, :past].any(1) & prefix[:, past:].any(1)).any():
+    if (
+        prefix_mask is not None
+        and past
+        and (prefix_mask[:, :past].any(1) & prefix_mask[:, past:].any(1)).any()
+    ):
         raise ValueError(
             f'a prefix across {past} cached and {input_ids.shape[1]} new tokens: '
             f'the cached ones cannot look ahead any more; give a prefix in one call'
@@ -249,14 +261,14 @@ def _check_ids(input_ids, vocab_size):
 
 # %% ../../nbs/05_model/01_transformer.ipynb #c0900002
 def document_bounds(
-    documents: Tensor | None,  # each token's document, integers (batch, seq)
+    document_ids: Tensor | None,  # each token's document, integers (batch, seq)
     attention_mask: Tensor | None,  # 1 real, 0 left padding (batch, seq)
 ) -> Tensor | None:  # changes where a document or the padding ends (batch, seq); None: nowhere
     "Return what MTP may not look through: padding says nothing of the tokens behind it"
     if attention_mask is None:
-        return documents
+        return document_ids
     real = attention_mask.long()
-    return real if documents is None else 2 * documents + real
+    return real if document_ids is None else 2 * document_ids + real
 
 
 def check_labels(labels, input_ids, cache, mtp_weight, modules):
@@ -308,7 +320,7 @@ def _check_marks(marks, shape):
             raise ValueError(
                 f'{name} of shape {tuple(mark.shape)}: must be (batch, cached + seq)={shape}'
             )
-        if name == 'prefix' and mark.dtype != torch.bool:
-            raise TypeError(f'prefix of {mark.dtype}: must be boolean')
-        if name == 'documents' and mark.is_floating_point():
-            raise TypeError(f'documents of {mark.dtype}: must be integers')
+        if name == 'prefix_mask' and mark.dtype != torch.bool:
+            raise TypeError(f'prefix_mask of {mark.dtype}: must be boolean')
+        if name == 'document_ids' and mark.is_floating_point():
+            raise TypeError(f'document_ids of {mark.dtype}: must be integers')

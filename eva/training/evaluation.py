@@ -77,7 +77,7 @@ def span_loss(
     windows = np.stack([stream.tokens[span.start : span.end + 1] for span in spans])
     tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
     inputs = tokens[:, :-1]
-    hidden = model.hidden(inputs, documents=document_mask_ids(model, inputs, mask_documents))[
+    hidden = model.hidden(inputs, document_ids=document_mask_ids(model, inputs, mask_documents))[
         :, -scored:
     ]
     targets = tokens[:, -scored:]

@@ -148,7 +148,7 @@ class GradientAccumulator:
         return self.model.losses(
             part.tokens,
             mtp_rows=part.mtp_rows,
-            documents=document_ids(part.tokens, self.model.cfg.bos_token_id),
+            document_ids=document_ids(part.tokens, self.model.cfg.bos_token_id),
             mask_documents=self.cfg.mask_documents,
             learn=part.learn,
         )

@@ -158,7 +158,7 @@ def summed_loss(
     "Return the summed loss of some windows"
     inputs = rows[:, :-1]
     targets = rows[:, 1:]
-    hidden = model.hidden(inputs, documents=document_mask_ids(model, inputs, mask_documents))
+    hidden = model.hidden(inputs, document_ids=document_mask_ids(model, inputs, mask_documents))
     if on is not None:
         hidden = hidden[on]
         targets = targets[on]
