@@ -406,7 +406,7 @@ def test_nothing_is_cut_off_unless_it_is_asked_for(models):
     "transformers keeps the 50 likeliest tokens of a draw by default"
     _, peer = models
     assert peer.generation_config._get_default_generation_params()['top_k'] == 50
-    assert sampling.sampling_params(GenerationConfig(), do_sample=True).top_k is None
+    assert sampling.resolve_sampling_params(GenerationConfig(), do_sample=True).top_k is None
 
 
 def test_a_file_that_names_no_end_token_leaves_that_of_the_config(models):

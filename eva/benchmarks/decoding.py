@@ -206,7 +206,7 @@ def own_seconds(
     session: DecodingSession,  # with room for both
 ) -> float:  # seconds a token, the median
     "Return how long Eva takes for a new token"
-    tokens = stream(model, ids, new, eos_token_id=None, context=session)
+    tokens = stream(model, ids, new, eos_token_id=None, session=session)
     at = [time.perf_counter() for _ in tokens]
     return median([b - a for a, b in zip(at, at[1:])])
 

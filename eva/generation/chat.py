@@ -44,16 +44,16 @@ class ChatSession:
     def __init__(
         self,
         folder: str | Path,  # what eva_train left, or any checkpoint with a tokenizer.json
-        how: SamplingParams = CHAT_SAMPLING,  # temperature and the like
+        sampling_params: SamplingParams = CHAT_SAMPLING,  # temperature and the like
         speculate: bool | int = False,  # drafts a step
         seed: int | None = None,  # for the same text again
         stop_strings: tuple[str, ...] = (),  # texts that end an answer
         device: str = 'cpu',  # where to compute
         plain: bool = False,  # continue texts, even where there is a chat template?
-        positions: int = 32768,  # that the context has at most
+        positions: int = 32768,  # that the session has at most
     ):
         self.folder = Path(folder)
-        self.how = how
+        self.sampling_params = sampling_params
         self.speculate = speculate
         self.seed = seed
         self.stops = stop_strings
@@ -72,7 +72,7 @@ class ChatSession:
         own = (*cfg.eos_token_ids, cfg.bos_token_id, *(said.eos_token_ids if said else ()))
         self.ends = {token for token in own if token is not None}
         depths = modules if speculate is True else min(modules, int(speculate))
-        self.context = DecodingSession(self.model, self.positions, depths=depths)
+        self.session = DecodingSession(self.model, self.positions, depths=depths)
         self.talk: list[dict] = []
         self.tally = GenerationStats()
 
@@ -133,13 +133,13 @@ class ChatSession:
             self.model,
             torch.tensor([ids], device=self.model.device),
             limit,
-            self.how,
+            self.sampling_params,
             self.speculate,
             self.seed,
             eos_token_id=tuple(self.ends),
             stop_strings=self.stops,
             tokenizer=self.tok,
-            context=self.context,
+            session=self.session,
             tally=self.tally,
         )
         return (token for said in steps for token in said[0] if token not in self.ends)

@@ -170,7 +170,7 @@ def check_capacity(
         total = int((table.lengths + mask.sum(1)).max())
     if total > table.tokens.shape[1] or table.cache.length + seq > table.cache.max_len:
         raise ValueError(
-            f'{table.longest} positions read + {seq} new: this context was '
+            f'{table.longest} positions read + {seq} new: this session was '
             f'made for {max_len}; make a longer one, or rewind'
         )
 
@@ -180,13 +180,13 @@ def check_rows(
     new: Tensor,  # tokens (batch, seq)
     mask: Tensor | None = None,  # (batch, seq)
 ):
-    "Refuse tokens that are not rows of a context"
+    "Refuse tokens that are not rows of a session"
     shape = tuple(new.shape)
     if new.dim() != 2 or shape[0] != batch or shape[1] == 0:
         raise ValueError(
-            f'tokens of shape {shape}: this context reads '
+            f'tokens of shape {shape}: this session reads '
             f'rows ({batch}, seq) of at least one token; '
-            'make a context for as many rows, or fork one'
+            'make a session for as many rows, or fork one'
         )
     if mask is not None and mask.shape != new.shape:
         raise ValueError(f'mask of shape {tuple(mask.shape)}: must be that of the tokens, {shape}')

@@ -85,30 +85,30 @@ Choose: TypeAlias = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 @torch.inference_mode()
 def draft_tokens(
-    context: DecodingSession,  # made with depths of 1 or more
+    session: DecodingSession,  # made with depths of 1 or more
     token: Tensor,  # chosen and not read yet (batch,)
     k: int,  # drafts, 1 or more
     choose: Choose,  # takes a draft from its logits
 ) -> tuple[Tensor, Tensor | None]:  # tokens (batch, k), distributions (batch, k, vocab_size)
     "Let the MTP modules say what comes after `token`"
-    window = context.window
+    window = session.window
     if window is None:
-        raise ValueError('this context looks 0 tokens ahead; make it with depths=1 or more')
+        raise ValueError('this session looks 0 tokens ahead; make it with depths=1 or more')
     states = window.known_states()
     inputs = mtp_inputs(window)
-    last = last_token_index(context.table, states.shape[1])
-    rows = torch.arange(context.batch, device=token.device)
+    last = last_token_index(session.table, states.shape[1])
+    rows = torch.arange(session.batch, device=token.device)
     drafts: list[Tensor] = []
     distributions: list[Tensor | None] = []
-    set_upcoming(context.table, 0, token)
+    set_upcoming(session.table, 0, token)
     for place in range(k):
         if place < window.depths:
             states = run_mtp(window, place + 1, states, inputs)
             state = states[rows, last]
         else:
             state = draft_beyond(window, place - window.depths, state, drafts[-1])
-        draft, distribution = choose(context.model.lm_head(state), place)
-        set_upcoming(context.table, place + 1, draft)
+        draft, distribution = choose(session.model.lm_head(state), place)
+        set_upcoming(session.table, place + 1, draft)
         drafts.append(draft)
         distributions.append(distribution)
     for depth in range(k + 1, window.depths + 1):
@@ -121,7 +121,7 @@ def draft_tokens(
 def draft_count(
     model: DeepSeekV3,  # to speak
     speculate: bool | int,  # True for one draft from each MTP module, or a number
-    context: DecodingSession | None,  # what was read before
+    session: DecodingSession | None,  # what was read before
 ) -> int:  # for each step
     "Return how many drafts a step has, or refuse"
     if not (isinstance(speculate, int) and 0 <= speculate <= 32):
@@ -134,9 +134,9 @@ def draft_count(
             'speculate: this model has no MTP module (num_nextn_predict_layers=0); leave it out'
         )
     drafts = modules if speculate is True else int(speculate)
-    if context is not None and context.depths < min(drafts, modules):
+    if session is not None and session.depths < min(drafts, modules):
         raise ValueError(
-            f'speculate={speculate}: this context looks {context.depths} '
+            f'speculate={speculate}: this session looks {session.depths} '
             f'tokens ahead; make it with depths={min(drafts, modules)}'
         )
     return drafts

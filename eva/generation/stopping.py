@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT', 'EndTokens', 'Criterion', 'Decoder', 'Detokenizer', 'first_stop', 'unfinished_stop', 'text_stream',
-           'Default', 'end_tokens', 'fill_token', 'stop_texts', 'RowEnds', 'Streamer', 'criteria_of', 'ended_rows',
-           'Columns', 'GenerationStats']
+           'Default', 'end_tokens', 'fill_token', 'stop_texts', 'RowEnds', 'filled_rows', 'Streamer', 'criteria_of',
+           'ended_rows', 'Columns', 'GenerationStats']
 
 # %% ../../nbs/08_generation/05_stopping.ipynb #3b0d0e58
 from collections import deque
@@ -220,6 +220,19 @@ class RowEnds:
             self.tails[row] = text[-self.longest :]
         return ended
 
+
+def filled_rows(
+    steps: Iterable[list[list[int]]],  # new tokens of each row, as `stream` gives them
+    input_ids: Tensor,  # the prompts (batch, seq)
+    fill: int,  # the token behind the end of shorter rows
+) -> Tensor:  # all new tokens (batch, new)
+    "Join the steps, and fill up the rows that have ended"
+    said = list(steps)
+    rows = [[token for new in said for token in new[row]] for row in range(len(input_ids))]
+    width = max(map(len, rows))
+    filled = [row + [fill] * (width - len(row)) for row in rows]
+    return torch.tensor(filled, device=input_ids.device)
+
 # %% ../../nbs/08_generation/05_stopping.ipynb #c613068f
 # Called with (batch, seq) tokens and None; True, or True for a row (batch,), ends what it says
 Criterion: TypeAlias = Callable[[Tensor, Any], bool | Tensor]
@@ -340,7 +353,7 @@ class Columns:
 class GenerationStats:
     "What a generation did"
 
-    read: int = 0  # tokens of prompts that were computed, without what a context knew
+    read: int = 0  # tokens of prompts that were computed, without what a session knew
     reading: float = 0.0  # seconds for them
     rows: int = 0  # prompts
     tokens: int = 0  # new ones, of all rows
