@@ -241,7 +241,7 @@ def went_back(out, cases):
         assert [s for s, _ in rows] == [s for s, _ in want] == list(range(1, 41))
         assert max(abs(a - b) for (_, a), (_, b) in zip(rows, want)) < 1e-8
         (event,) = map(json.loads, (out / c['name'] / 'events.jsonl').read_text().splitlines())
-        assert (event['step'], event['answer']) == (36, 'back to step 30, past 24 windows')
+        assert (event['step'], event['action']) == (36, 'back to step 30, past 24 windows')
 
 
 def test_all_ranks_go_back_together(done):

@@ -55,8 +55,8 @@ def running_share(
 class Event(NamedTuple):
     "Something to be said about a step"
 
-    what: str  # spike, not_finite, dead or collapse
-    said: str  # a sentence
+    kind: str  # spike, not_finite, dead or collapse
+    message: str  # a sentence
 
 
 def dead_event(

@@ -321,14 +321,14 @@ class RunLog:
     def event(
         self,
         step: int,  # when
-        what: str,  # a word: spike, dead, collapse, not_finite
-        said: str,  # a sentence
-        answer: str,  # what was done about it
+        kind: str,  # a word: spike, dead, collapse, not_finite
+        message: str,  # a sentence
+        action: str,  # what was done about it
     ):
         "Append one line of events.jsonl, on the disk at once"
         self.manifest.grow('events.jsonl')
         with open(self.out / 'events.jsonl', 'a') as f:
-            f.write(json.dumps(dict(step=step, what=what, said=said, answer=answer)) + '\n')
+            f.write(json.dumps(dict(step=step, kind=kind, message=message, action=action)) + '\n')
             f.flush()
             os.fsync(f.fileno())
         self.manifest.grow('events.jsonl')

@@ -78,7 +78,7 @@ def recovery_action(
     skipped: int,  # steps in a row that were skipped, this one included
 ) -> str:  # log, skip, rewind or stop
     "Return what the settings say about the events of a step: the gravest answer counts"
-    kinds = {event.what for event in events}
+    kinds = {event.kind for event in events}
     answers = {'log'}
     if 'spike' in kinds:
         answers.add(cfg.on_spike)
@@ -106,7 +106,7 @@ def stopped(
     out: Path,  # folder of the run
 ) -> DivergedError:  # to be raised
     "Say why a run ends and where its last good checkpoint is"
-    reason = event.said
+    reason = event.message
     if skipped >= cfg.max_skipped_steps:
         reason = f'{skipped} steps in a row were skipped, the last one because {reason}'
     return DivergedError(

@@ -268,7 +268,7 @@ def loss_figures(
         mtp_loss = finite_or_none(outcome.losses[1:].mean().item())
         row |= dict(mtp_loss=mtp_loss, mtp_expert_load=further)
     if events:
-        row |= dict(events=[event.said for event in events])
+        row |= dict(events=[event.message for event in events])
     if not outcome.applied:
         row |= dict(skipped=True)
     return row

@@ -387,11 +387,11 @@ class Trainer:
             try:
                 done = self.rewind()
             except DivergedError as failure:
-                log.event(step, events[0].what, events[0].said, f'stop: {failure}')
+                log.event(step, events[0].kind, events[0].message, f'stop: {failure}')
                 raise
             log.back_to(self.step)
         for event in events:
-            log.event(step, event.what, event.said, done)
+            log.event(step, event.kind, event.message, done)
         if action == 'stop':
             raise stopped(self.cfg, step, events[0], self.bad_row, self.out)
         return action == 'rewind'
