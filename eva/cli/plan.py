@@ -16,7 +16,6 @@ from ..config import Config
 from ..fileio.manifest import Manifest
 from ..planner.layout import CHOICES, GPUS, Layout
 from ..planner.training_cost import Assumptions, plan, table
-from ..training.checkpointing import owned_write
 
 # %% ../../nbs/15_cli/13_plan.ipynb #6beab639
 HELP = dict(
@@ -132,6 +131,8 @@ def print_plan(
     print(table(p, args.trillions))
     if args.out:
         text = json.dumps(p | dict(model=cfg.to_dict()), indent=2) + '\n'
+        from eva.training.checkpointing import owned_write
+
         with owned_write(args.out) as file:
             file.write_text(text, encoding='utf-8')
         print(f'\neverything is in {args.out}')

@@ -10,12 +10,14 @@ __all__ = ['SCALE', 'STATES', 'training_state_bytes', 'selective_activations', '
 # %% ../../nbs/11_planner/02_memory.ipynb #63bb74cf
 import math
 from collections.abc import Iterable
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..config import Config
 from .layout import GPUS, Layout
 from .stages import layer_counts, stages
+
+if TYPE_CHECKING:  # named in annotations; `eva_plan` does not wait for PyTorch
+    from torch import Tensor
 
 # %% ../../nbs/11_planner/02_memory.ipynb #63d31227
 SCALE = 4 / 128**2  # bytes per weight for the float32 scale of a block
@@ -245,10 +247,10 @@ def expected_devices(
 
 
 def devices_visited(
-    indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
+    indices: 'Tensor',  # chosen experts (tokens, num_experts_per_tok)
     experts: int,  # of the layer
     places: int,  # that share them evenly, in order
-) -> Tensor:  # True where a token visits a place (tokens, places)
+) -> 'Tensor':  # True where a token visits a place (tokens, places)
     "Return where routing sends each token"
     visits = indices.new_zeros(len(indices), places)
     return visits.scatter_(1, indices // (experts // places), 1).bool()
