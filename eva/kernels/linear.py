@@ -21,7 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .private import cpu_multiplies_bf16, has_onednn_linear, onednn_linear
+from eva.kernels.private import (
+    cpu_multiplies_bf16,
+    has_module_hooks,
+    has_onednn_linear,
+    onednn_linear,
+)
 from .tracing import is_eager
 
 # %% ../../nbs/12_kernels/01_linear.ipynb #bb3bd411
@@ -228,13 +233,7 @@ def has_no_hooks(
     module: nn.Module,  # any layer
 ) -> bool:  # True where calling it runs the forward of its class and nothing else
     "Say whether a module has no hooks of its own and no forward put on the instance"
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return 'forward' not in vars(module) and not any(hooks)
+    return 'forward' not in vars(module) and not has_module_hooks(module)
 
 
 def is_plain_linear(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ONEDNN_LINEAR', 'SOFTMAX_BACKWARD', 'BF16_SUPPORTED', 'KEEP_GRAPH', 'TRANSFORMS', 'FOREACH_ZERO', 'FOREACH_NORM',
-           'FOREACH_MUL', 'private', 'has_onednn_linear', 'onednn_linear', 'cpu_multiplies_bf16', 'softmax_backward',
-           'backward_keeps_graph', 'in_transform', 'foreach_zero_', 'foreach_norm', 'foreach_mul_']
+           'FOREACH_MUL', 'HOOKS', 'private', 'has_onednn_linear', 'onednn_linear', 'cpu_multiplies_bf16',
+           'softmax_backward', 'backward_keeps_graph', 'in_transform', 'foreach_zero_', 'foreach_norm', 'foreach_mul_',
+           'has_module_hooks']
 
 # %% ../../nbs/12_kernels/08_private.ipynb #734a7799
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../../nbs/12_kernels/08_private.ipynb #7f8e044d
 def private(
@@ -114,3 +115,13 @@ def foreach_mul_(
         return
     for tensor in tensors:
         tensor.mul_(factor)
+
+# %% ../../nbs/12_kernels/08_private.ipynb #c0de0802
+HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
+
+
+def has_module_hooks(
+    module: nn.Module,  # any
+) -> bool:  # True where it is not known
+    "Say whether hooks stand on a module itself; global hooks and those of its parts do not count"
+    return any(getattr(module, name, True) for name in HOOKS)
