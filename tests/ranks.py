@@ -74,7 +74,7 @@ def spoilt(s, bad=range(140, 144)):
 
 
 def trainer(
-    out, dtype='float64', steps=20, parallel=None, model=None, learn=False, spoil=False, **kw
+    out, dtype='float64', steps=20, parallel=None, model=None, loss_mask=False, spoil=False, **kw
 ):
     torch.manual_seed(0)
     net = DeepSeekV3(Config.from_preset('mini', **(SIZES | (model or {})))).to(
@@ -84,9 +84,9 @@ def trainer(
     held = stream(out.parent / 'held.npy')
     if spoil:
         spoilt(train)
-    if learn:  # a third of the tokens, as if they were answers
+    if loss_mask:  # a third of the tokens, as if they were answers
         for s in (train, held):
-            s.learn = np.random.default_rng(2).random(len(s)) < 0.3
+            s.loss_mask = np.random.default_rng(2).random(len(s)) < 0.3
     return Trainer(net, train, held, TrainConfig(steps=steps, **(SETTINGS | kw)), out, parallel)
 
 

@@ -155,7 +155,7 @@ BY_FOUR = dict(
         for k in ('pipeline',)
     ],
     test_answers_are_learned_alike=[
-        case(f'{k}-learn', LAYOUTS[k], run=SMALL | dict(learn=True, mask_documents=True))
+        case(f'{k}-learn', LAYOUTS[k], run=SMALL | dict(loss_mask=True, mask_documents=True))
         for k in ('copies',)
     ],
     test_all_ranks_go_back_together=[
@@ -252,7 +252,7 @@ def test_all_ranks_go_back_together(done):
 @pytest.mark.slow
 def test_divided_weights_do_the_same(tmp_path):
     "The rest of bfloat16, answers and going back"
-    half, learn, back = (
+    half, loss_mask, back = (
         [
             case(f'{k}-{c["name"]}', LAYOUTS[k], run=c['run'])
             for k in ('fsdp', 'both')
@@ -264,9 +264,9 @@ def test_divided_weights_do_the_same(tmp_path):
             'test_all_ranks_go_back_together',
         )
     )
-    found = together(4, tmp_path, *half, *learn, *back)
+    found = together(4, tmp_path, *half, *loss_mask, *back)
     compare(tmp_path, found, half, 2e-2, 0.05)
-    compare(tmp_path, found, learn, 1e-8)
+    compare(tmp_path, found, loss_mask, 1e-8)
     went_back(tmp_path, back)
 
 

@@ -240,7 +240,7 @@ def test_mutated_tokens(run, tmp_path):
 
 
 def test_mutated_shards(tmp_path):
-    w = ShardWriter(tmp_path / 's', 300, size=100, learned=True)
+    w = ShardWriter(tmp_path / 's', 300, size=100, with_loss_mask=True)
     for _ in range(30):
         w.add(np.arange(17), 17, np.ones(17, bool))
     w.close(align=1)
@@ -252,7 +252,7 @@ def test_mutated_shards(tmp_path):
 
         def read():
             s = ShardStream(case)
-            return s.batch(0, 2, 16, 2), s.learned(0, 2, 16, 2)
+            return s.batch(0, 2, 16, 2), s.loss_mask_batch(0, 2, 16, 2)
 
         attempt(read, i)
 

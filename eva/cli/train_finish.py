@@ -36,11 +36,11 @@ def held_out_beginnings(
         for i in documents
         if i + given <= len(tokens) and not (tokens[i + 1 : i + given] == bos).any()
     ][:3] or [0]
-    if trainer.held_out.learn is not None:
+    if trainer.held_out.loss_mask is not None:
         first = int(documents[0])
-        learn = trainer.held_out.learn[: 10**6]
+        loss_mask = trainer.held_out.loss_mask[: 10**6]
         starts = [first]
-        given = int(np.flatnonzero(learn[first:])[0])
+        given = int(np.flatnonzero(loss_mask[first:])[0])
     return torch.from_numpy(np.stack([tokens[i : i + given] for i in starts]))
 
 
@@ -197,7 +197,7 @@ def closing_hint(
 
     command = f'eva_generate {shlex.quote(str(out))}'
     template = held_out.optimum is None and ChatTemplate.of(out) is not None
-    if template and held_out.learn is not None:
+    if template and held_out.loss_mask is not None:
         return f'talk to it: {command}'
     tokens = np.asarray(held_out.tokens[:1000], np.int64)
     starts = np.flatnonzero(tokens == bos)

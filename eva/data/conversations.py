@@ -89,20 +89,20 @@ def encode_conversation(
     tok.encode_special_tokens = False  # the template writes marks
     encoding = tok.encode(text, add_special_tokens=False)
     ids = np.array(encoding.ids, np.int64)
-    learn = np.array(
+    loss_mask = np.array(
         [any(a <= start < b for a, b in spans) and end > start for start, end in encoding.offsets]
     )
     if len(ids) and ids[0] == bos:
-        return ids, learn
-    return np.r_[bos, ids], np.r_[False, learn]
+        return ids, loss_mask
+    return np.r_[bos, ids], np.r_[False, loss_mask]
 
 # %% ../../nbs/06_data/11_conversations.ipynb #51b3a520
 def _full_row(part: list[tuple[np.ndarray, np.ndarray]], seq: int, pad: int) -> tuple:
     "Conversations as one row of tokens and learned, filled up"
     missing = seq - sum(len(ids) for ids, _ in part)
     ids = np.r_[tuple(ids for ids, _ in part) + (np.full(missing, pad),)]
-    learn = np.r_[tuple(learn for _, learn in part) + (np.zeros(missing, bool),)]
-    return ids, learn
+    loss_mask = np.r_[tuple(loss_mask for _, loss_mask in part) + (np.zeros(missing, bool),)]
+    return ids, loss_mask
 
 
 def pack_sequences(
@@ -113,16 +113,16 @@ def pack_sequences(
     "Whole conversations in rows of one length"
     part: list[tuple[np.ndarray, np.ndarray]] = []
     size = 0
-    for ids, learn in talks:
+    for ids, loss_mask in talks:
         ids = ids[:seq]
-        learn = learn[:seq]
-        if not learn.any():
+        loss_mask = loss_mask[:seq]
+        if not loss_mask.any():
             continue  # its answers are beyond the row
         if size + len(ids) > seq:
             yield _full_row(part, seq, pad)
             part = []
             size = 0
-        part.append((ids, learn))
+        part.append((ids, loss_mask))
         size += len(ids)
     if part:
         yield _full_row(part, seq, pad)
@@ -164,12 +164,12 @@ def _write_stream(
 
     def counted():
         nonlocal nbytes
-        for ids, learn in talks:
-            nbytes += len(tok.decode(ids[:seq][learn[:seq]].tolist()).encode())
-            yield ids, learn
+        for ids, loss_mask in talks:
+            nbytes += len(tok.decode(ids[:seq][loss_mask[:seq]].tolist()).encode())
+            yield ids, loss_mask
 
-    for ids, learn in pack_sequences(counted(), seq, pad):
-        writer.add(ids, 0, learn)
+    for ids, loss_mask in pack_sequences(counted(), seq, pad):
+        writer.add(ids, 0, loss_mask)
     return nbytes
 
 # %% ../../nbs/06_data/11_conversations.ipynb #05247ca2
@@ -193,7 +193,9 @@ def write_conversations(
 
     def write(name: str, held_out: bool) -> TokenStream:
         vocab_size = tok.get_vocab_size()
-        writer = ShardWriter(Path(folder) / name, vocab_size, learned=True, manifest=manifest)
+        writer = ShardWriter(
+            Path(folder) / name, vocab_size, with_loss_mask=True, manifest=manifest
+        )
         nbytes = _write_stream(writer, encoded.stream(held_out), tok, seq, pad)
         if not writer.documents:
             raise ValueError(

@@ -49,7 +49,7 @@ class ShardWriter:
         folder: str | Path,  # to be made; of what is in it, only files that Eva wrote are removed
         vocab_size: int,  # decides the type
         size: int = 2**24,  # tokens of a shard
-        learned: bool = False,  # will it be said which tokens are learned?
+        with_loss_mask: bool = False,  # will it be said which tokens are learned?
         manifest: Manifest | None = None,  # of the run; None: of the folder
     ):
         self.folder = Path(folder)
@@ -61,18 +61,18 @@ class ShardWriter:
         self.dtype = token_dtype(vocab_size)
         # Of one shard; the system gives memory only for what is written to.
         self.row = np.empty(size, self.dtype)
-        self.mask: Any = np.empty(size, np.bool_) if learned else None
+        self.mask: Any = np.empty(size, np.bool_) if with_loss_mask else None
         self.shards: list[list] = []  # name, tokens and checksum of each
         self.held = 0
         self.bytes = 0
         self.documents = 0
-        self.learned = learned
+        self.with_loss_mask = with_loss_mask
 
     def add(
         self,
         ids: np.ndarray,  # tokens of a document
         nbytes: int,  # of its text, or of what is learned of it
-        learn: Any = None,  # which tokens are learned, an array of bool
+        loss_mask: Any = None,  # which tokens are learned, an array of bool
     ):
         "Append one document"
         self.bytes += nbytes
@@ -81,8 +81,8 @@ class ShardWriter:
         while start < len(ids):
             count = min(len(ids) - start, self.size - self.held)
             self.row[self.held : self.held + count] = ids[start : start + count]
-            if self.learned:
-                self.mask[self.held : self.held + count] = learn[start : start + count]
+            if self.with_loss_mask:
+                self.mask[self.held : self.held + count] = loss_mask[start : start + count]
             self.held += count
             start += count
             if self.held == self.size:
@@ -92,8 +92,8 @@ class ShardWriter:
         "Write the shard that is being filled"
         name = f'tokens-{len(self.shards):05d}.npy'
         rows = {name: self.row[: self.held]}
-        if self.learned:
-            rows[name.replace('tokens', 'learn')] = self.mask[: self.held]
+        if self.with_loss_mask:
+            rows[name.replace('tokens', 'loss_mask')] = self.mask[: self.held]
         for file, row in rows.items():
             with self.manifest.write(self.folder / file) as t, open(t, 'wb') as out:
                 np.lib.format.write_array(out, row, allow_pickle=False)
@@ -113,7 +113,7 @@ class ShardWriter:
             documents=self.documents,
             vocab_size=self.vocab_size,
             size=self.size,
-            learned=self.learned,
+            loss_mask=self.with_loss_mask,
             shards=self.shards,
         )
         index = self.folder / 'index.json'
@@ -238,10 +238,10 @@ class ShardStream(TokenStream):
         files = [self.path.with_name(name) for name, _, _ in meta['shards']]
         lengths = [count for _, count, _ in meta['shards']]
         self.tokens = ShardedArray(files, lengths, token_dtype(self.vocab_size))
-        self.learn = None
-        if meta.get('learned'):
-            masks = [file.with_name(file.name.replace('tokens', 'learn')) for file in files]
-            self.learn = ShardedArray(masks, lengths, np.bool_)
+        self.loss_mask = None
+        if meta.get('loss_mask'):
+            masks = [file.with_name(file.name.replace('tokens', 'loss_mask')) for file in files]
+            self.loss_mask = ShardedArray(masks, lengths, np.bool_)
 
     def starts(
         self,

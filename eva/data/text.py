@@ -145,7 +145,7 @@ class TokenStream:
     ):
         self.path = Path(path)
         self.tokens: Any = None  # a row of integers
-        self.learn: Any = None  # which tokens are learned, where it is not all: of conversations
+        self.loss_mask: Any = None  # which tokens are learned, of conversations; None for all
         self._orders: dict[tuple, np.ndarray] = {}
         try:
             self.tokens = memory_map(self.path)
@@ -186,7 +186,7 @@ class TokenStream:
         starts = self.starts(first, count, seq, extra, seed)
         return _cut_windows(self.tokens, starts, seq + extra, np.int64)
 
-    def learned(
+    def loss_mask_batch(
         self,
         first: int,  # windows already seen, over all epochs
         count: int,  # windows wanted
@@ -195,10 +195,10 @@ class TokenStream:
         seed: int = 0,  # of the order
     ) -> torch.Tensor | None:  # (count, seq + extra), bool; None where every token is
         "Which tokens of the windows of `batch` are learned"
-        if self.learn is None:
+        if self.loss_mask is None:
             return None
         starts = self.starts(first, count, seq, extra, seed)
-        return _cut_windows(self.learn, starts, seq + extra, np.bool_)
+        return _cut_windows(self.loss_mask, starts, seq + extra, np.bool_)
 
     def starts(
         self,

@@ -214,8 +214,8 @@ class Parallel:
         mine = range(first + self.place, first + count, self.ranks)
         parts = [SingleProcess().batch(stream, i, 1, *args) for i in mine]
         windows = torch.cat([w for w, _ in parts])
-        learned = [learn for _, learn in parts if learn is not None]  # all of them, or none
-        return windows, torch.cat(learned) if learned else None
+        masks = [mask for _, mask in parts if mask is not None]  # all of them, or none
+        return windows, torch.cat(masks) if masks else None
 
     def local_count(self, ahead: int) -> int:
         "Return how many of the sequences that MTP learns from are this rank's"

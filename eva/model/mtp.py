@@ -56,11 +56,11 @@ class TrainingWindows:
     tokens: Tensor  # (batch, seq + 1 + depths), int64
     depths: int  # MTP modules
     document_ids: Tensor | None = None  # changes where another document begins, as large as tokens
-    learn: Tensor | None = None  # True for tokens to be predicted, as large as tokens; None for all
+    loss_mask: Tensor | None = None  # True for tokens to be predicted; None for all
     labels: Tensor | None = None  # what is predicted, as large as tokens; None: the tokens
 
     def __post_init__(self):
-        check_windows(self.tokens, self.depths, self.document_ids, self.learn, self.labels)
+        check_windows(self.tokens, self.depths, self.document_ids, self.loss_mask, self.labels)
 
     @property
     def seq(self) -> int:
@@ -81,25 +81,25 @@ class TrainingWindows:
         within = None
         if depth and self.document_ids is not None:
             within = same_document(self.document_ids, depth, self.seq)
-        if self.learn is None:
+        if self.loss_mask is None:
             return within
-        learned = self.learn[:, depth + 1 : depth + 1 + self.seq]
+        learned = self.loss_mask[:, depth + 1 : depth + 1 + self.seq]
         return learned if within is None else within & learned
 
     def total(self) -> int | Tensor:
         "Number of tokens that the main model is to predict, which divides every loss"
-        if self.learn is None:
+        if self.loss_mask is None:
             return self.inputs().numel()
-        return self.learn[:, 1 : self.seq + 1].sum().clamp(min=1)
+        return self.loss_mask[:, 1 : self.seq + 1].sum().clamp(min=1)
 
     def first(self, rows: int) -> 'TrainingWindows':
         "The first rows alone"
-        document_ids, learn, labels = (
+        document_ids, loss_mask, labels = (
             mark if mark is None else mark[:rows]
-            for mark in (self.document_ids, self.learn, self.labels)
+            for mark in (self.document_ids, self.loss_mask, self.labels)
         )
         tokens = self.tokens[:rows]
-        return TrainingWindows(tokens, self.depths, document_ids, learn, labels)
+        return TrainingWindows(tokens, self.depths, document_ids, loss_mask, labels)
 
 # %% ../../nbs/05_model/03_mtp.ipynb #e5a615bf
 def same_document(
@@ -113,7 +113,7 @@ def same_document(
     return index[:, depth : depth + seq] == index[:, :seq]
 
 # %% ../../nbs/05_model/03_mtp.ipynb #409c0da1
-def check_windows(tokens, depths, document_ids, learn, labels=None):
+def check_windows(tokens, depths, document_ids, loss_mask, labels=None):
     "Refuse windows that are too short, none at all, and marks that do not fit them"
     if tokens.shape[1] < 2 + depths:
         raise ValueError(
@@ -124,14 +124,16 @@ def check_windows(tokens, depths, document_ids, learn, labels=None):
         raise ValueError(
             f'tokens of shape {tuple(tokens.shape)}: a mean loss needs at least one window'
         )
-    for name, marks in dict(document_ids=document_ids, learn=learn, labels=labels).items():
+    for name, marks in dict(document_ids=document_ids, loss_mask=loss_mask, labels=labels).items():
         if marks is not None and marks.shape != tokens.shape:
             raise ValueError(
                 f'{name} of shape {tuple(marks.shape)}: must be that '
                 f'of tokens, {tuple(tokens.shape)}'
             )
-    if learn is not None and learn.dtype != torch.bool:
-        raise TypeError(f'learn of {learn.dtype}: must be boolean, True for tokens to be predicted')
+    if loss_mask is not None and loss_mask.dtype != torch.bool:
+        raise TypeError(
+            f'loss_mask of {loss_mask.dtype}: must be boolean, True for tokens to be predicted'
+        )
 
 # %% ../../nbs/05_model/03_mtp.ipynb #93ba556b
 def window_loss(

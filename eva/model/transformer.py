@@ -150,10 +150,10 @@ class DeepSeekV3(nn.Module):
         # changes where another document begins, as large as tokens: MTP predicts from within one
         document_ids: Tensor | None = None,
         mask_documents: bool = False,  # may tokens not look into other documents either?
-        learn: Tensor | None = None,  # True for tokens to be predicted, as large as tokens
+        loss_mask: Tensor | None = None,  # True for tokens to be predicted, as large as tokens
     ) -> list[Tensor]:  # nats per token: the main loss, then one for each MTP depth
         "Mean next-token loss, and that of each MTP module"
-        windows = TrainingWindows(tokens, len(self.mtp), document_ids, learn)
+        windows = TrainingWindows(tokens, len(self.mtp), document_ids, loss_mask)
         seen = (
             document_ids[:, : windows.seq] if mask_documents and document_ids is not None else None
         )

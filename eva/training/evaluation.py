@@ -81,8 +81,8 @@ def span_loss(
         :, -scored:
     ]
     targets = tokens[:, -scored:]
-    if stream.learn is not None:
-        marks = np.stack([stream.learn[s.scored_from + 1 : s.end + 1] for s in spans])
+    if stream.loss_mask is not None:
+        marks = np.stack([stream.loss_mask[s.scored_from + 1 : s.end + 1] for s in spans])
         learned = torch.from_numpy(marks).bool().to(device)
         hidden = hidden[learned]
         targets = targets[learned]
@@ -134,9 +134,9 @@ def first_windows(
     starts = range(0, min(len(stream) - seq, 16 * seq), seq)
     tokens = np.stack([stream.tokens[i : i + seq + 1] for i in starts])
     rows = torch.from_numpy(tokens.astype(np.int64)).to(device)
-    if stream.learn is None:
+    if stream.loss_mask is None:
         return rows, None
-    marks = np.stack([stream.learn[i + 1 : i + seq + 1] for i in starts])
+    marks = np.stack([stream.loss_mask[i + 1 : i + seq + 1] for i in starts])
     return rows, torch.from_numpy(marks).bool().to(device)
 
 
@@ -156,6 +156,6 @@ def quick_estimate(
     total = sum(judge(tokens, on) for tokens, on in zip(parts, counted))
     count = rows[:, 1:].numel() if learned is None else max(1, int(learned.sum()))
     loss = total / count
-    predictions = len(stream) - 1 if stream.learn is None else int(stream.learn.sum())
+    predictions = len(stream) - 1 if stream.loss_mask is None else int(stream.loss_mask.sum())
     bits = loss / math.log(2) * predictions / stream.bytes
     return dict(val_loss=loss, val_bits_per_byte=bits)

@@ -154,5 +154,5 @@ def check_model_and_text(
         )
     if len(held_out) < 2:
         raise ValueError(f'{len(held_out)} tokens held out: nothing to judge by; give more text')
-    if train.learn is not None and pp > 1:
+    if train.loss_mask is not None and pp > 1:
         raise ValueError(f'pp={pp}: answers are not learned in a pipeline; leave it out')

@@ -30,7 +30,7 @@ class MicroBatch(NamedTuple):
     "A few sequences of a batch, and what they count"
 
     tokens: Tensor  # windows (sequences, seq + 1 + depths)
-    learn: Tensor | None  # which tokens are learned, None for all (sequences, seq + 1 + depths)
+    loss_mask: Tensor | None  # which tokens are learned, None for all (sequences, seq + 1 + depths)
     share: float  # of the whole step, all processes together
     mtp_rows: int  # sequences that MTP learns from: the first ones
 
@@ -48,7 +48,7 @@ def mtp_sequences(
 
 def split_batch(
     batch: Tensor,  # windows of this process (sequences, seq + 1 + depths)
-    learn: Tensor | None,  # which tokens are learned, None for all
+    loss_mask: Tensor | None,  # which tokens are learned, None for all
     size: int,  # sequences of a micro-batch, the last one may have fewer
     ahead: int,  # sequences that MTP learns from: the first ones
     ranks: int,  # processes that share the step
@@ -56,17 +56,17 @@ def split_batch(
     "Cut a batch into micro-batches"
     for first in range(0, len(batch), size):
         tokens = batch[first : first + size]
-        marks = None if learn is None else learn[first : first + size]
+        marks = None if loss_mask is None else loss_mask[first : first + size]
         share = len(tokens) / (len(batch) * ranks)
         yield MicroBatch(tokens, marks, share, min(max(0, ahead - first), len(tokens)))
 
 # %% ../../nbs/07_training/07_step.ipynb #4992ee5d
 def count_targets(
-    learn: Tensor,  # which tokens are learned (sequences, seq + 1 + depths)
+    loss_mask: Tensor,  # which tokens are learned (sequences, seq + 1 + depths)
     seq_len: int,  # tokens that are predicted in each sequence
 ) -> Tensor:  # scalar
     "Count the learned tokens that the main model predicts"
-    return learn[:, 1 : seq_len + 1].sum()
+    return loss_mask[:, 1 : seq_len + 1].sum()
 
 
 @dataclass
@@ -81,12 +81,12 @@ class StepShares:
 
     def count_learned(
         self,
-        learn: Tensor,  # of the batch (sequences, seq + 1 + depths)
+        loss_mask: Tensor,  # of the batch (sequences, seq + 1 + depths)
         strategy: Strategy,  # sums over processes
     ):
         "Count the learned tokens of all processes"
-        every = strategy.sum(count_targets(learn, self.seq_len))
-        in_mtp = strategy.sum(count_targets(learn[: self.ahead], self.seq_len))
+        every = strategy.sum(count_targets(loss_mask, self.seq_len))
+        in_mtp = strategy.sum(count_targets(loss_mask[: self.ahead], self.seq_len))
         self.learned = max(1, every.item())
         self.mtp_learned = max(1, in_mtp.item())
 
@@ -96,12 +96,12 @@ class StepShares:
         part: MicroBatch,  # of which they are
     ) -> list[Tensor]:  # so that `part.share` and the share of MTP's sequences give the step's mean
         "Let a micro-batch count by what is learned from it"
-        if part.learn is None:
+        if part.loss_mask is None:
             return losses
-        main = losses[0] * count_targets(part.learn, self.seq_len) / self.learned / part.share
+        main = losses[0] * count_targets(part.loss_mask, self.seq_len) / self.learned / part.share
         if not part.mtp_rows:
             return [main, *losses[1:]]
-        targets = count_targets(part.learn[: part.mtp_rows], self.seq_len)
+        targets = count_targets(part.loss_mask[: part.mtp_rows], self.seq_len)
         further = [
             loss * targets / self.mtp_learned * self.ahead * self.ranks / part.mtp_rows
             for loss in losses[1:]
@@ -150,7 +150,7 @@ class GradientAccumulator:
             mtp_rows=part.mtp_rows,
             document_ids=document_ids(part.tokens, self.model.cfg.bos_token_id),
             mask_documents=self.cfg.mask_documents,
-            learn=part.learn,
+            loss_mask=part.loss_mask,
         )
 
     def accumulate(
@@ -158,17 +158,17 @@ class GradientAccumulator:
         batch: Tensor,  # windows (sequences, seq_len + 1 + depths)
         ahead: int,  # sequences that MTP learns from: the first ones
         mtp_weight: float,  # lambda
-        learn: Tensor | None = None,  # the tokens that are learned, None for all
+        loss_mask: Tensor | None = None,  # the tokens that are learned, None for all
     ) -> Tensor:  # the main loss, then one for each MTP depth; nan where a router met one
         "Forward and backward passes of a batch"
         depths = len(self.model.mtp)
         optimizer = self.mixed.optimizer
         shares = StepShares(ahead, self.strategy.ranks, self.cfg.seq_len)
-        if learn is not None:
-            shares.count_learned(learn, self.strategy)
+        if loss_mask is not None:
+            shares.count_learned(loss_mask, self.strategy)
         dtype = next(iter(optimizer.masters.values())).dtype
         total = torch.zeros(1 + depths, dtype=dtype)
-        for part in split_batch(batch, learn, self.cfg.micro_batch, ahead, shares.ranks):
+        for part in split_batch(batch, loss_mask, self.cfg.micro_batch, ahead, shares.ranks):
             try:
                 losses = shares.weigh_learned(self.losses(part), part)
             except FloatingPointError:

@@ -83,7 +83,7 @@ class Strategy(Protocol):
         batch: Tensor,  # this process's windows (sequences, seq + 1 + depths)
         ahead: int,  # of which MTP learns from the first
         mtp_weight: float,  # lambda
-        learn: Tensor | None,  # which tokens are learned, None for all
+        loss_mask: Tensor | None,  # which tokens are learned, None for all
     ) -> Tensor:  # this process's share of the main loss and of each MTP depth's (1 + depths,)
         "Forward and backward passes of a batch, into the masters' gradients"
         ...
@@ -191,7 +191,7 @@ class SingleProcess:
     ) -> tuple[Tensor, Tensor | None]:
         "All windows of the step"
         windows = (first, count, seq, extra, seed)
-        return stream.batch(*windows), stream.learned(*windows)
+        return stream.batch(*windows), stream.loss_mask_batch(*windows)
 
     def local_count(self, ahead: int) -> int:
         "All of them"
@@ -202,10 +202,10 @@ class SingleProcess:
         return x
 
     def gradients(
-        self, trainer: Any, batch: Tensor, ahead: int, mtp_weight: float, learn: Tensor | None
+        self, trainer: Any, batch: Tensor, ahead: int, mtp_weight: float, loss_mask: Tensor | None
     ) -> Tensor:
         "As the trainer computes them"
-        return trainer.gradients(batch, ahead, mtp_weight, learn)
+        return trainer.gradients(batch, ahead, mtp_weight, loss_mask)
 
     def loads(self, meter: ExpertLoadTracker) -> None:
         "Nobody else has counted"

@@ -151,13 +151,13 @@ class Trainer:
         batch: Tensor,  # windows (sequences, seq_len + 1 + depths)
         ahead: int,  # sequences that MTP learns from: the first ones
         mtp_weight: float,  # lambda
-        learn: Tensor | None = None,  # the tokens that are learned, None for all
+        loss_mask: Tensor | None = None,  # the tokens that are learned, None for all
     ) -> Tensor:  # the main loss, then one for each MTP depth; nan where a router met one
         "Forward and backward, a micro-batch at a time"
         if self.counting:
-            return self.accumulator.accumulate(batch, ahead, mtp_weight, learn)
+            return self.accumulator.accumulate(batch, ahead, mtp_weight, loss_mask)
         with self.counted():  # asked for by itself: the balance loss needs the routings
-            return self.accumulator.accumulate(batch, ahead, mtp_weight, learn)
+            return self.accumulator.accumulate(batch, ahead, mtp_weight, loss_mask)
 
     def train_step(self) -> dict:  # one line of metrics.jsonl
         "Learn from one batch; the meter's hooks are on the model meanwhile, and at no other time"
@@ -194,7 +194,7 @@ class Trainer:
 
     def _losses_of_batch(self, size: int, ahead: int) -> Tensor:
         "Read the next windows and compute their gradients; the losses of all processes"
-        batch, learn = self.parallel.batch(
+        batch, loss_mask = self.parallel.batch(
             self.train,
             self.cfg.sequences(self.step) + self.skipped_windows,
             size,
@@ -207,7 +207,7 @@ class Trainer:
             batch.to(self.device),
             self.parallel.local_count(ahead),
             self.cfg.mtp_weight_at(self.step),
-            learn if learn is None else learn.to(self.device),
+            loss_mask if loss_mask is None else loss_mask.to(self.device),
         )
         return self.parallel.sum(losses)
 
