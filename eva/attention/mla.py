@@ -75,6 +75,8 @@ def absorbed_attention(
     probs = scores.softmax(-1, dtype=wide).to(scores.dtype)
     # The rotated keys are summed too: cheaper than cutting them off.
     mixed = bmm_nt(probs.flatten(1, 2), rows.mT)[..., : W_UK.shape[-1]].view(b, s, n, -1)
+    if mask is not None:  # a query that sees nothing mixes nothing, as when expanded
+        mixed = mixed.masked_fill(~mask.any(-1).transpose(1, 2)[..., None], 0)
     return torch.einsum('bsnc,nvc->bsnv', mixed, W_UV)
 
 # %% ../../nbs/02_attention/03_mla.ipynb #7359e460
