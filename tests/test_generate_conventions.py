@@ -189,7 +189,7 @@ def test_the_same_call_gives_the_same_tokens(
 
 
 def stream_only(asked):
-    "What `stream` is asked for: how tokens are chosen stands in its `how`"
+    "What `stream` is asked for: how tokens are chosen stands in its `sampling_params`"
     return {k: v for k, v in asked.items() if k not in ('do_sample', 'repetition_penalty')}
 
 
@@ -376,7 +376,7 @@ def test_stop_strings_need_the_tokenizer(models):
         generate(ours, ids, 4, stop_strings='a')
 
 
-def test_how_names_every_setting_of_a_stream(models):
+def test_sampling_params_name_every_setting_of_a_stream(models):
     ours, _ = models
     ids, _ = prompts(1, False)
     ours.generation_config = GenerationConfig(do_sample=True, temperature=0.7, top_k=9)
