@@ -93,7 +93,7 @@ class ShardWriter:
         name = f'tokens-{len(self.shards):05d}.npy'
         rows = {name: self.row[: self.held]}
         if self.with_loss_mask:
-            rows[name.replace('tokens', 'loss_mask')] = self.mask[: self.held]
+            rows[name.replace('tokens', 'learn')] = self.mask[: self.held]
         for file, row in rows.items():
             with self.manifest.write(self.folder / file) as t, open(t, 'wb') as out:
                 np.lib.format.write_array(out, row, allow_pickle=False)
@@ -113,7 +113,7 @@ class ShardWriter:
             documents=self.documents,
             vocab_size=self.vocab_size,
             size=self.size,
-            loss_mask=self.with_loss_mask,
+            learned=self.with_loss_mask,
             shards=self.shards,
         )
         index = self.folder / 'index.json'
@@ -239,8 +239,8 @@ class ShardStream(TokenStream):
         lengths = [count for _, count, _ in meta['shards']]
         self.tokens = ShardedArray(files, lengths, token_dtype(self.vocab_size))
         self.loss_mask = None
-        if meta.get('loss_mask'):
-            masks = [file.with_name(file.name.replace('tokens', 'loss_mask')) for file in files]
+        if meta.get('learned'):
+            masks = [file.with_name(file.name.replace('tokens', 'learn')) for file in files]
             self.loss_mask = ShardedArray(masks, lengths, np.bool_)
 
     def starts(

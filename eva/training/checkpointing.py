@@ -171,6 +171,12 @@ def assert_same_config(
             f'{path}: its settings are a {type(saved).__name__}; '
             f'remove it to go on from an older one'
         )
+    unknown = ', '.join(sorted(saved.keys() - now.keys()))
+    if unknown:
+        raise ValueError(
+            f'{path}: was written by another release of Eva, with settings that this one does not '
+            f'have: {unknown}; resume with that release, or start another run'
+        )
     before = {name: saved.get(name, defaults.get(name)) for name in now}
     other = [
         f'{name}={before[name]!r} and not {value!r}'
