@@ -60,7 +60,7 @@ def test_exercises(path):
 @pytest.mark.parametrize('path', chapters, ids=name_of)
 def test_ending(path):
     text = cells(path, 'markdown')
-    assert any('## What was proved' in c for c in text)
+    assert any('## What we tested' in c for c in text)
     assert any(re.search(r'^Next: ', c, flags=re.M) for c in text[-2:]) or path == chapters[-1]
     assert len(cells(path)) <= 100
 

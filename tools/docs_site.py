@@ -19,6 +19,7 @@ from configparser import ConfigParser
 from html import escape
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from xml.etree import ElementTree
 
 root = Path(__file__).resolve().parents[1]
 parser = ConfigParser(delimiters=['='])
@@ -396,7 +397,10 @@ class Site:
         for o in cell.outputs:
             data = o.get('data', {})
             text = ''.join(o['text']) if o.get('name') == 'stdout' else ''
-            if 'image/png' in data:
+            if 'image/svg+xml' in data:
+                yield self.drawing(chapter, ''.join(data['image/svg+xml']))
+                text = ''
+            elif 'image/png' in data:
                 self.pictures += 1
                 name = f'{chapter.page.replace("/", "_")}_{self.pictures}.png'
                 png = base64.b64decode(''.join(data['image/png']))
@@ -423,6 +427,17 @@ class Site:
                     'text',
                     'output',
                 )
+
+    def drawing(self, chapter, svg):
+        "A diagram as a file of its own, with its own words as alternative text"
+        self.pictures += 1
+        name = f'{chapter.page.replace("/", "_")}_{self.pictures}.svg'
+        (self.src / 'pictures' / name).write_text(svg, encoding='utf-8')
+        root_element = ElementTree.fromstring(svg)
+        return (
+            f'```{{image}} /pictures/{name}\n:class: diagram\n'
+            f':width: {root_element.get("width")}px\n:alt: {root_element.get("aria-label")}\n```'
+        )
 
     def code(self, chapter, cell, i):
         flags = cell.flags
