@@ -19,7 +19,7 @@ from ..config import Config
 from ..kernels.causal_attention import causal_attention, project_heads
 from ..kernels.linear import Linear, bmm_nt, linear_operands
 
-# %% ../../nbs/02_attention/03_mla.ipynb #31e6da0e
+# %% ../../nbs/02_attention/03_mla.ipynb #501e4b16
 def queries_of_heads(
     q: Tensor,  # of all heads side by side (batch, seq, heads · (content + rotated features))
     cfg: Config,  # head widths
@@ -31,7 +31,7 @@ def queries_of_heads(
     cos, sin = rope
     return q_C, apply_rotary_emb(q_R, cos[:, :, None], sin[:, :, None])
 
-# %% ../../nbs/02_attention/03_mla.ipynb #c121d6e8
+# %% ../../nbs/02_attention/03_mla.ipynb #6f020bd1
 def expanded_attention(
     q_C: Tensor,  # content queries (batch, seq, heads, qk_nope_head_dim)
     q_R: Tensor,  # rotated queries (batch, seq, heads, qk_rope_head_dim)
@@ -50,7 +50,7 @@ def expanded_attention(
     out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v_C.transpose(1, 2), scale, mask)
     return out.transpose(1, 2)
 
-# %% ../../nbs/02_attention/03_mla.ipynb #bc8b6e80
+# %% ../../nbs/02_attention/03_mla.ipynb #6cdfe1aa
 def absorbed_attention(
     q_C: Tensor,  # content queries (batch, seq, heads, qk_nope_head_dim)
     q_R: Tensor,  # rotated queries (batch, seq, heads, qk_rope_head_dim)
@@ -136,7 +136,7 @@ def check_sizes(
     if mask is not None:
         check_mask(mask, (len(h), 1, h.shape[1], past + h.shape[1]))
 
-# %% ../../nbs/02_attention/03_mla.ipynb #69398d2c
+# %% ../../nbs/02_attention/03_mla.ipynb #7e23533d
 class MLA(nn.Module):
     "Attention through one latent per position; weights under their published names"
 
@@ -244,7 +244,7 @@ class MLA(nn.Module):
         W_UK, W_UV = W.split((cfg.qk_nope_head_dim, cfg.v_head_dim), 1)
         return absorbed_attention(q_C, q_R, rows, W_UK, W_UV, self.scale, mask)
 
-# %% ../../nbs/02_attention/03_mla.ipynb #5bedadf8
+# %% ../../nbs/02_attention/03_mla.ipynb #88167f7f
 def make_attention_mask(
     real: Tensor,  # False for left padding (batch, cached + seq)
     seq: int,  # new tokens, the last ones
