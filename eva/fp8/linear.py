@@ -31,7 +31,7 @@ from ..kernels.tracing import is_eager
 from ..moe.experts import Experts
 from ..moe.router import Router, Routing
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #0ae3bf32
+# %% ../../nbs/04_fp8/02_linear.ipynb #ef289465
 def multiply(
     x: Tensor,  # (rows, in)
     W: Tensor,  # (out, in), or a stack of them (experts, out, in)
@@ -67,7 +67,7 @@ def weight_gradient(
         return F.grouped_mm(g.float().mT, x.float(), offs=ends)
     return F.grouped_mm(g.mT, x, offs=ends)
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #5f0c8a11
+# %% ../../nbs/04_fp8/02_linear.ipynb #5a727525
 class FakeQuantizedLinearFunction(torch.autograd.Function):
     "A linear layer's product and its two gradients, each of rounded tensors"
 
@@ -110,7 +110,7 @@ class FakeQuantizedLinearFunction(torch.autograd.Function):
             dW = weight_gradient(g_rounded, x_rounded, ends).to(W.dtype)
         return dx, dW, None, None, None
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #5b0b340a
+# %% ../../nbs/04_fp8/02_linear.ipynb #240f37cb
 def is_training_call(
     module: nn.Module,  # a layer in eight bits
 ) -> bool:  # False in evaluation, and where no gradient is made
@@ -161,7 +161,7 @@ class FP8Linear(nn.Linear):
         operands = self.product.operands(x.reshape(-1, self.in_features), self.weight)
         return operands and (operands[0].view(x.shape), operands[1])
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #5f0c8a12
+# %% ../../nbs/04_fp8/02_linear.ipynb #e6a7d500
 class FP8Experts(Experts):
     "Stacked experts that multiply in eight bits"
 
@@ -186,7 +186,7 @@ class FP8Experts(Experts):
         y = self.product2(self.act(gate) * up, self.down_proj, ends, is_training_call(self))
         return (Unpermute.apply(y, place) * weights.to(y.dtype)[..., None]).sum(1)
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #1c1f5bd3
+# %% ../../nbs/04_fp8/02_linear.ipynb #0bb7fb36
 class EmulatedBackend:
     "Rounds, then multiplies in high precision"
 
@@ -223,7 +223,7 @@ PRODUCTS: dict[str, Callable[[Recipe, Tensor], GemmBackend]] = dict(
     emulate=EmulatedBackend, native=NativeBackend, te=TransformerEngineBackend
 )
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #8e0d4387
+# %% ../../nbs/04_fp8/02_linear.ipynb #401637ba
 FP8_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FP8Linear,
     Linear: FP8Linear,
@@ -254,7 +254,7 @@ def detach_backends(
     for name in ('product', 'product2', 'fp8'):
         module.__dict__.pop(name, None)
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #5f0c8a13
+# %% ../../nbs/04_fp8/02_linear.ipynb #d02205e2
 def resolve_backend(
     backend: str,  # emulate, native, te, or auto: the best there is
     device: torch.device,  # where the layers are
@@ -285,7 +285,7 @@ def make_backends(
     names = ['weight'] if isinstance(module, nn.Linear) else ['gate_up_proj', 'down_proj']
     return [PRODUCTS[backend](named_recipe(recipe), getattr(module, name)) for name in names]
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #5f0c8a14
+# %% ../../nbs/04_fp8/02_linear.ipynb #f7279036
 def convert(
     model: nn.Module,  # changed in place
     recipe: str | Recipe | None = 'block',  # one of `RECIPES`, a `Recipe`, or None to undo
@@ -314,7 +314,7 @@ def convert(
         attach_backends(module, products, f'{recipe}, {backend}')
     return model
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #f86a083d
+# %% ../../nbs/04_fp8/02_linear.ipynb #7aceaf2a
 def named_backends(
     model: nn.Module,  # a model that `convert` may have changed
 ) -> dict[str, GemmBackend]:  # "module.product" or "module.product2" to what multiplies
@@ -336,7 +336,7 @@ def fp8_state(
         state |= {f'{name}.{key}': value for key, value in made.state().items()}
     return state
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #5f0c8a15
+# %% ../../nbs/04_fp8/02_linear.ipynb #59615d45
 def load_fp8_state(
     model: nn.Module,  # converted with the recipe and the backend that the state was made with
     state: dict[str, Tensor],  # from `fp8_state`
@@ -359,7 +359,7 @@ def load_fp8_state(
     for name, made in remember.items():
         made.load_state(found[name])
 
-# %% ../../nbs/04_fp8/02_linear.ipynb #dc70e930
+# %% ../../nbs/04_fp8/02_linear.ipynb #ad947e12
 def chosen_experts(
     model: nn.Module,  # anything with routers inside
     run: Callable[[], object],  # a function that calls it
