@@ -161,3 +161,145 @@ def test_chapters_run_from_any_folder():
             assert 'of a clone of the repository' in code
         else:
             assert not only_there, (path.name, only_there)
+
+
+# The core course: its sections, their minutes and chapters
+CORE_COURSE = {
+    'Mathematical foundations': (
+        30,
+        ['01_foundations/01_attention', '01_foundations/02_deepseek_v3'],
+    ),
+    'Multi-head latent attention': (
+        60,
+        ['02_attention/01_rope', '02_attention/02_kv_cache', '02_attention/03_mla'],
+    ),
+    'Mixture of experts': (
+        45,
+        ['03_moe/01_router', '03_moe/02_experts', '03_moe/03_load_balancing'],
+    ),
+    'FP8': (30, ['04_fp8/01_formats', '04_fp8/02_linear']),
+    'Integration': (
+        46,  # a minute more than planned, for four chapters
+        [
+            '05_model/01_transformer',
+            '05_model/02_mtp',
+            '07_training/01_first_run',
+            '08_generation/01_generate',
+        ],
+    ),
+    'Production': (30, ['09_checkpoints/01_pretrained', '14_findings/01_production']),
+}
+CORE = [nbs / f'{name}.ipynb' for _, names in CORE_COURSE.values() for name in names]
+
+
+def marks_of(cell: str) -> set[str]:
+    "The directives of a code cell"
+    return set(re.findall(r'^\s*#\s*\|\s*([\w-]+)', cell, flags=re.M))
+
+
+def minutes_of(path: Path) -> float:
+    "Reading and running: 200 words or 15 lines of visible code a minute, half a minute a picture"
+    found = json.loads(path.read_text(encoding='utf-8'))['cells']
+    words = sum(len(text.split()) for text in cells(path, 'markdown'))
+    lines = 0
+    for cell in cells(path, 'code'):
+        if not marks_of(cell) & {'hide', 'export', 'default_exp', 'code-fold'}:
+            lines += sum(
+                bool(o.strip()) and not o.strip().startswith('#|') for o in cell.split('\n')
+            )
+    pictures = sum(
+        bool({'image/png', 'image/svg+xml'} & set(output.get('data', {})))
+        for cell in found
+        for output in cell.get('outputs', [])
+    )
+    return words / 200 + lines / 15 + pictures / 2
+
+
+@pytest.mark.parametrize('path', chapters, ids=name_of)
+def test_stated_minutes_are_true(path):
+    stated = int(re.search(r'\*\*Time\*\* (\d+) min', '\n'.join(cells(path, 'markdown')))[1])
+    assert abs(stated - minutes_of(path)) <= 0.2 * minutes_of(path) + 1
+
+
+@pytest.mark.parametrize('section', CORE_COURSE)
+def test_the_course_keeps_to_its_minutes(section):
+    budget, names = CORE_COURSE[section]
+    assert sum(minutes_of(nbs / f'{name}.ipynb') for name in names) <= budget + 0.5
+
+
+@pytest.mark.parametrize('path', CORE, ids=name_of)
+def test_core_chapters_are_short_and_drawn(path):
+    "Most cells fit on a screen, a diagram opens the chapter, checks stand folded at the end"
+    code = [c for c in cells(path, 'code') if not marks_of(c) & {'hide', 'export', 'code-fold'}]
+    sizes = sorted(len([o for o in c.split('\n') if o.strip()]) for c in code)
+    assert sizes[int(0.9 * (len(sizes) - 1))] <= 25
+    stored = json.loads(path.read_text(encoding='utf-8'))['cells']
+    drawings = [
+        o for c in stored for o in c.get('outputs', []) if 'image/svg+xml' in o.get('data', {})
+    ]
+    assert drawings and '## More tests' in '\n'.join(cells(path, 'markdown'))
+
+
+def test_the_model_of_150_lines():
+    "DeepSeek-V3 in 150 lines has no more"
+    code = cells(nbs / '01_foundations/02_deepseek_v3.ipynb', 'code')
+    parts = [
+        c for c in code if re.match(r'(def rotate|def cross_entropy|class \w+\((nn\.|Block))', c)
+    ]
+    lines = sum(bool(line.strip()) for c in parts for line in c.split('\n'))
+    assert len(parts) == 8 and 100 < lines <= 150, (len(parts), lines)
+
+
+NUMBER = re.compile(r'(?<![\w.^_{/§-])\d[\d,]*(?:\.\d+)?(?!\w)')
+
+
+def numbers_in_prose(path: Path) -> list[str]:
+    "Numbers of the text, without formulas, code, links, lists and headings"
+    found = []
+    for text in cells(path, 'markdown')[2:]:
+        for pattern in (
+            r'```.*?```',
+            r'\$\$.*?\$\$',
+            r'\$[^$]+\$',
+            r'`[^`]*`',
+            r'\[[^\]]*\]\([^)]*\)',
+            r'https?://\S+',
+            r'(eq\.|equations?|sections?|tables?|figures?|chapters?|§) [\d.]+(( and |–|, )[\d.]+)*',
+        ):
+            text = re.sub(pattern, ' ', text, flags=re.S)
+        text = re.sub(r'^(\s*\d+\. |#+ .*$)', '', text, flags=re.M)
+        found += [m[0].replace(',', '') for m in NUMBER.finditer(text)]
+    return found
+
+
+def numbers_beside(path: Path) -> list[float]:
+    "Numbers of the code, of stored outputs and of formulas"
+    beside = re.findall(r'\$[^$]+\$', '\n'.join(cells(path, 'markdown')))
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        if cell['cell_type'] == 'code':
+            beside.append(''.join(cell['source']))
+            for output in cell['outputs']:
+                beside.append(''.join(output.get('text', [])))
+                shown = output.get('data', {})
+                beside += [''.join(v) for k, v in shown.items() if k[:4] == 'text' or 'svg' in k]
+    text = re.sub(r'(?<=\d)(,|_|\{,\})(?=\d)', '', '\n'.join(beside))
+    return [float(o) for o in re.findall(r'\d+(?:\.\d+)?(?:e[-+]?\d+)?', text)]
+
+
+def published_numbers() -> set[str]:
+    "Constants that reports and manuals publish, from the table beside this file"
+    table = (Path(__file__).parent / 'published_numbers.tsv').read_text(encoding='utf-8')
+    return {line.split('\t')[0] for line in table.splitlines()[1:]}
+
+
+@pytest.mark.parametrize('path', chapters, ids=name_of)
+def test_numbers_in_prose_are_printed_or_published(path):
+    "A number of the text is one that the chapter computes or prints, rounded, or a published one"
+    beside = numbers_beside(path)
+    published = published_numbers()
+    for number in set(numbers_in_prose(path)) - published:
+        decimals = len(number.partition('.')[2])
+        if not decimals and int(number) <= 12:
+            continue
+        known = any(abs(o - float(number)) <= 0.5001 * 10**-decimals for o in beside)
+        assert known, f'{number}: neither printed by a cell of this chapter nor a published number'
