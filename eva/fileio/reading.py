@@ -54,7 +54,7 @@ def open_regular(
 ) -> BufferedReader:  # opened for reading
     """Open a regular file for reading
 
-    A pipe, a device, a folder, a link out of `root` or a file that is too large raises `ValueError`.
+    Raises `ValueError` for a pipe, a device, a folder, a link out of `root` or a large file.
     """
     path = Path(path)
     if root is not None and not is_link_inside(path, Path(root)):
