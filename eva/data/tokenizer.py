@@ -17,10 +17,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from .synthetic import BOS, EOS
 
 # %% ../../nbs/06_data/02_tokenizer.ipynb #aeffc3f4
-PIECE_CHARS = 2**17  # characters that are given to the tokenizer at once, at most
+PIECE_CHARS = 2**17  # characters that the tokenizer encodes at once, at most
 
-# Beside a single space or end of line a token ends in any case: before it, or behind an end of
-# line.
+# A token ends before a single space or end of line, and after an end of line, so no token crosses
+# a cut at these places.
 _CLEAN_CUT = re.compile(r'[^\s](?=[ \n][^\s])|[^\s]\n(?=[^\s])')
 
 
@@ -43,13 +43,13 @@ def cut_text(
 # %% ../../nbs/06_data/02_tokenizer.ipynb #5eb82d73
 LONGEST_WORD = 256  # characters without a space that the tokenizer is trained on, at most
 SAMPLE_BYTES = 2**25  # of text that a tokenizer is trained on, at most
-SAMPLE_WORDS = 2**22  # bytes of different words in it, at most; they take memory in training
+SAMPLE_WORDS = 2**22  # bytes of different words in it, at most; training memory grows with them
 
 _LONG_RUN = re.compile(rf'(?<!\S)\S{{{LONGEST_WORD + 1},}}|(?<!\s)\s{{{LONGEST_WORD + 1},}}')
 
 
 def _cut_long_words(piece: str) -> Iterator[str]:
-    "The same piece, in parts that have no word of more than `LONGEST_WORD` characters"
+    "Split a piece so that no word has more than `LONGEST_WORD` characters"
     start = 0
     for run in _LONG_RUN.finditer(piece):
         for end in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD):
@@ -59,12 +59,12 @@ def _cut_long_words(piece: str) -> Iterator[str]:
 
 
 def _drawn(number: int) -> float:
-    "A number in [0, 1) that belongs to a piece for where it stands"
+    "Return a pseudo-random number in [0, 1) that depends on the number of a piece"
     return int.from_bytes(hashlib.sha256(f'piece {number}'.encode()).digest()[:8], 'big') / 2**64
 
 
 class _SampleSize:
-    "Bytes of a sample, and of the different words in it"
+    "The size of a sample: bytes of text, and bytes of different words"
 
     def __init__(self):
         self.words: set[str] = set()
@@ -72,7 +72,7 @@ class _SampleSize:
         self.word_bytes = 0
 
     def add(self, parts: list[str]):
-        "Count the parts of one piece"
+        "Add the parts of one piece"
         for part in parts:
             new = set(part.split()) - self.words
             self.words.update(new)
@@ -85,7 +85,7 @@ def sample_texts(
     max_bytes: int = SAMPLE_BYTES,  # of the sample
     max_words: int = SAMPLE_WORDS,  # bytes of different words in it
 ) -> list[str]:  # pieces of them, in order
-    "Draw pieces from all parts of a stream, as many as fit a tokenizer's memory"
+    "Draw an even sample of pieces from a stream of texts, within limits of memory"
     share = 1.0
     kept: list[tuple[float, list[str]]] = []
     size = _SampleSize()
@@ -107,11 +107,11 @@ def sample_texts(
 
 # %% ../../nbs/06_data/02_tokenizer.ipynb #c63f17c4
 def train_tokenizer(
-    texts: Iterable[str],  # what to learn from, a stream of any length
+    texts: Iterable[str],  # training text, a stream of any length
     vocab_size: int = 4096,  # entries, special tokens and the 256 bytes included
     marks: tuple[str, ...] = (),  # further special tokens
 ) -> Tokenizer:  # with at most so many entries: a small corpus has fewer merges
-    "Byte-level BPE; token 0 starts a document, token 1 is there for whoever wants to end one"
+    "Train a byte-level BPE tokenizer; token 0 starts a document, token 1 may end one"
     smallest = 258 + len(marks)
     if vocab_size < smallest:
         raise ValueError(
@@ -148,7 +148,7 @@ def _encode_batch(
     batch: list[tuple[str, bool]],  # pieces, and whether a text ends with each
     begun: list[np.ndarray],  # tokens of a text that began in an earlier batch
 ) -> Iterator[np.ndarray]:
-    "Tokens of each text that ends in a batch; `begun` keeps those of one that does not"
+    "Yield the tokens of each text that ends in this batch; `begun` keeps an unfinished text"
     dtype = token_dtype(tok.get_vocab_size())
     encodings = tok.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
     for (_, is_last), encoding in zip(batch, encodings, strict=True):
@@ -159,7 +159,7 @@ def _encode_batch(
 
 
 def encode_texts(
-    tok: Tokenizer,  # how to cut them into tokens
+    tok: Tokenizer,  # to encode with
     texts: Iterable[str],  # of any length
 ) -> Iterator[np.ndarray]:  # tokens of each text
     "Encode texts on all cores, at most a megabyte at a time"
@@ -179,9 +179,12 @@ def encode_texts(
 
 # %% ../../nbs/06_data/02_tokenizer.ipynb #93d5c586
 def word_tokenizer(
-    names: list[str],  # how each token is spelt, the start and end of documents first
-) -> Tokenizer:  # words apart by spaces; each decodes with its space before it
-    "Every word a token, for the tasks"
+    names: list[str],  # spelling of each token; the first two are the start and end of documents
+) -> Tokenizer:  # words are separated by spaces
+    """Return a tokenizer of a synthetic task, with one token for each word
+
+    Each word decodes with the space before it.
+    """
     tok = Tokenizer(models.WordLevel({n if i < 2 else f'▁{n}': i for i, n in enumerate(names)}))
     tok.normalizer = normalizers.Sequence(
         [normalizers.Strip(), normalizers.Replace(Regex(r'\s+'), '▁'), normalizers.Prepend('▁')]
