@@ -41,12 +41,12 @@ from ..checkpoints.safetensors import DTYPES_BY_NAME, safetensors_header, widest
 # %% ../../nbs/10_distributed/04_checkpoint.ipynb #1b2add1b
 def runs(
     shape: tuple[int, ...],  # of a tensor
-    offsets: tuple[int, ...],  # where a box in it begins
-    sizes: tuple[int, ...],  # of the box
+    offsets: tuple[int, ...],  # first index of a box in it, in each dimension
+    sizes: tuple[int, ...],  # of the box, in each dimension
 ) -> list[
     tuple[int, int]
-]:  # first value and number of values of each stretch, in the order of the box
-    "Return a box in a tensor as stretches of its memory"
+]:  # first element and number of elements of each range, in the order of the box
+    "Return the contiguous ranges of memory that make up a box in a tensor"
     if 0 in sizes:
         return []
     narrow = [d for d in range(len(shape)) if sizes[d] != shape[d]]
@@ -64,10 +64,10 @@ def place(
     file: int,  # descriptor
     start: int,  # byte at which the tensor begins
     shape: tuple[int, ...],  # of the tensor
-    offsets: tuple[int, ...],  # where the box begins
-    box: Tensor,  # what to write
+    offsets: tuple[int, ...],  # first index of the box, in each dimension
+    box: Tensor,  # the part to write
 ):
-    "Write a part of a tensor where it belongs"
+    "Write a part of a tensor at its place in the file"
     values = box.detach().cpu().contiguous().view(-1)
     raw = memoryview(values.view(torch.uint8).numpy().data if box.numel() else b'')
     size = box.element_size()
@@ -83,20 +83,20 @@ def place(
 
 # %% ../../nbs/10_distributed/04_checkpoint.ipynb #ee86fab2
 def done_future(
-    value=None,  # of the future
-) -> Future:  # as PyTorch's storage interface returns them
-    "Return a future whose work is done"
+    value=None,  # result of the future
+) -> Future:  # as PyTorch's storage interface expects
+    "Return a future that is already completed"
     future: Future = Future()
     future.set_result(value)
     return future
 
 
 def write_items(
-    path: Path,  # of the file, which has its header and its size
-    plan: SavePlan,  # what this rank writes, and where
+    path: Path,  # of the file, which already has its header and its final size
+    plan: SavePlan,  # items that this rank writes, and their places
     planner: SavePlanner,  # gives the tensors
 ) -> list[WriteResult]:  # one for each item
-    "Write this rank's tensors into their places"
+    "Write this rank's parts of tensors into the file"
     file = os.open(path, os.O_WRONLY)
     try:
         for item in plan.items:
@@ -115,9 +115,9 @@ def write_items(
 
 # %% ../../nbs/10_distributed/04_checkpoint.ipynb #76757e07
 class SafetensorsStorageWriter(StorageWriter):
-    """Writes a checkpoint of `torch.distributed.checkpoint` as one safetensors file
+    """Storage of `torch.distributed.checkpoint` that writes one safetensors file
 
-    Every rank writes into its own places.
+    Each rank writes its own byte ranges of the file.
     """
 
     def __init__(self, path):
@@ -137,7 +137,7 @@ class SafetensorsStorageWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans):
-        "Write the header, make the file as long as it will be, and say where each tensor begins"
+        "Write the header, set the file's size, and add to each plan where its tensors begin"
         shapes = {
             i.index.fqn: (i.tensor_data.properties.dtype, tuple(i.tensor_data.size))
             for plan in plans
@@ -156,14 +156,14 @@ class SafetensorsStorageWriter(StorageWriter):
         return done_future(write_items(self.path, plan, planner))
 
     def finish(self, metadata, results):
-        "The file's own header says everything"
+        "Do nothing: the file's header is complete"
 
 # %% ../../nbs/10_distributed/04_checkpoint.ipynb #09d1a047
 def whole_tensor(
     dtype: torch.dtype,  # of a tensor in a file
     shape: tuple[int, ...],  # the same
 ) -> TensorStorageMetadata:  # one chunk
-    "Return what PyTorch wants to know of a tensor that lies in one piece"
+    "Return PyTorch's metadata for a tensor that is stored contiguously"
     size = torch.Size(shape)
     chunk = ChunkStorageMetadata(torch.Size([0] * len(shape)), size)
     return TensorStorageMetadata(TensorProperties(dtype), size, [chunk])
@@ -171,7 +171,7 @@ def whole_tensor(
 
 def read_items(
     file,  # opened by `safe_open`
-    plan: LoadPlan,  # what this rank wants
+    plan: LoadPlan,  # items that this rank reads
     planner: LoadPlanner,  # has the tensors to fill
 ):
     "Read this rank's parts into its tensors"
@@ -185,7 +185,7 @@ def read_items(
 
 # %% ../../nbs/10_distributed/04_checkpoint.ipynb #2059b606
 class SafetensorsStorageReader(StorageReader):
-    "Reads a checkpoint of `torch.distributed.checkpoint` from one safetensors file"
+    "Storage of `torch.distributed.checkpoint` that reads one safetensors file"
 
     def __init__(self, path):
         self.path = Path(path)
@@ -208,7 +208,7 @@ class SafetensorsStorageReader(StorageReader):
         return plans
 
     def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:  # name -> (dtype, shape)
-        "Return what the file holds"
+        "Return the dtypes and shapes of the tensors in the file"
         views = {n: self.file.get_slice(n) for n in self.file.keys()}  # noqa: SIM118 - not a dict
         return {n: (DTYPES_BY_NAME[v.get_dtype()], tuple(v.get_shape())) for n, v in views.items()}
 
@@ -221,10 +221,10 @@ class SafetensorsStorageReader(StorageReader):
 
 # %% ../../nbs/10_distributed/04_checkpoint.ipynb #af4763a9
 def dtensor_like(
-    t: Tensor,  # this rank's part, or a scalar
-    p: Tensor,  # a parameter that is divided the same way, or not at all
+    t: Tensor,  # this rank's part of a tensor, or a scalar
+    p: Tensor,  # the parameter, divided in the same way or not divided
 ) -> Tensor:  # a `DTensor` where p is one
-    "Return what a rank holds of something that belongs to a parameter, as a part of the whole"
+    "Return a part of a parameter's state as a `DTensor` that is divided as the parameter is"
     if not t.dim():
         return t
     if not isinstance(p, DTensor):
@@ -243,17 +243,17 @@ def save_safetensors(
     path: Path,  # of the file
     tensors: dict[str, Tensor],  # Tensor or DTensor by name
 ):
-    "Let all ranks write one file"
+    "Write one file from all ranks"
     dcp.save(tensors, storage_writer=SafetensorsStorageWriter(path))
 
 # %% ../../nbs/10_distributed/04_checkpoint.ipynb #8b5145f4
 def load_safetensors(
     path: Path,  # of the file
-    # called with a name: the parameter that it belongs to, or None where this rank wants nothing of
-    # it
+    # from the name of a tensor to the parameter that it belongs to, or None where this rank does
+    # not read it
     like: Callable[[str], Tensor | None],
 ) -> dict[str, Tensor]:  # name -> this rank's part
-    "Let all ranks read their parts of one file"
+    "Read each rank's parts of one file"
     reader = SafetensorsStorageReader(path)
     want = {}
     for name, (dtype, shape) in reader.shapes().items():

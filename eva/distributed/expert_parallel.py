@@ -42,14 +42,14 @@ from ..training.optimizer import local
 def dispatch_plan(
     indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
     held: int,  # experts on each rank
-    ranks: int,  # how many
+    ranks: int,  # number of ranks
 ) -> tuple[
     Tensor, Tensor, list[int]
-]:  # token of each row, its experts as that rank counts them, rows for each rank
+]:  # token of each row; its experts as indices on the receiving rank; number of rows for each rank
     """Return which tokens to send to which rank
 
-    A token goes once to each rank that has an expert for it, however many it has. Where an expert
-    is on another rank than the row, `held` stands in its place.
+    A token is sent once to each rank that holds at least one of its experts. The index of an
+    expert that is on another rank than the row is replaced by `held`.
     """
     home = indices // held
     wanted = torch.zeros(len(indices), ranks, dtype=torch.bool, device=indices.device)
@@ -61,10 +61,10 @@ def dispatch_plan(
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #e2c69e12
 def slot_table(
-    owner: Tensor,  # which of n things each row belongs to (rows,)
-    n: int,  # how many things
-) -> Tensor:  # the rows of each thing, in order, and `rows` where it has no more (n, most)
-    "Return ragged lists of rows as a table"
+    owner: Tensor,  # index of the item, 0 to n - 1, that each row belongs to (rows,)
+    n: int,  # number of items
+) -> Tensor:  # row indices of each item, in order, padded with `rows` (n, most rows of an item)
+    "Return a table that lists the rows of each item"
     rows = len(owner)
     count = torch.bincount(owner, minlength=n)
     order = owner.argsort(stable=True)
@@ -76,11 +76,11 @@ def slot_table(
 
 
 def gather_rows(
-    x: Tensor,  # things (n, features)
-    owner: Tensor,  # which of them each row is a copy of (rows,)
+    x: Tensor,  # items (n, features)
+    owner: Tensor,  # item that each row is a copy of (rows,)
     table: Tensor,  # of `slot_table`
 ) -> Tensor:  # (rows, features)
-    "Copy things into rows; the gradients of copies are added in a fixed order"
+    "Copy items into rows; the backward pass adds the gradients of copies in a fixed order"
     if not len(x):
         return x[owner]
     # the last row is where empty slots point
@@ -90,8 +90,8 @@ def gather_rows(
 def gather(
     y: Tensor,  # (rows, features)
     table: Tensor,  # of `slot_table`
-) -> Tensor:  # sum of each thing's rows (n, features)
-    "Add rows up in a fixed order"
+) -> Tensor:  # sum of each item's rows (n, features)
+    "Sum the rows of each item in a fixed order"
     return Unpermute.apply(F.pad(y, (0, 0, 0, 1)), table).sum(1)
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #1093e1cd
@@ -101,14 +101,14 @@ def all_to_all(
     received: list[int],  # rows from each rank
     group: dist.ProcessGroup,  # of ranks
 ) -> Tensor:  # rows from rank 0 first
-    "All-to-all: every rank hands every other its rows"
+    "All-to-all: each rank sends rows to each other rank"
     out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
     return out
 
 
 class AllToAll(torch.autograd.Function):
-    "Rows to the ranks they belong to; their gradients back"
+    "All-to-all of rows; the backward pass sends their gradients back"
 
     @staticmethod
     def forward(ctx, x, sent, received, group):
@@ -122,15 +122,15 @@ class AllToAll(torch.autograd.Function):
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #3c1806d9
 def compute_held(
     states: Tensor,  # tokens from all ranks (rows, hidden_size)
-    factors: Tensor,  # on each choice (rows, num_experts_per_tok)
-    # experts as this rank counts them; as many as it has, for one that is elsewhere (rows,
-    # num_experts_per_tok)
+    factors: Tensor,  # routing weight of each chosen expert (rows, num_experts_per_tok)
+    # index on this rank of each chosen expert; the number of experts on this rank stands for an
+    # expert of another rank (rows, num_experts_per_tok)
     expert_ids: Tensor,
-    gate_up: Tensor,  # stacked weights of the experts that are here
-    down: Tensor,  # the same
+    gate_up: Tensor,  # stacked gate and up projections of this rank's experts
+    down: Tensor,  # stacked down projections of this rank's experts
     act: Callable[[Tensor], Tensor],  # activation
-) -> Tensor:  # weighted sum over the experts that are here (rows, hidden_size)
-    "Return what the experts of this rank add to each row"
+) -> Tensor:  # weighted sum over this rank's experts (rows, hidden_size)
+    "Return the weighted sum of the outputs of this rank's experts for each row"
     row, slot = (expert_ids < len(down)).nonzero(as_tuple=True)
     order = expert_ids[row, slot].argsort(stable=True)
     row = row[order]
@@ -144,7 +144,7 @@ def compute_held(
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #3e93fbda
 class ExpertParallel(Experts):
-    "Stacked experts of which each rank holds a stretch; tokens travel to them and back"
+    "Routed experts divided among ranks; tokens are sent to them by all-to-all"
 
     def __init__(
         self,
@@ -168,10 +168,10 @@ class ExpertParallel(Experts):
     def forward(
         self,
         x: Tensor,  # tokens of this rank (tokens, hidden_size)
-        weights: Tensor,  # factor on each choice (tokens, num_experts_per_tok)
+        weights: Tensor,  # routing weight of each chosen expert (tokens, num_experts_per_tok)
         indices: Tensor,  # chosen among the experts of all ranks (tokens, num_experts_per_tok)
     ) -> Tensor:  # weighted sum over each token's experts (tokens, hidden_size)
-        "Dispatch, compute, combine"
+        "Dispatch the tokens, apply the experts and combine the results"
         self._check(x, weights, indices)
         check_expert_ids(indices, self.count)
         token, theirs, sent = dispatch_plan(indices, self.count // self.ranks, self.ranks)
@@ -183,7 +183,7 @@ class ExpertParallel(Experts):
         expert_ids = all_to_all(theirs.to(torch.int32), sent, received, self.group).long()
         work = states, factors, expert_ids, local(self.gate_up_proj), local(self.down_proj)
         if self.recompute and torch.is_grad_enabled():
-            # only what is computed here: nothing travels twice
+            # only the computation is repeated; the exchanges are outside
             y = checkpoint(compute_held, *work, self.act, use_reentrant=False)
         else:
             y = compute_held(*work, self.act)
@@ -193,9 +193,9 @@ class ExpertParallel(Experts):
 def parallelize_experts(
     layer: MoE,  # the same on each rank; changed in place
     mesh: DeviceMesh,  # ranks to divide its experts among, one dimension
-    recompute: bool = False,  # keep no activations of the experts?
+    recompute: bool = False,  # recompute the experts' activations in the backward pass?
 ):
-    "Keep this rank's stretch of a layer's experts under their names, and send tokens to the others"
+    "Divide a layer's experts among the ranks of a mesh, in place; parameter names stay the same"
     count = len(layer.experts.down_proj)
     ranks = mesh.size()
     if count % ranks:
@@ -209,7 +209,7 @@ def parallelize_experts(
 def _nbytes(
     sent: Tensor | list[Tensor],  # argument of a collective
 ) -> int:  # bytes
-    "Return how large a tensor is, or a list of them"
+    "Return the size of a tensor or of a list of tensors"
     return sum(t.nbytes for t in (sent if isinstance(sent, list) else [sent]))
 
 
@@ -219,7 +219,7 @@ def to_each_rank(
     size: int,  # ranks of the group
     rank: int,  # this one, to which nothing is sent
 ) -> list[int]:  # bytes for each rank
-    "Return what an all-to-all sends"
+    "Return the bytes that an all-to-all sends to each rank"
     row = x.nbytes // max(1, len(x))
     rows = splits or [len(x) // size] * size
     return [n * row if to != rank else 0 for to, n in enumerate(rows)]
@@ -229,11 +229,11 @@ def collective_bytes(
     name: str,  # of PyTorch's operator
     args: Sequence[Any],  # its arguments
     size: int,  # ranks of the group
-    rank: int,  # this one's place in it
+    rank: int,  # of this process in the group
 ) -> tuple[str | None, list[int]]:  # kind of collective, bytes for each rank of the group
-    """Return what a collective sends from this rank
+    """Return the bytes that this rank sends in a collective operation
 
-    Where all ranks take part, it is counted as the ring algorithm sends: to the next rank only.
+    Where all ranks take part, the bytes are those of the ring algorithm: to the next rank only.
     """
     if name == 'alltoall_base_':
         return 'all-to-all', to_each_rank(args[1], args[4], size, rank)
@@ -258,7 +258,7 @@ def collective_bytes(
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #253fc978
 class CommTracker(TorchDispatchMode):
-    "Counts what this rank sends while it is on, by kind of collective and receiving rank"
+    "Context manager that counts the bytes this rank sends, by collective and receiving rank"
 
     def __init__(self):
         super().__init__()
@@ -278,7 +278,7 @@ class CommTracker(TorchDispatchMode):
         args: Sequence[Any],  # its arguments
         group: dist.ProcessGroup,  # in which it runs
     ):
-        "Add what one collective sends"
+        "Add the bytes that one collective sends"
         kind, sent = collective_bytes(name, args, group.size(), group.rank())
         if kind is None:
             return
@@ -291,14 +291,14 @@ class CommTracker(TorchDispatchMode):
         self,
         kind: str | None = None,  # of collective; None: all of them
     ) -> int:  # bytes
-        "Return what was sent to all ranks"
+        "Return the bytes sent to all ranks"
         return sum(count for (name, _), count in self.bytes.items() if kind in (None, name))
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #05ddd309
 def shutdown(
     minutes: float = 10.0,  # to wait for the others
 ):
-    "End together: no rank closes its connections before all have arrived"
+    "Close the connections of all ranks after all have arrived here"
     store = default_store()
     if store is None:
         dist.barrier()
@@ -309,14 +309,14 @@ def shutdown(
     dist.destroy_process_group()
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #1b864b99
-# a rank has been seen to die after its work was done, while process and interpreter were taken down
+# we saw a rank crash after its work was done, while the interpreter shut down
 EXIT_NOW = '\nimport os, sys; sys.stdout.flush(); os._exit(0)\n'
 
 
 def failure(
     stderr: str,  # of a failed `torchrun`
 ) -> str:  # one line
-    "Return in the ranks' own words why they failed"
+    "Return the error messages of the ranks that failed"
     lines = stderr.splitlines()
     errors = [
         line
@@ -334,8 +334,11 @@ def torchrun(
     ranks: int = 4,  # processes
     timeout: float = 900.0,  # seconds
     env: dict | None = None,  # further variables
-):  # what was printed last, from JSON; None where nothing was printed
-    "Run a script as many processes; when one fails, say what it said"
+):  # the last printed line, parsed as JSON; None if nothing was printed
+    """Run a script as several processes and return what it printed last
+
+    A `RuntimeError` holds the ranks' error messages where one fails.
+    """
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
     with tempfile.TemporaryDirectory() as tmp:
         file = Path(tmp) / 'script.py'

@@ -54,11 +54,11 @@ T = TypeVar('T')
 
 # %% ../../nbs/10_distributed/05_parallel.ipynb #56748af4
 def all_loads(
-    load: dict[str, Tensor],  # layer -> tokens per expert, of the layers that are here
+    load: dict[str, Tensor],  # layer -> tokens per expert, of this rank's layers
     experts: dict[str, int],  # layer -> number of experts, of all layers
-    pipe: Pipeline,  # whose ranks have the others
+    pipe: Pipeline,  # its ranks have the other layers
 ) -> dict[str, Tensor]:  # of all layers
-    "Return the loads of all stages"
+    "Return the expert loads of all pipeline stages"
     widest = max(experts.values(), default=0)
     table = torch.zeros(len(experts), widest, device=pipe.device)
     for i, name in enumerate(experts):
@@ -69,14 +69,14 @@ def all_loads(
 
 # %% ../../nbs/10_distributed/05_parallel.ipynb #5dfe231b
 def save_together(
-    path: Path,  # the folder to be
-    tensors: dict[str, Tensor],  # this rank's, by name
-    state: dict,  # what JSON can hold
-    like: Callable[[str], Tensor | None],  # the parameter or buffer that something belongs to
-    rank: int,  # this one
-    first: int,  # of `first_process`
+    path: Path,  # folder to write
+    tensors: dict[str, Tensor],  # this rank's parts, by name
+    state: dict,  # values that JSON can hold
+    like: Callable[[str], Tensor | None],  # from a name to the parameter or buffer it belongs to
+    rank: int,  # of this process
+    first: int,  # number returned by `first_process`
 ):
-    "Write a checkpoint together, whole or absent, in the form of one process"
+    "Write a complete checkpoint from all ranks, in the format of one process, or none"
     with write_together_to(path, rank, first) as temporary:
         if rank == 0:
             temporary.mkdir(parents=True)
@@ -92,11 +92,11 @@ def save_together(
 def read_nothing(
     file,  # of a checkpoint
 ) -> None:
-    "Stand in for reading tensors, where only the checksums matter"
+    "Read no tensors; used where only the checksums are verified"
 
 # %% ../../nbs/10_distributed/05_parallel.ipynb #32691ccf
 class Parallel:
-    "Which ranks share the experts, the weights and the layers of a run"
+    "Training strategy that divides experts, layers and other weights among ranks"
 
     params: dict[str, nn.Parameter]  # of the divided model; from its optimizer
     pipe: Pipeline | None  # where layers are shared; this and the following from `wrap`
@@ -111,7 +111,7 @@ class Parallel:
         # divide everything else too, or keep a copy on each rank? None: divide, unless there is a
         # pipeline
         fsdp: bool | None = None,
-        recompute: bool = False,  # compute activations again in the backward pass?
+        recompute: bool = False,  # recompute activations in the backward pass?
         device: str = 'cpu',  # cpu or cuda
         schedule: str = '1f1b',  # of the pipeline
     ):
@@ -123,7 +123,7 @@ class Parallel:
         self.rank = dist.get_rank()
         self.ranks = self.data.size()
         self.place = self.data.get_local_rank()
-        self.first = first_process(device)  # by which temporary names are called
+        self.first = first_process(device)  # part of temporary names
         self.ep = ep
         self.dp = self.world // (ep * pp)
         self.pp = pp
@@ -135,10 +135,10 @@ class Parallel:
     def from_env(
         cls,
         device: str = 'cpu',  # cpu or cuda
-        minutes: float = 10.0,  # without a word from a rank, and it counts as lost
-        **kw,  # of Parallel
+        minutes: float = 10.0,  # timeout, after which a rank that does not answer counts as lost
+        **kw,  # further arguments of Parallel
     ):  # None for a process that torchrun did not start
-        "Return the ranks that torchrun started"
+        "Connect the ranks that torchrun started and return their strategy"
         if 'TORCHELASTIC_RUN_ID' not in os.environ:
             ep = kw.get('ep', 1)
             pp = kw.get('pp', 1)
@@ -156,7 +156,7 @@ class Parallel:
     def wrap(
         self,
         model: DeepSeekV3,  # whole, the same on each rank; divided in place
-        cfg: TrainConfig,  # whose batches must divide too
+        cfg: TrainConfig,  # its batches must be divisible too
     ):
         "Divide a model among the ranks"
         self.check_precision(cfg.precision)
@@ -181,11 +181,11 @@ class Parallel:
         self,
         precision: str,  # fp32, bf16, fp16 or fp8
     ):
-        "Refuse precisions that remember what one rank saw of its own sequences"
+        "Refuse precisions with state that would differ between ranks"
         check_precision(precision, self.world)
 
     def optimizer(self, *args, **kw) -> ShardedOptimizer:
-        "Return an optimizer of what this rank holds; takes what `MixedPrecisionOptimizer` takes"
+        "Return an optimizer of this rank's weights; arguments as for `MixedPrecisionOptimizer`"
         return ShardedOptimizer(self, *args, **kw)
 
     def held_by(
@@ -195,13 +195,13 @@ class Parallel:
     ) -> tuple[
         dist.ProcessGroup | None, int
     ]:  # group over which copies of this rank's part must be summed; how many copies there are
-        "Return which ranks hold the same part of a weight"
+        "Return the group that holds copies of a parameter's part, and the number of copies"
         if self.pipe and self.pipe.shares and name == 'model.embed_tokens.weight':
             return self.ends, 2 * self.ranks  # MTP's copy is the same weight
         return copies_of(p, self.mesh, self.data)
 
     def _like(self, name: str) -> Tensor | None:
-        "Return the parameter or buffer of this rank that something in a checkpoint belongs to"
+        "Return the parameter or buffer of this rank that a tensor in a checkpoint belongs to"
         kind, _, rest = name.partition('.')
         if kind == 'random':
             return torch.empty(0)  # the first rank's, and whole for all
@@ -210,7 +210,7 @@ class Parallel:
     # A step
 
     def batch(self, stream, first: int, count: int, *args) -> tuple[Tensor, Tensor | None]:
-        "Return every so many windows, and which of their tokens are learned"
+        "Return this rank's windows of a batch, and the masks of the tokens that are learned"
         mine = range(first + self.place, first + count, self.ranks)
         parts = [SingleProcess().batch(stream, i, 1, *args) for i in mine]
         windows = torch.cat([w for w, _ in parts])
@@ -218,7 +218,7 @@ class Parallel:
         return windows, torch.cat(masks) if masks else None
 
     def local_count(self, ahead: int) -> int:
-        "Return how many of the sequences that MTP learns from are this rank's"
+        "Return the number of this rank's sequences that MTP learns from"
         return ahead // self.ranks
 
     def gradients(self, trainer: Trainer, *args) -> Tensor:
@@ -234,15 +234,15 @@ class Parallel:
         self,
         meter,  # counts the tokens of each expert
     ):
-        "Add up what all ranks counted, before biases move"
+        "Sum the expert loads of all ranks, before routing biases are updated"
         for count in meter.count.values():
             self.sum(count)
 
     def gather_loads(
         self,
-        load: dict[str, Tensor],  # layer -> tokens per expert, of the layers that are here
+        load: dict[str, Tensor],  # layer -> tokens per expert, of this rank's layers
     ) -> dict[str, Tensor]:  # of all layers
-        "Return the loads of all stages"
+        "Return the expert loads of all pipeline stages"
         return all_loads(load, self.gates, self.pipe) if self.pipe else load
 
     def evaluate_batch(
@@ -251,13 +251,14 @@ class Parallel:
         rows: Tensor,  # windows, the same on each rank
         *args,  # as of `SingleProcess`: are documents apart, which tokens count
     ) -> float:  # nats
-        "Return the summed loss of some windows; all ranks compute the same"
+        "Return the summed loss of some windows, the same on all ranks"
         if self.pipe:
             return self.pipe.evaluate_batch(rows)
         total = SingleProcess().evaluate_batch(model, rows, *args)
         unit: Any = model
         if hasattr(unit, 'reshard'):
-            unit.reshard()  # no backward pass will do it, and the next step would find old weights
+            # no backward pass follows that would do it, and the next step would use old weights
+            unit.reshard()
         return total
 
     # Agreeing
@@ -265,25 +266,25 @@ class Parallel:
     def broadcast_from_main(
         self,
         work: Callable[[], T],  # called by the first rank
-    ) -> T:  # what it returned, on all ranks; others leave quietly where it failed
-        "Let one rank do what all need"
+    ) -> T:  # its result, on all ranks; where it fails, other ranks exit without a message
+        "Return the result of a function that only the first rank calls"
         return from_first_rank(self.rank, work)
 
     def should_stop(
         self,
-        trainer: Trainer,  # that may have been asked to stop
-    ) -> str | None:  # why
-        "Stop together"
+        trainer: Trainer,  # may have received a signal
+    ) -> str | None:  # name of the signal
+        "Return the signal that any rank received, so that all ranks stop after the same step"
         trainer.stop = agree_to_stop(trainer.stop, trainer.device)
         return trainer.stop
 
     @property
     def restarted(self) -> bool:  # by torchrun, after a rank was lost
-        "Is this a further attempt?"
+        "Return whether torchrun has restarted the ranks"
         return attempt() > 0
 
     def speaks(self) -> bool:  # True for one rank only
-        "Whoever asks first says it for all"
+        "Return True on the rank that calls first, so that a message is printed once"
         return is_first_caller(self.rank)
 
     # What is written
@@ -294,18 +295,18 @@ class Parallel:
 
     def save(
         self,
-        path: Path,  # the folder to be
-        tensors: dict[str, Tensor],  # this rank's, by name
-        state: dict,  # what JSON can hold
+        path: Path,  # folder to write
+        tensors: dict[str, Tensor],  # this rank's parts, by name
+        state: dict,  # values that JSON can hold
     ):
-        "Write a checkpoint together, whole or absent, in the form of one process"
+        "Write a complete checkpoint from all ranks, in the format of one process, or none"
         save_together(path, tensors, state, self._like, self.rank, self.first)
 
     def newest(
         self,
-        folder: Path,  # of checkpoints, from any number of ranks
+        folder: Path,  # of checkpoints, written by any number of ranks
     ) -> tuple:  # as of `eva.training.checkpointing.latest_checkpoint`, with this rank's tensors
-        "Let the first rank check what is there, and all read their parts"
+        "Return the newest valid checkpoint: the first rank verifies, each rank reads its parts"
         path, _, state, said = self.broadcast_from_main(
             lambda: latest_checkpoint(folder, read_nothing)
         )
@@ -315,23 +316,23 @@ class Parallel:
 
     def export(
         self,
-        trainer: Trainer,  # whose masters are written
-        path: Path,  # folder, made if it is not there
-        tokenizer=None,  # a `tokenizers.Tokenizer` to put beside it
+        trainer: Trainer,  # its master weights are written
+        path: Path,  # folder, made if it does not exist
+        tokenizer=None,  # a `tokenizers.Tokenizer` to save with the model
     ):
-        "Write what `save_pretrained` writes, by all ranks: nobody ever holds the model"
+        "Write the files of `save_pretrained` from all ranks; no rank holds the whole model"
         export_together(self, trainer, path, tokenizer)
 
     def finalize(self, trainer: Trainer):
-        "Put the model into evaluation mode; its masters stay where they are"
+        "Put the model into evaluation mode; master weights stay divided"
         trainer.model.eval()
 
     def leave(
         self,
-        trainer: Trainer,  # whose model was exported to its folder
+        trainer: Trainer,  # its model was exported to its folder
     ) -> (
         Trainer | None
     ):  # a trainer of the first process alone, at the same step; None for the others
-        "End together; the first process goes on alone"
+        "Shut down all ranks; the first process continues alone"
         shutdown()
         return single_process_trainer(trainer) if self.rank == 0 else None

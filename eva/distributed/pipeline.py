@@ -39,9 +39,9 @@ SCHEDULES = {
 
 def stage_to_rank(
     schedule: str,  # one of SCHEDULES
-    ranks: int,  # that share the layers
+    ranks: int,  # number of pipeline ranks
 ) -> list[int]:  # rank of each stage
-    "Return who has which stage: one each, two each in a circle, or two each in a V"
+    "Return the rank of each stage: one stage a rank, or two in a circle or in a V"
     if schedule not in SCHEDULES:
         raise ValueError(f'schedule={schedule!r}: must be one of {", ".join(SCHEDULES)}')
     once = list(range(ranks))
@@ -53,13 +53,13 @@ def stage_to_rank(
 
 # %% ../../nbs/10_distributed/02_pipeline.ipynb #37fd056d
 def split_layers(
-    layers: int,  # main blocks
-    stages: int,  # to divide them among
-    mtp: int = 0,  # modules that come after, in the last stage
+    layers: int,  # number of blocks of the main model
+    stages: int,  # number of stages
+    mtp: int = 0,  # number of MTP modules, which belong to the last stage
 ) -> list[range]:  # blocks of each stage
-    """Return stretches of about the same length
+    """Divide the blocks into stages of about the same length
 
-    MTP modules and the head count in the last one, the embedding is free.
+    Each MTP module counts as one block of the last stage; embedding and head are not counted.
     """
     if layers < stages:
         raise ValueError(
@@ -81,7 +81,7 @@ def run_blocks(
     blocks: Iterable[nn.Module],  # in order
     states: Tensor,  # (batch, seq, hidden_size)
 ) -> Tensor:  # the same shape
-    "Return the states after some blocks, which see whole sequences"
+    "Apply some blocks to the states of whole sequences"
     positions = torch.arange(states.shape[1], device=states.device)[None]
     rope = rope_cos_sin(cfg, positions, states.dtype)
     for block in blocks:
@@ -92,17 +92,17 @@ def run_blocks(
 def layers_of(
     model: DeepSeekV3,
 ) -> nn.ModuleList:  # main blocks, then those of MTP modules
-    "Return a model's blocks"
+    "Return the blocks of a model"
     return cast(nn.ModuleList, model.model['layers'])
 
 
 class Stage(nn.Module):
-    "Some blocks of a model, the first with its embedding, the last with head, loss and MTP modules"
+    "Blocks of one pipeline stage; the first has the embedding, the last head, loss and MTP modules"
 
     def __init__(
         self,
-        model: DeepSeekV3,  # whose modules are used, not copied
-        index: int,  # of this stage
+        model: DeepSeekV3,  # its modules are used, not copied
+        index: int,  # number of this stage
         layers: list,  # blocks of each stage
     ):
         super().__init__()
@@ -116,18 +116,19 @@ class Stage(nn.Module):
             self.norm = model.model['norm']
             self.lm_head = model.lm_head
             self.mtp = model.mtp
-            self.model = [model]  # in a list: not a part of this one
-        self.rules: StepLosses | None = None  # of the step at hand
+            # in a list, so that it is not registered as a submodule
+        self.model = [model]
+        self.rules: StepLosses | None = None  # of the current step
 
     def forward(
         self,
         # windows for the first stage (batch, seq + 1 + depths), states for the others (batch, seq,
         # hidden_size)
         x: Tensor,
-        tokens: Tensor,  # the windows, for all
+        tokens: Tensor,  # the windows, for all stages
         counted: Tensor,  # does MTP learn from this sequence? (batch,)
-    ) -> Tensor:  # states, or the loss
-        "Return what enters the next stage"
+    ) -> Tensor:  # states, or the loss in the last stage
+        "Return the states for the next stage, or the loss"
         seq = tokens.shape[1] - 1 - self.cfg.num_nextn_predict_layers
         states = self.embed_tokens(tokens[:, :seq]) if self.first else x
         states = run_blocks(self.cfg, self.blocks, states)
@@ -139,11 +140,11 @@ class Stage(nn.Module):
 
 # %% ../../nbs/10_distributed/02_pipeline.ipynb #dd5db6e7
 def drop_other_stages(
-    model: DeepSeekV3,  # whole; what other ranks compute is dropped from it
+    model: DeepSeekV3,  # whole; modules of other ranks are removed from it
     layers: list[range],  # blocks of each stage
     mine: list[int],  # stages of this rank
 ):
-    "Put modules without weights in place of other ranks' blocks; the rest keep their names"
+    "Replace the modules of other ranks by identities without weights; other names stay the same"
     cfg = model.cfg
     blocks = layers_of(model)
     is_last = len(layers) - 1 in mine
@@ -162,14 +163,14 @@ def drop_other_stages(
 
 # %% ../../nbs/10_distributed/02_pipeline.ipynb #bd4533cc
 def make_stage(
-    stage: Stage,  # what it computes
-    index: int,  # its number
-    count: int,  # stages of all ranks
+    stage: Stage,  # the module
+    index: int,  # number of the stage
+    count: int,  # number of stages on all ranks
     windows: Tensor,  # of one micro-batch (batch, seq + 1 + depths)
-    like: Tensor,  # of the dtype and on the device that is computed in
-    group: dist.ProcessGroup,  # ranks that share the layers
+    like: Tensor,  # gives dtype and device of the computation
+    group: dist.ProcessGroup,  # pipeline ranks
 ) -> PipelineStage:
-    "Return a stage that knows the shapes of what it gets and gives"
+    "Wrap a stage for PyTorch's schedules, with the shapes of its input and output"
     cfg = stage.cfg
     seq = windows.shape[1] - 1 - cfg.num_nextn_predict_layers
     states = torch.empty(len(windows), seq, cfg.hidden_size, dtype=like.dtype, device='meta')
@@ -189,15 +190,18 @@ def make_stage(
 def make_schedule(
     kind: str,  # one of SCHEDULES
     stages: list[PipelineStage],  # of this rank
-    n: int,  # micro-batches
-    ranks: int,  # that share the layers, for the message
+    n: int,  # number of micro-batches
+    ranks: int,  # number of pipeline ranks, for the message
 ):  # a schedule of PyTorch
-    "Return PyTorch's schedule, or say why there is none"
+    """Return PyTorch's schedule for a number of micro-batches
+
+    A `ValueError` says so where PyTorch's schedule does not accept the number.
+    """
     try:
         return SCHEDULES[kind](
             cast(Any, stages[0] if kind == '1f1b' else stages),
             n,
-            loss_fn=lambda loss, _: loss,  # the last stage has computed it
+            loss_fn=lambda loss, _: loss,  # the last stage returns the loss
             scale_grads=False,
         )
     except ValueError as e:
@@ -212,11 +216,11 @@ def evaluate_stages(
     cfg: Config,  # of the model
     stages: dict[int, Stage],  # of this rank, by number
     owners: list[int],  # rank of each stage
-    group: dist.ProcessGroup,  # these ranks
+    group: dist.ProcessGroup,  # pipeline ranks
     rows: Tensor,  # windows (batch, seq + 1)
-    like: Tensor,  # of the dtype and on the device that is computed in
+    like: Tensor,  # gives dtype and device of the computation
 ) -> float:  # nats
-    "Return the summed loss of some windows, one stage after the other, on all ranks"
+    "Return the summed loss of some windows, computed stage by stage, on all ranks"
     ranks = dist.get_process_group_ranks(group)
     states = torch.empty(0)
     wide = torch.promote_types(like.dtype, torch.float32)
@@ -238,12 +242,12 @@ def evaluate_stages(
 
 # %% ../../nbs/10_distributed/02_pipeline.ipynb #6b3e06d9
 class Pipeline:
-    "The stages of one rank, and the schedules that run them"
+    "The pipeline stages of one rank, and the schedules that run them"
 
     def __init__(
         self,
-        model: DeepSeekV3,  # whole; blocks of other ranks are dropped from it
-        mesh: DeviceMesh,  # ranks that share the layers, one dimension
+        model: DeepSeekV3,  # whole; blocks of other ranks are removed from it
+        mesh: DeviceMesh,  # pipeline ranks, one dimension
         schedule: str,  # one of SCHEDULES
     ):
         cfg = model.cfg
@@ -269,7 +273,7 @@ class Pipeline:
         windows: Tensor,  # of one micro-batch (batch, seq + 1 + depths)
         n: int,  # micro-batches
     ):
-        "Return PyTorch's schedule for this shape, made once"
+        "Return PyTorch's schedule for a shape; it is made once and kept"
         key = tuple(windows.shape), n
         if key not in self.made:
             like = next(self.model.parameters())
@@ -282,12 +286,12 @@ class Pipeline:
 
     def gradients(
         self,
-        trainer,  # whose batch it is
+        trainer,  # of the run
         batch: Tensor,  # windows of this data rank (sequences, seq + 1 + depths)
-        ahead: int,  # of which MTP learns from the first
+        ahead: int,  # number of sequences, from the first, that MTP learns from
         mtp_weight: float,  # lambda
     ) -> Tensor:  # this data rank's shares of the losses, on every rank of the pipeline
-        "Run forward and backward passes of all micro-batches, as the schedule orders them"
+        "Run forward and backward passes of all micro-batches in the order of the schedule"
         n = len(batch) // trainer.cfg.micro_batch
         ranks = trainer.parallel.ranks
         rules = StepLosses(trainer, n * ranks, ahead * ranks, mtp_weight)
@@ -316,6 +320,6 @@ class Pipeline:
         self,
         rows: Tensor,  # windows (batch, seq + 1)
     ) -> float:  # nats
-        "Return the summed loss of some windows; all ranks compute the same"
+        "Return the summed loss of some windows, the same on all ranks"
         like = next(self.model.parameters())
         return evaluate_stages(self.model.cfg, self.stages, self.owners, self.group, rows, like)

@@ -20,7 +20,7 @@ try:
 except ImportError:  # a release that moved it: only `CommTracker`, which counts bytes, needs it
 
     class TorchDispatchMode:  # type: ignore[no-redef]  # stands in for the class that is missing
-        "Refuses to be switched on, since no operation would come by"
+        "Raise an error, because this release offers no way to watch operations"
 
         def __init__(self):
             raise RuntimeError(
@@ -29,13 +29,13 @@ except ImportError:  # a release that moved it: only `CommTracker`, which counts
             )
 
 
-_all_ = ['TorchDispatchMode']  # made by PyTorch, used from here
+_all_ = ['TorchDispatchMode']  # PyTorch's class, imported by other modules from here
 
 # %% ../../nbs/10_distributed/08_private.ipynb #4af73d63
 def flatten_mesh(
     mesh: DeviceMesh,  # of several named dimensions
-    dims: tuple[str, ...],  # those to be joined
-    name: str,  # of the dimension that they become
+    dims: tuple[str, ...],  # dimensions to join
+    name: str,  # of the joined dimension
 ) -> DeviceMesh:  # one dimension: the ranks that differ from this one only in `dims`
     """Return the mesh that joins some dimensions of another into one
 
@@ -53,14 +53,14 @@ def flatten_mesh(
     return DeviceMesh.from_group(group, mesh.device_type, mesh_dim_names=(name,))
 
 # %% ../../nbs/10_distributed/08_private.ipynb #0659b30f
-def default_store() -> dist.Store | None:  # None where PyTorch does not tell
+def default_store() -> dist.Store | None:  # None where PyTorch has no such function
     "Return the store through which the ranks of the default group found each other"
     get = getattr(dist.distributed_c10d, '_get_default_store', None)
     return None if get is None else get()
 
 # %% ../../nbs/10_distributed/08_private.ipynb #75f64d80
 def collective_name(
-    func,  # an operator, as a dispatch mode gets it
+    func,  # operator, as a dispatch mode receives it
 ) -> str:  # such as 'allreduce_'; operators of other namespaces keep theirs
     "Return the name of a collective without its namespace"
     schema = getattr(func, '_schema', None)
@@ -70,7 +70,7 @@ def collective_name(
 
 
 def process_group_of(
-    args: Sequence[Any],  # of a collective
+    args: Sequence[Any],  # arguments of a collective
 ) -> dist.ProcessGroup | None:  # None where no argument is a group
     "Return the group in which a collective runs"
     unbox = getattr(dist.ProcessGroup, 'unbox', None)
@@ -88,11 +88,11 @@ def process_group_of(
 # %% ../../nbs/10_distributed/08_private.ipynb #db62ec9e
 def schedule_actions(
     schedule: str,  # PyTorch's name of it, such as 'ZBVZeroBubble'
-    ranks: int,  # that share the layers
-    micro_batches: int,  # of one step
-    stages: int,  # of a rank
-) -> list[list[Any]] | None:  # a list of actions for each rank; None where PyTorch does not tell
-    "Return the order of work that PyTorch's schedule gives to each rank"
+    ranks: int,  # number of pipeline ranks
+    micro_batches: int,  # number in one step
+    stages: int,  # number on each rank
+) -> list[list[Any]] | None:  # actions of each rank; None where PyTorch has no such function
+    "Return the order of work that a schedule of PyTorch gives to each rank"
     try:
         from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
     except ImportError:
@@ -101,9 +101,9 @@ def schedule_actions(
 
 # %% ../../nbs/10_distributed/08_private.ipynb #c4a10002
 def checkpoint_module(
-    module: nn.Module,  # called through its hooks from now on
+    module: nn.Module,  # changed in place, by hooks
 ) -> None:
-    "Keep only what enters a module, and compute its activations again in the backward pass"
+    "Store only a module's inputs, and recompute its activations in the backward pass"
     try:
         from torch.distributed._composable import checkpoint
     except ImportError:

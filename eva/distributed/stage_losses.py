@@ -16,12 +16,12 @@ from ..moe.load_balancing import BALANCE_LOSSES
 
 # %% ../../nbs/10_distributed/09_stage_losses.ipynb #ca57b7da
 class AddAuxiliaryLoss(torch.autograd.Function):
-    "Pass states on, and let a loss of this stage have its gradient when theirs comes back"
+    "Return the states unchanged; the backward pass gives this stage's loss a gradient of one"
 
     @staticmethod
     def forward(ctx, h, loss):
         ctx.save_for_backward(loss)
-        return h.clone()  # schedules that split the backward pass detach it in place
+        return h.clone()  # schedules with a split backward pass detach the result in place
 
     @staticmethod
     def backward(ctx, *grads):
@@ -30,13 +30,13 @@ class AddAuxiliaryLoss(torch.autograd.Function):
 
 # %% ../../nbs/10_distributed/09_stage_losses.ipynb #27acebdc
 class StepLosses:
-    "How one step weighs its losses, and what it saw of them"
+    "Weights and record of the losses of one training step"
 
     def __init__(
         self,
-        trainer,  # with cfg and meter
-        micro_batches: int,  # in the step, of all data ranks
-        ahead: int,  # sequences that MTP learns from, of all data ranks
+        trainer,  # has the attributes cfg and meter
+        micro_batches: int,  # number in the step, on all data ranks
+        ahead: int,  # number of sequences that MTP learns from, on all data ranks
         mtp_weight: float,  # lambda
     ):
         self.cfg = trainer.cfg
@@ -47,7 +47,7 @@ class StepLosses:
         self.seen: list[Tensor] = []
 
     def balance(self, sequences: int) -> Tensor | None:
-        "Return the balance loss of what was routed since the last call; None where nothing was"
+        "Return the balance loss of tokens routed since the last call; None if there were none"
         routings = self.meter.routings
         self.meter.routings = []
         if not routings:
@@ -57,12 +57,12 @@ class StepLosses:
         return self.cfg.balance_weight / self.n * sum(terms)
 
     def balanced(self, h: Tensor) -> Tensor:
-        "Return the states of an inner stage, which carry its balance loss"
+        "Return the states of an inner stage with its balance loss attached for the backward pass"
         loss = self.balance(len(h))
         return h if loss is None else AddAuxiliaryLoss.apply(h, loss)
 
     def total(self, losses: list[Tensor], sequences: int, rows: int) -> Tensor:
-        "Return the loss of a micro-batch as its share of the step's"
+        "Return the contribution of a micro-batch to the loss of the step"
         loss = losses[0] / self.n
         balance = self.balance(sequences)
         row = torch.zeros(len(losses) if rows else 1, dtype=loss.dtype)
@@ -76,12 +76,12 @@ class StepLosses:
 
 # %% ../../nbs/10_distributed/09_stage_losses.ipynb #81de32e5
 def losses_of_states(
-    model: DeepSeekV3,  # whose main layers ran elsewhere
-    states: Tensor,  # normalised, of the last main layer (batch, seq, hidden_size)
+    model: DeepSeekV3,  # its main layers ran on other ranks
+    states: Tensor,  # normalized, of the last main layer (batch, seq, hidden_size)
     tokens: Tensor,  # windows (batch, seq + 1 + depths)
-    rows: int,  # that MTP learns from
+    rows: int,  # number of sequences that MTP learns from
 ) -> list[Tensor]:  # mean over these tokens: the main loss, then one for each MTP depth
-    "Return the model's own losses, its states being given"
+    "Return the model's losses computed from given states of its last layer"
 
     def given_states(*args, **kw):
         return states

@@ -20,19 +20,19 @@ if TYPE_CHECKING:  # named in annotations; `eva_plan` does not wait for PyTorch
     from torch import Tensor
 
 # %% ../../nbs/11_planner/02_memory.ipynb #63d31227
-SCALE = 4 / 128**2  # bytes per weight for the float32 scale of a block
+SCALE = 4 / 128**2  # bytes per weight: one float32 scale for each block of 128 × 128
 
 
 def training_state_bytes(
     n: float,  # parameters on this GPU
-    low: float = 0,  # of these, kept in FP8 where the precision is fp8
+    low: float = 0,  # number of these that are stored in FP8 if the precision is fp8
     precision: str = 'bf16',  # fp32, bf16 or fp8
     optimizer_state_dtype: str = 'bf16',  # of AdamW: bf16 or fp32
-    shards: float = 1,  # GPUs over which ZeRO-1 spreads the optimizer
+    shards: float = 1,  # number of GPUs among which ZeRO-1 divides the optimizer state
 ) -> dict[str, float]:  # part -> bytes
-    "Return what weights, gradients and optimizer of some parameters take"
+    "Return the bytes of weights, gradients and optimizer state of some parameters"
     weights = dict(fp32=4 * n, bf16=2 * n, fp8=2 * n - low * (1 - SCALE))[precision]
-    masters = 0 if precision == 'fp32' else 4 * n  # weights in float32 are their own masters
+    masters = 0 if precision == 'fp32' else 4 * n  # float32 weights need no master copy
     moment_bytes = dict(bf16=2, fp32=4)[optimizer_state_dtype]
     return dict(
         weights=weights,
@@ -45,9 +45,9 @@ def selective_activations(
     cfg: Config,  # the model
     kind: str,  # dense or moe
     b: float,  # bytes per value
-    a: float,  # bytes per value that a product keeps of its input
+    a: float,  # bytes per value that a product stores of its input
 ) -> dict[str, float]:  # part -> bytes per token
-    "Return what a block keeps that recomputes norms, up-projections and SwiGLU, as V3's"
+    "Return the activation bytes of a block with selective recomputation, as in the V3 report"
     d = cfg.hidden_size
     r = cfg.q_lora_rank or 0
     c = cfg.kv_lora_rank + cfg.qk_rope_head_dim
@@ -65,11 +65,11 @@ def selective_activations(
 
 def norm_bytes(
     width: int,  # of the norm's input
-    kept: int,  # values of it that are kept in their own type
+    kept: int,  # number of input values stored in their own type
     b: float,  # bytes per value
     fused: bool,  # norms in one kernel?
 ) -> float:  # bytes per token
-    "Return what a norm keeps"
+    "Return the bytes that a norm stores for its backward pass"
     if fused:
         return kept * b + 4
     wide = (2 if b == 2 else 1) * 4  # float32 copies of a norm's input, unless it is one itself
@@ -80,10 +80,10 @@ def all_activations(
     cfg: Config,  # the model
     kind: str,  # dense or moe
     b: float,  # bytes per value
-    a: float,  # bytes per value that a product keeps of its input
+    a: float,  # bytes per value that a product stores of its input
     fused: bool,  # norms in one kernel?
 ) -> dict[str, float]:  # part -> bytes per token
-    "Return what a block keeps that computes nothing again"
+    "Return the activation bytes of a block without recomputation"
     d = cfg.hidden_size
     r = cfg.q_lora_rank or 0
     c = cfg.kv_lora_rank + cfg.qk_rope_head_dim
@@ -113,7 +113,7 @@ def block_activations(
     recompute: str = 'none',  # none, selective or full
     fused: bool = True,  # norms in one kernel, as on CUDA?
 ) -> dict[str, float]:  # part -> bytes per token
-    "Return what one block keeps of a token until its backward pass"
+    "Return the bytes that one block stores of a token for the backward pass"
     b = 4 if precision == 'fp32' else 2
     a = 1 + 4 / 128 if precision == 'fp8' else b
     if recompute == 'full':
@@ -129,25 +129,25 @@ def activation_bytes(
     precision: str,  # fp32, bf16 or fp8
     recompute: str,  # none, selective or full
 ) -> float:  # bytes per token
-    "Return what some blocks keep together"
+    "Return the activation bytes of several blocks"
     return sum(sum(block_activations(cfg, o, precision, recompute).values()) for o in kinds)
 
 # %% ../../nbs/11_planner/02_memory.ipynb #0f8eff94
 def block_kinds(
     cfg: Config,  # the model
-    stage: list[str],  # pieces
-) -> list[str]:  # dense or moe for each
-    "Return the blocks of a stage; that of an MTP module is as the last of the model"
+    stage: list[str],  # kinds of its layers
+) -> list[str]:  # dense or moe for each block
+    "Return the kinds of a stage's blocks; an MTP module's block is like the model's last one"
     last = 'moe' if cfg.first_k_dense_replace < cfg.num_hidden_layers else 'dense'
     return [last if o == 'mtp' else o for o in stage if o not in ('embedding', 'head')]
 
 
 def add_states(
-    out: dict[str, float],  # part -> bytes, to be added to
-    counts: dict[str, int],  # of a piece
+    out: dict[str, float],  # part -> bytes, changed in place
+    counts: dict[str, int],  # of one layer, from `layer_counts`
     lay: Layout,  # checked
 ):
-    "Add weights, gradients and optimizer of one piece on one GPU"
+    "Add the bytes of weights, gradients and optimizer state of one layer on one GPU"
     whole = counts.get('whole', 0)
     split = counts.get('split', 0)
     routed = counts.get('routed', 0)
@@ -172,10 +172,10 @@ STATES = ('dense weights', 'expert weights', 'dense gradients', 'expert gradient
 def stage_memory(
     cfg: Config,  # the model
     lay: Layout,  # checked
-    stage: list[str],  # its pieces
-    in_flight: float,  # micro-batches whose activations are kept
+    stage: list[str],  # kinds of its layers
+    in_flight: float,  # number of micro-batches whose activations are stored
 ) -> dict[str, float]:  # part -> bytes on one GPU
-    "Return what one stage takes"
+    "Return the memory of one pipeline stage"
     counts = layer_counts(cfg)
     out = dict.fromkeys((*STATES, 'activations'), 0.0)
     second_embedding = 'mtp' in stage and lay.copies == 1 and 'embedding' not in stage
@@ -194,8 +194,8 @@ def stage_memory(
 def stages_on(
     rank: int,  # of a pipeline
     lay: Layout,  # checked
-) -> list[tuple[int, float]]:  # stage, micro-batches whose activations it keeps
-    "Return the stages that a pipeline rank holds"
+) -> list[tuple[int, float]]:  # stage, number of micro-batches whose activations it stores
+    "Return the stages on a pipeline rank"
     if lay.schedule == 'dualpipe':
         half = (lay.pp + 1) / 2
         return [(rank, half), (lay.pp - 1 - rank, half)]
@@ -204,9 +204,9 @@ def stages_on(
 
 def memory(
     cfg: Config,  # the model
-    lay: Layout,  # how it is spread
+    lay: Layout,  # division among GPUs
 ) -> list[dict[str, float]]:  # for each pipeline rank: part -> bytes on each of its GPUs
-    "Return the memory of every GPU of a pipeline"
+    "Return the memory of the GPUs of each pipeline rank"
     lay.check(cfg)
     cut = stages(cfg, lay.pp, lay.seq)
     kinds = {o for stage in cut for o in stage} & {'dense', 'moe'}
@@ -224,10 +224,10 @@ def memory(
 
 # %% ../../nbs/11_planner/02_memory.ipynb #0d9ea11b
 def expected_devices(
-    cfg: Config,  # experts, groups and choices
-    places: int,  # GPUs or machines that share the experts evenly
-) -> float:  # of them, visited by a token on average
-    "Return how many places a token visits, if all choices are equally likely"
+    cfg: Config,  # gives the numbers of experts, groups and choices
+    places: int,  # number of GPUs or machines that share the experts evenly
+) -> float:  # mean over tokens
+    "Return the expected number of places to which a token is sent, for equally likely choices"
     E = cfg.n_routed_experts
     K = cfg.num_experts_per_tok
     G, M = (1, 1) if cfg.topk_method == 'greedy' else (cfg.n_group, cfg.topk_group)
@@ -248,10 +248,10 @@ def expected_devices(
 
 def devices_visited(
     indices: 'Tensor',  # chosen experts (tokens, num_experts_per_tok)
-    experts: int,  # of the layer
-    places: int,  # that share them evenly, in order
-) -> 'Tensor':  # True where a token visits a place (tokens, places)
-    "Return where routing sends each token"
+    experts: int,  # number in the layer
+    places: int,  # number of places that share them evenly, in order
+) -> 'Tensor':  # True where a token is sent to a place (tokens, places)
+    "Return the places to which routing sends each token"
     visits = indices.new_zeros(len(indices), places)
     return visits.scatter_(1, indices // (experts // places), 1).bool()
 
@@ -259,8 +259,8 @@ def devices_visited(
 def routing_traffic(
     cfg: Config,  # the model
     lay: Layout,  # checked
-) -> dict[str, float]:  # what -> bytes that one GPU sends
-    "Return the bytes of one MoE layer and micro-batch, forward"
+) -> dict[str, float]:  # kind -> bytes that one GPU sends
+    "Return the bytes sent for one MoE layer and micro-batch in the forward pass"
     machines = max(1, lay.ep // lay.per_node)
     near_by = lay.ep // machines
     d = cfg.hidden_size
@@ -277,17 +277,17 @@ def routing_traffic(
 
 
 def ring(
-    n: float,  # holders of the same numbers
+    n: float,  # number of ranks that hold the same numbers
 ) -> float:  # share of the numbers that each of them sends
-    "Return what a sum sends that is spread over its holders"
+    "Return the share that each rank sends in a ring reduce-scatter or all-gather"
     return (n - 1) / n if n > 1 else 0.0
 
 # %% ../../nbs/11_planner/02_memory.ipynb #f88edd4a
 def zero_traffic(
     cfg: Config,  # the model
     lay: Layout,  # checked
-) -> dict[str, float]:  # what -> bytes that one GPU sends
-    "Return the bytes of ZeRO-1 per step"
+) -> dict[str, float]:  # kind -> bytes that one GPU sends
+    "Return the bytes sent for ZeRO-1 in one step"
     states = [stage_memory(cfg, lay, o, 0) for o in stages(cfg, lay.pp, lay.seq)]
     if lay.copies == 2:
         states = [{k: a[k] + b[k] for k in a} for a, b in zip(states, states[::-1])]
@@ -307,11 +307,11 @@ def zero_traffic(
 def communication_bytes(
     cfg: Config,  # the model
     lay: Layout,  # checked
-) -> dict[str, float]:  # what -> bytes that one GPU sends
-    """Return the bytes that one GPU sends
+) -> dict[str, float]:  # kind -> bytes that one GPU sends
+    """Return the bytes that one GPU sends, by kind
 
-    Of one MoE layer and micro-batch forward, of a stage boundary, of tensor parallelism per block,
-    and of ZeRO-1 per step.
+    Routing for one MoE layer and micro-batch in the forward pass, a stage boundary for one
+    micro-batch, tensor parallelism for one block, and ZeRO-1 for one step.
     """
     row = lay.tokens * cfg.hidden_size * 2
     out = routing_traffic(cfg, lay)

@@ -16,9 +16,9 @@ Entry: TypeAlias = Operation | tuple[Operation, Operation]  # of a list: two run
 # %% ../../nbs/11_planner/05_schedules.ipynb #c2f4e238
 def one_f_one_b_rank(
     rank: int,  # of the pipeline
-    pp: int,  # stages, one to a rank
+    pp: int,  # stages, one on each rank
     m: int,  # micro-batches
-    zb: bool,  # with the halves of the backward pass apart?
+    zb: bool,  # with a split backward pass (ZB1P)?
 ) -> list[Entry]:  # its operations
     "Return the order of work of one rank of 1F1B, or ZB1P"
     warm = min(pp - 1 - rank, m)
@@ -35,16 +35,16 @@ def one_f_one_b_rank(
 
 
 def order_1f1b(
-    pp: int,  # stages, one to a rank
+    pp: int,  # stages, one on each rank
     m: int,  # micro-batches
-    zb: bool = False,  # with the halves of the backward pass apart?
+    zb: bool = False,  # with a split backward pass (ZB1P)?
 ) -> list[list[Entry]]:  # for each rank its operations (kind, direction, stage, micro-batch)
     "Return the order of 1F1B, or ZB1P"
     return [one_f_one_b_rank(rank, pp, m, zb) for rank in range(pp)]
 
 # %% ../../nbs/11_planner/05_schedules.ipynb #891abe4b
 class DualPipeRank:
-    "The list of one rank, as it grows; near work is of stage h, far work of stage p-1-h"
+    "Builder for the DualPipe list of one rank; near work is of stage h, far work of stage p-1-h"
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class DualPipeRank:
         self.stages = {False: self.distance, True: pp - 1 - self.distance}  # far -> stage
         self.in_second_half = rank >= pp // 2
         self.entries: list[Entry] = []
-        self.waiting: list[Operation] = []  # weights' gradients, put off
+        self.waiting: list[Operation] = []  # delayed gradients of weights
         self.count: dict[tuple[bool, bool], int] = {}
 
     def take(self, kind: str, far: bool) -> Operation:
@@ -69,17 +69,17 @@ class DualPipeRank:
         return kind, direction, self.stages[far], i
 
     def add(self, kind: str, far: bool):
-        "Work alone"
+        "Add a single operation"
         self.entries.append(self.take(kind, far))
 
     def add_pair(self, far: bool, apart: bool = False):
-        "A forward pass on one side and a backward pass on the other, as a rule together"
+        "Add a forward pass of one side and a backward pass of the other, together unless `apart`"
         first = self.take('F', far)
         second = self.take('B', not far)
         self.entries += [first, second] if apart else [(first, second)]
 
     def add_weights(self):
-        "The oldest gradient of weights that was put off"
+        "Add the oldest delayed gradient of weights"
         self.entries.append(self.waiting.pop(0))
 
 # %% ../../nbs/11_planner/05_schedules.ipynb #75896f7d
@@ -88,7 +88,7 @@ def dualpipe_rank(
     pp: int,  # stages, an even number
     m: int,  # micro-batches, an even number, at least 2·pp
 ) -> list[Entry]:  # its operations
-    "Return the eight parts of one rank's list"
+    "Return the order of work of one rank of DualPipe"
     todo = DualPipeRank(rank, pp)
     h = todo.distance
     inner = pp // 2 - 1 - h
@@ -129,7 +129,7 @@ def order_dualpipe(
 def operations_of(
     entry: Entry,  # of a list
 ) -> tuple[Operation, ...]:  # one, or two that run together
-    "Return what an entry of a list consists of"
+    "Return the operations of an entry as a tuple"
     return cast(Any, entry) if isinstance(entry[0], tuple) else (entry,)
 
 
@@ -137,7 +137,7 @@ def needed_by(
     operation: Operation,
     last: int,  # the last stage
 ) -> Operation | None:  # None for the first stage's forward pass
-    "Return the operation that must be done before"
+    "Return the operation whose result an operation needs"
     kind, direction, stage, i = operation
     if kind == 'F':
         return ('F', direction, stage - 1, i) if stage else None
@@ -149,7 +149,7 @@ def needed_by(
 def most_open(
     log: list[tuple[float, float, tuple[Operation, ...]]],  # start, end, operations
 ) -> int:
-    "Return how many micro-batches a rank has begun and not finished, at most"
+    "Return the largest number of micro-batches that a rank has begun and not finished"
     now = 0
     most = 0
     for _, _, group in log:
@@ -160,7 +160,7 @@ def most_open(
 
 # %% ../../nbs/11_planner/05_schedules.ipynb #55bd56ca
 class Simulation:
-    "Ranks that work through their lists, each as soon as it is free and has what it needs"
+    "State of a simulation: the ranks' lists, finished operations and times"
 
     def __init__(self, orders: Sequence[Sequence[Entry]], times: Callable[..., float], lag: float):
         self.orders = orders
@@ -174,7 +174,7 @@ class Simulation:
         self.log: list[list] = [[] for _ in orders]
 
     def start(self, rank: int, group: tuple[Operation, ...]) -> float | None:
-        "Return when operations can begin; None where something that they need is not done"
+        "Return when operations can begin; None if a result that they need does not exist yet"
         starts = [self.free[rank]]
         for op in group:
             need = needed_by(op, self.last)
@@ -186,7 +186,7 @@ class Simulation:
         return max(starts)
 
     def advance(self, rank: int) -> bool:
-        "Work as far as a rank can get; return whether it did anything"
+        "Run a rank's operations until one has to wait; return whether any was run"
         entries = self.orders[rank]
         begin = self.place[rank]
         while self.place[rank] < len(entries):
@@ -205,12 +205,15 @@ class Simulation:
 # %% ../../nbs/11_planner/05_schedules.ipynb #8aaf07ad
 def simulate(
     orders: Sequence[Sequence[Entry]],  # for each rank its operations
-    times: Callable[..., float],  # seconds: of (kind, stage), and of a pair that runs together
-    lag: float = 0.0,  # seconds from a stage to the next
-    # seconds altogether, busy seconds of each rank, most open micro-batches of each rank, and
-    # (start, end, operations) of each rank
+    times: Callable[..., float],  # seconds of one or two (kind, stage) that run together
+    lag: float = 0.0,  # seconds to send from a stage to the next
+    # total seconds; busy seconds of each rank; largest number of open micro-batches of each rank;
+    # log of (start, end, operations) of each rank
 ) -> dict[str, Any]:
-    "Run a schedule"
+    """Simulate a schedule and return its times
+
+    A `ValueError` names the rank that waits where the lists cannot be completed.
+    """
     run = Simulation(orders, times, lag)
     while any(place < len(entries) for place, entries in zip(run.place, orders)):
         moved = [run.advance(rank) for rank in range(len(orders))]
@@ -236,7 +239,7 @@ def bubble_seconds(
     W: float,  # of its part for the weights
     pair: float | None = None,  # of a forward and a backward pass together; None: F+B
 ) -> float:  # seconds that a rank waits in a step
-    "Return the published bubble, for stages that take equally long"
+    "Return the published bubble of a schedule, for stages with equal times"
     together = F + B if pair is None else pair
     return {
         '1f1b': (pp - 1) * (F + B),
@@ -250,7 +253,7 @@ def schedule_orders(
     pp: int,  # stages
     m: int,  # micro-batches
 ) -> list[list[Entry]]:  # for each rank its operations
-    "Return the lists of a schedule"
+    "Return the order of work of each rank for a schedule"
     if schedule == 'dualpipe':
         return order_dualpipe(pp, m)
     return order_1f1b(pp, m, schedule == 'zero_bubble')

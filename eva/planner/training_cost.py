@@ -26,7 +26,7 @@ from .stages import layer_counts, stages
 # %% ../../nbs/11_planner/06_training_cost.ipynb #d3953ec9
 @dataclass
 class Assumptions:
-    "Shares of the published peaks that are reached"
+    "Assumed shares of the published peak rates"
 
     fp8: float = 0.6  # of FP8 products
     bf16: float = 0.7  # of bfloat16 products
@@ -34,7 +34,7 @@ class Assumptions:
     hbm: float = 0.8  # of the memory's rate, in elementwise work
     nvlink: float = 1.0  # of NVLink's rate
     network: float = 0.8  # of the network's rate
-    # multiprocessors that communicate while the others compute, with DualPipe
+    # share of the multiprocessors that communicate while the others compute, with DualPipe
     sms: float = 20 / 132
 
     def __post_init__(self):
@@ -57,8 +57,8 @@ def product_seconds(
     lay: Layout,  # checked
     gpu: str,  # one of GPUS
     a: Assumptions,  # shares of the peaks
-    stage: list[str],  # its pieces
-) -> tuple[float, float, float]:  # products, attention itself, up-projections once more
+    stage: list[str],  # kinds of its layers
+) -> tuple[float, float, float]:  # products, attention itself, recomputed up-projections
     "Return the seconds of a stage's matrix products for one micro-batch, forward"
     g = GPUS[gpu]
     counts = layer_counts(cfg)
@@ -87,7 +87,7 @@ def exchange_seconds(
     blocks: list[str],  # of a stage: dense or moe
     sent: dict[str, float],  # from `communication_bytes`
 ) -> tuple[float, float]:  # of routing, of tensor parallelism
-    "Return the seconds that a stage sends for one micro-batch, forward"
+    "Return the seconds of a stage's communication for one micro-batch, forward"
     g = GPUS[gpu]
     moe = sum(o == 'moe' for o in blocks)
     way = moe * max(
@@ -102,10 +102,10 @@ def stage_seconds(
     lay: Layout,  # checked
     gpu: str,  # one of GPUS
     a: Assumptions,  # shares of the peaks
-    stage: list[str],  # its pieces
+    stage: list[str],  # kinds of its layers
     sent: dict[str, float],  # from `communication_bytes`
 ) -> dict[str, dict[str, float]]:  # operation -> part -> seconds for one micro-batch
-    "Return how long a stage computes and communicates: F, I and W"
+    "Return a stage's seconds of forward pass (F), input gradient (I) and weight gradient (W)"
     blocks = block_kinds(cfg, stage)
     products, core, up = product_seconds(cfg, lay, gpu, a, stage)
     way, tensor = exchange_seconds(lay, gpu, a, blocks, sent)
@@ -113,7 +113,7 @@ def stage_seconds(
     kept = lay.tokens * activation_bytes(cfg, blocks, lay.precision, lay.recompute)
     rate = GPUS[gpu].hbm * a.hbm
     again = dict(none=0.0, selective=up, full=products)[lay.recompute]
-    whole = lay.recompute == 'full'  # which sends and receives again, too
+    whole = lay.recompute == 'full'  # then communication is repeated too
     return dict(
         F=dict(
             products=products,
@@ -141,7 +141,7 @@ def seconds_of(
     parts: list[dict[str, float]],  # seconds by name, of one operation or of two together
     sms: float,  # share of the multiprocessors that communicate where two run together
 ) -> float:
-    "Return how long operations take that run together"
+    "Return the seconds of one operation, or of two that run together"
     work = sum(sum(part[k] for k in COMPUTING) for part in parts)
     sending = sum(sum(part[k] for k in SENDING) for part in parts)
     return work + sending if len(parts) == 1 else max(work / (1 - sms), sending)
@@ -152,8 +152,8 @@ def step_seconds(
     lay: Layout,  # checked
     gpu: str,  # one of GPUS
     a: Assumptions,  # shares of the peaks
-) -> dict[str, float]:  # part -> seconds; together one step
-    "Return the time of a training step by part, of an average GPU"
+) -> dict[str, float]:  # part -> seconds; the sum is the time of a step
+    "Return the time of a training step by part, for an average GPU"
     sent = communication_bytes(cfg, lay)
     cut = stages(cfg, lay.pp, lay.seq)
     costs = [stage_seconds(cfg, lay, gpu, a, stage, sent) for stage in cut]
@@ -182,10 +182,10 @@ def step_seconds(
 # %% ../../nbs/11_planner/06_training_cost.ipynb #8896e9eb
 def plan(
     cfg: Config,  # the model
-    lay: Layout,  # how it is spread
+    lay: Layout,  # division among GPUs
     gpu: str = 'h800',  # one of GPUS
     assumed: Assumptions | None = None,  # shares of the peaks
-) -> dict[str, Any]:  # everything that eva_plan prints
+) -> dict[str, Any]:  # all figures that eva_plan prints
     "Return memory, traffic, time and GPU hours of a run"
     if gpu not in GPUS:
         raise ValueError(f'gpu {gpu!r}: must be one of {", ".join(GPUS)}')
@@ -227,23 +227,23 @@ TRAFFIC = dict(
     tensor='tensor parallelism, per block',
     zero_nvlink='ZeRO-1, per step, NVLink',
     zero_network='ZeRO-1, network',
-)  # names of a plan's traffic, in a table
+)  # names of a plan's traffic in the table
 
 
 def table_line(name: str, text: str) -> str:
-    "Return a line of a table: a name, and a number to the right"
+    "Return a line of the table: a name, and a number aligned to the right"
     return f'  {name:44}{text:>16}'
 
 
 def gigabytes(v: float) -> str:
-    "Return a number of bytes for a table"
+    "Return a number of bytes as text for the table"
     return f'{v / 1e9:9.2f} GB'
 
 
 def heading(
     p: dict[str, Any],  # from plan
 ) -> Iterable[str]:  # lines
-    "Yield how the run is laid out"
+    "Yield the lines that describe the layout of the run"
     lay = p['layout']
     yield (
         f'{lay["gpus"]} {p["gpu"]}: pp {lay["pp"]} · dp {lay["dp"]} · '
@@ -265,7 +265,7 @@ def table(
     p: dict[str, Any],  # from plan
     trillions: float = 14.8,  # tokens of the whole run, in trillions
 ) -> str:  # lines of at most 80 columns
-    "Return a plan, to be read"
+    "Return a plan as a table for people"
     size = f'together, of {GPUS[p["gpu"]].memory / 1e9:.0f} GB'
     hours = p['hours_per_trillion']
     days = hours * trillions / p['layout']['gpus'] / 24
