@@ -37,7 +37,9 @@ def fingerprint(
     held_out: TokenStream,  # text for evaluation
     tcfg: TrainConfig,  # settings of the run
 ) -> str:  # 64 hexadecimal digits
-    "Return a hash of everything that decides the outcome of a trial"
+    """Return a hash of what decides the outcome of a trial
+
+    Of each stream the first 2^20 tokens and the length are hashed."""
     start = hashlib.sha256()
     for name, p in model.state_dict().items():
         start.update(f'{name}{[*p.shape]}'.encode())
