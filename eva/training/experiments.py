@@ -33,11 +33,13 @@ from .trainer import Trainer
 # %% ../../nbs/07_training/16_experiments.ipynb #18f0d220
 def fingerprint(
     model: DeepSeekV3,  # before training
-    train: TokenStream,  # to learn from
-    held_out: TokenStream,  # to be judged on
-    tcfg: TrainConfig,  # how
+    train: TokenStream,  # training text
+    held_out: TokenStream,  # text for evaluation
+    tcfg: TrainConfig,  # settings of the run
 ) -> str:  # 64 hexadecimal digits
-    "Return what decides the outcome of a trial"
+    """Return a hash of what decides the outcome of a trial
+
+    Of each stream the first 2^20 tokens and the length are hashed."""
     start = hashlib.sha256()
     for name, p in model.state_dict().items():
         start.update(f'{name}{[*p.shape]}'.encode())
@@ -54,7 +56,7 @@ def begin_experiment(
     folder: Path,  # of a variant
     mark: str,  # its fingerprint
 ):
-    "Make a folder for a variant; one of other settings is moved out of the way, not deleted"
+    "Create the folder of a variant; a folder with another fingerprint is renamed and kept"
     begun = folder / 'begun'
     has_other = begun.exists() and begun.read_text() != mark
     if has_other or (folder / 'result.json').exists():
@@ -66,15 +68,15 @@ def begin_experiment(
 def finish_experiment(
     folder: Path,  # of a variant
     model: DeepSeekV3,  # trained
-    result: dict,  # what JSON can hold
+    result: dict,  # values that JSON can represent
 ):
-    "Write weights and result, and remove what was only needed to go on"
+    "Write weights and result, and remove the checkpoints"
     save_model(model, str(folder / 'weights.safetensors'))
     with atomic_write(folder / 'result.json') as f:
         f.write_text(json.dumps(result, indent=2))
     saved = folder / 'checkpoints'
     Manifest(saved).remove(*checkpoints(saved))
-    if {p.name for p in saved.iterdir()} == {Manifest.NAME}:  # nothing of anybody else's
+    if {p.name for p in saved.iterdir()} == {Manifest.NAME}:  # no files of others
         (saved / Manifest.NAME).unlink()
         saved.rmdir()
     (folder / 'begun').unlink()
@@ -82,13 +84,13 @@ def finish_experiment(
 # %% ../../nbs/07_training/16_experiments.ipynb #be68dbd9
 def run_experiment(
     folder: Path,  # keeps its weights, metrics.jsonl and result.json
-    build,  # makes the untrained model; called with the seed set
-    train: TokenStream,  # to learn from
-    held_out: TokenStream,  # to be judged on
-    tcfg: TrainConfig,  # how; its seed is that of the weights too
+    build,  # creates the untrained model; called after the seed is set
+    train: TokenStream,  # training text
+    held_out: TokenStream,  # text for evaluation
+    tcfg: TrainConfig,  # settings of the run; its seed is also that of the weights
     watch=None,  # called with each line of metrics
-) -> tuple[dict, DeepSeekV3]:  # what result.json holds, and the trained model
-    "Train a variant once, or read back what the same settings left"
+) -> tuple[dict, DeepSeekV3]:  # contents of result.json, and the trained model
+    "Train a variant, or read its result back if it was trained with the same settings"
     torch.manual_seed(tcfg.seed)
     model = build()
     mark = fingerprint(model, train, held_out, tcfg)
@@ -124,11 +126,11 @@ def evaluate_run(
 ) -> (
     dict
 ):  # held-out loss in nats per token, bits per byte, and the load of the last 50 steps, worst layer
-    "Figures of a finished run"
+    "Return the evaluation of a finished run"
     model = trainer.model
     held = trainer.held_out
     c = trainer.cfg
-    trainer.compute_in(trainer.precision)  # judged as it was trained
+    trainer.compute_in(trainer.precision)  # evaluated in the precision of the training
     bits = bits_per_byte(model, held, c.seq_len, c.seq_len)
     trainer.compute_in('fp32')
     out = dict(val_loss=bits * math.log(2) * held.bytes / (len(held) - 1), bits=bits)
@@ -153,7 +155,7 @@ def show_step(
     steps: int,  # of the run
     row: dict,  # of metrics
 ):
-    "Write into a progress bar how far a run is"
+    "Show the step and the loss of a run in a progress bar"
     loss = row['loss'] or math.nan
     bar.set_postfix_str(
         f'{name}: step {row["step"]} of {steps}, loss {loss:.3f}',
@@ -163,12 +165,12 @@ def show_step(
 
 def compare(
     folder: Path,  # keeps all trials
-    variants: dict,  # name -> (build, TrainConfig); the seeds are put in here
+    variants: dict,  # by name: (build, TrainConfig), whose seed is replaced
     seeds,  # integers
-    train: TokenStream,  # to learn from
-    held_out: TokenStream,  # to be judged on
-) -> dict:  # name -> results, one per seed
-    "Train every variant with every seed, whatever is not there yet"
+    train: TokenStream,  # training text
+    held_out: TokenStream,  # text for evaluation
+) -> dict:  # by name: results, one per seed
+    "Train every variant with every seed, except for trials that are finished"
     from tqdm.auto import tqdm
 
     out: dict[str, list[dict]] = {name: [] for name in variants}
@@ -186,11 +188,11 @@ def compare(
 # %% ../../nbs/07_training/16_experiments.ipynb #2f196d64
 def paired_difference(
     results: dict,  # from `compare`
-    base: str,  # the variant all others are compared with
-    key: str = 'val_loss',  # the figure
-    relative: bool = True,  # as a share of the base's value?
-) -> dict:  # name -> (mean difference, its standard deviation over seeds)
-    "Differences to one variant, seed by seed"
+    base: str,  # the variant that all others are compared with
+    key: str = 'val_loss',  # the result to compare
+    relative: bool = True,  # True: as a share of the base's value
+) -> dict:  # by name: mean of the differences, and their standard deviation over seeds
+    "Return the paired differences of all variants to a base variant"
     if base not in results:
         raise ValueError(f'base={base!r}: must be one of {", ".join(results)}')
     diffs = {
@@ -206,11 +208,11 @@ def paired_difference(
 
 # %% ../../nbs/07_training/16_experiments.ipynb #66d48cdb
 def corpus(
-    folder: Path,  # keeps tokenizer.json, train.npy and held_out.npy
+    folder: Path,  # of tokenizer.json, train.npy and held_out.npy
     source='stdlib',  # as for `find_documents`
     vocab_size: int = 4096,  # entries of the tokenizer
-) -> tuple[Tokenizer, TokenStream, TokenStream]:  # tokenizer, streams to train on and to judge by
-    "Tokenise a corpus once"
+) -> tuple[Tokenizer, TokenStream, TokenStream]:  # tokenizer, training and held-out stream
+    "Train a tokenizer and tokenise a corpus, or read both back if they exist"
     folder = Path(folder)
     files = [folder / o for o in ('tokenizer.json', 'train.npy', 'held_out.npy')]
     if not all(f.exists() for f in files):

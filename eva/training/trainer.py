@@ -52,14 +52,14 @@ from .strategy import SingleProcess, Strategy
 
 # %% ../../nbs/07_training/06_trainer.ipynb #64f920ac
 class Trainer:
-    "Trains a model on a token stream; watch it from outside through `metrics`"
+    "Trains a model on a token stream, with evaluation, checkpoints and recovery"
 
     def __init__(
         self,
         model: DeepSeekV3,  # trained in place
-        train: TokenStream,  # to learn from
-        held_out: TokenStream,  # to be judged on
-        cfg: TrainConfig,  # how
+        train: TokenStream,  # training text
+        held_out: TokenStream,  # text for evaluation
+        cfg: TrainConfig,  # settings of the run
         out: str | Path,  # folder for metrics.jsonl and checkpoints/
         # an `eva.distributed.parallel.Parallel` where several processes share the work
         parallel: Strategy | None = None,
@@ -73,7 +73,7 @@ class Trainer:
         self.out = Path(out)
         self.device = next(model.parameters()).device
         self.parallel.wrap(model, cfg)
-        # made before the model is rounded: masters of the exact weights
+        # Created before the model is rounded, so that the masters are exact.
         dtype = torch.bfloat16 if cfg.optimizer_state_dtype == 'bf16' else None
         self.opt = self.parallel.optimizer(
             model, cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay, optimizer_state_dtype=dtype
@@ -85,25 +85,25 @@ class Trainer:
         self.guard = AnomalyDetector()
         self.counting = False  # are the meter's hooks on the model?
         self.use(cfg.precision)
-        self.step = 0  # steps that were done
-        self.tokens = 0  # that these steps have read
-        self.seconds = 0.0  # that they took
-        self.bad = 0  # steps that were skipped
-        self.bad_row = 0  # of these, the last ones in a row
-        self.skipped_windows = 0  # windows never to be read again
-        self.rewound = 0  # times that the run went back
-        self.rewinds = 0  # of these, since the last save
-        self.stop: str | None = None  # the signal that asked for it
+        self.step = 0  # number of finished steps
+        self.tokens = 0  # tokens read by these steps
+        self.seconds = 0.0  # duration of these steps
+        self.bad = 0  # number of skipped steps
+        self.bad_row = 0  # number of skipped steps in a row, up to the last one
+        self.skipped_windows = 0  # windows passed over by rewinds
+        self.rewound = 0  # number of rewinds
+        self.rewinds = 0  # number of rewinds since the last save
+        self.stop: str | None = None  # name of the signal that asked to stop
         self.events: list[Event] = []  # of the last step
 
     @property
     def precision(self) -> str:  # fp32, bf16, fp16 or fp8
-        "In which the model is trained"
+        "The precision in which the model is trained"
         return str(self.mixed.precision)
 
     @property
-    def computes(self) -> str:  # of fp8: by which backend, and why by no faster one
-        "Its precision in words"
+    def computes(self) -> str:  # for fp8 with the backend and the reason for its choice
+        "The precision as text"
         return self.mixed.describe()
 
     @property
@@ -113,7 +113,7 @@ class Trainer:
 
     @property
     def settings(self) -> dict[str, dict]:  # of training, model and data
-        "What decides how the run goes, which a resumed run must share"
+        "The settings that a resumed run must share with the saved one"
         return run_settings(self.cfg, self.model.cfg, self.train)
 
     def use(
@@ -129,16 +129,16 @@ class Trainer:
         self,
         precision: str,  # fp32, bf16, fp16 or fp8
     ):
-        "Round the masters into a model of that precision, for a while"
+        "Convert the model to a precision for a while, and round the masters into it"
         self.mixed.compute_in(precision)
 
     def recipe_state(self) -> dict[str, Tensor]:  # by name of the layer
-        "What the FP8 recipe remembers from step to step"
+        "The state of the FP8 recipe"
         return self.mixed.recipe_state()
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        "Count the tokens of experts, and keep routings for the balance loss, in here only"
+        "Within this context, count tokens per expert and keep routings for the balance loss"
         self.counting = True
         try:
             with self.meter:
@@ -152,15 +152,15 @@ class Trainer:
         ahead: int,  # sequences that MTP learns from: the first ones
         mtp_weight: float,  # lambda
         loss_mask: Tensor | None = None,  # the tokens that are learned, None for all
-    ) -> Tensor:  # the main loss, then one for each MTP depth; nan where a router met one
-        "Forward and backward, a micro-batch at a time"
+    ) -> Tensor:  # the main loss, then one for each MTP depth; NaN if a router met one
+        "Compute the gradients of a batch by micro-batches"
         if self.counting:
             return self.accumulator.accumulate(batch, ahead, mtp_weight, loss_mask)
-        with self.counted():  # asked for by itself: the balance loss needs the routings
+        with self.counted():  # called outside of a step: the balance loss needs the routings
             return self.accumulator.accumulate(batch, ahead, mtp_weight, loss_mask)
 
     def train_step(self) -> dict:  # one line of metrics.jsonl
-        "Learn from one batch; the meter's hooks are on the model meanwhile, and at no other time"
+        "Train on one batch; the hooks that count tokens are registered only during this call"
         start = time.perf_counter()
         cfg = self.cfg
         rate = cfg.rate(self.step)
@@ -193,7 +193,7 @@ class Trainer:
         return row | loss_figures(outcome, load, layers, bool(ahead), self.events)
 
     def _losses_of_batch(self, size: int, ahead: int) -> Tensor:
-        "Read the next windows and compute their gradients; the losses of all processes"
+        "Read the next windows, compute their gradients, and return the losses of all processes"
         batch, loss_mask = self.parallel.batch(
             self.train,
             self.cfg.sequences(self.step) + self.skipped_windows,
@@ -212,7 +212,7 @@ class Trainer:
         return self.parallel.sum(losses)
 
     def _move_biases(self, outcome: StepOutcome) -> dict[str, Tensor]:
-        "Move the routing biases by the load of all processes, which is returned"
+        "Update the routing biases by the load of all processes, and return this load"
         self.parallel.loads(self.meter)
         speed = self.cfg.bias_speed_at(self.step) if outcome.applied else 0.0
         return self.parallel.gather_loads(self.meter.step(speed, keep=outcome.applied))
@@ -227,7 +227,7 @@ class Trainer:
             self.bad_row += 1
 
     def quick_eval(self) -> dict:  # val_loss in nats per token, val_bits_per_byte
-        "The loss on the first held-out windows: an estimate that costs little"
+        "Estimate the loss on held-out text from its first windows"
 
         def evaluate_batch(rows, learned):
             return self.parallel.evaluate_batch(self.model, rows, self.cfg.mask_documents, learned)
@@ -259,9 +259,9 @@ class Trainer:
         tensors: dict[str, Tensor],  # from it
         state: dict,  # from it
     ):
-        """Take up what a checkpoint holds, and nothing of what was there before
+        """Replace the whole state of the run by that of a checkpoint
 
-        A process that goes back is as one that begins there."""
+        A process that rewinds is then in the same state as one that resumes."""
         check_settings(path, state, self.settings)
         counters = read_counters(path, state)
         precision = read_precision(path, state, self.mixed.precision)
@@ -277,7 +277,7 @@ class Trainer:
         self.bad_row = 0
 
     def _take_up(self, tensors: dict[str, Tensor], state: dict, precision: str):
-        "Load weights, memories and random states"
+        "Load weights, optimizer state, detector, monitor, precision and random states"
         self.guard.load_state_dict(state.get('watch', AnomalyDetector().state_dict()))
         if self.monitor is not None:
             writes = self.parallel.rank == 0
@@ -292,8 +292,8 @@ class Trainer:
         if self.scaler is not None and 'scaler' in state:
             self.scaler.load_state_dict(state['scaler'])
 
-    def resume(self) -> str:  # what was done, in one sentence
-        "Go on from the newest checkpoint that is whole"
+    def resume(self) -> str:  # one sentence for the user
+        "Continue from the newest complete checkpoint, or from the start if there is none"
         path, tensors, state, said = self.parallel.newest(self.out / 'checkpoints')
         if path is not None:
             self.restore(path, tensors, state)
@@ -308,11 +308,11 @@ class Trainer:
         return f'{said}finished: all {self.step} steps are done'
 
     def recovery_action(self) -> str:  # log, skip, rewind or stop
-        "What the settings say about the events of this step"
+        "The response that the settings choose for the events of this step"
         return recovery_action(self.cfg, self.events, self.bad_row)
 
-    def rewind(self) -> str:  # what was done
-        "Back to the last checkpoint, past the windows since"
+    def rewind(self) -> str:  # a sentence for the log
+        "Return to the last checkpoint, and skip the windows read since"
         read = self.cfg.sequences(self.step) + self.skipped_windows
         times = dict(rewinds=self.rewinds + 1, rewound=self.rewound + 1)
         path, tensors, state, said = self.parallel.newest(self.out / 'checkpoints')
@@ -332,9 +332,9 @@ class Trainer:
         self,
         watch: Callable[[dict], Any] | None = None,  # called with each line of metrics
     ):
-        """Train to the last step, or until asked to stop; then leave float32 weights in the model
+        """Train to the last step or a stop signal; the model then has float32 weights
 
-        Meanwhile the C library keeps freed memory, which is a setting of the process: see
+        During training the C library keeps freed memory, which is a setting of the process: see
         `freed_memory_kept`."""
         self.out.mkdir(parents=True, exist_ok=True)
         self.model.train()
@@ -351,13 +351,13 @@ class Trainer:
             self.parallel.finalize(self)
 
     def _loop(self, watch: Callable[[dict], Any] | None):
-        "Step, log, answer, save"
+        "Take steps, write the log, respond to events, and save checkpoints"
         cfg = self.cfg
         saved = self.step
         with stop_on_interrupt(self), self.parallel.log(self.out, self.step) as log:
             may_rewind = 'rewind' in (cfg.on_spike, cfg.on_collapse)
             if may_rewind and not checkpoints(self.out / 'checkpoints'):
-                self.save()  # somewhere to go back to
+                self.save()  # a checkpoint to rewind to
             while self.step < cfg.steps and not self.parallel.should_stop(self):
                 row = self.train_step()
                 if self.step % cfg.eval_every == 0 or self.step == cfg.steps:
@@ -377,8 +377,8 @@ class Trainer:
                 log.sync()
                 self.save()
 
-    def _answer(self, log) -> bool:  # did it go back?
-        "Do what is to be done about the events of a step, and write it down"
+    def _answer(self, log) -> bool:  # True if the run was rewound
+        "Respond to the events of a step, and log the response"
         step = self.step
         events = self.events
         action = self.recovery_action()
