@@ -203,7 +203,7 @@ def own_seconds(
     model: DeepSeekV3,
     ids: Tensor,  # a prompt (1, positions)
     new: int,  # tokens to generate
-    session: DecodingSession,  # with room for both
+    session: DecodingSession,  # with room for the prompt and the new tokens
 ) -> float:  # seconds a token, the median
     "Return the time of a new token of Eva"
     tokens = stream(model, ids, new, eos_token_id=None, session=session)
@@ -289,7 +289,7 @@ def drafted_seconds(
     prompts: Sequence[Tensor],  # batches (batch, length), on the model's device
     new: int,  # tokens to generate
     temperature: float,
-    drafts: int,  # a step
+    drafts: int,  # in each step
 ) -> GenerationStats:  # seconds; offered and accepted drafts, by position
     "Continue prompts with a number of drafts a step, and return the statistics"
     stats = GenerationStats()
@@ -303,7 +303,7 @@ def drafted_seconds(
 # %% ../../nbs/13_benchmarks/07_decoding.ipynb #9f3c5650
 def draft_result(
     case: DraftCase,  # prompts and temperature
-    drafts: int,  # a step
+    drafts: int,  # in each step
     count: int,  # generated tokens
     times: dict[int, list[float]],  # drafts -> seconds of each round
     stats: GenerationStats,  # of the last round with these drafts

@@ -280,7 +280,7 @@ HEAVY = ('nbdev', 'IPython', 'matplotlib', 'transformers')
 
 
 def check_light(
-    modules: str,  # the statement that imports them
+    modules: str,  # import statement to run
 ):
     "Raise an error where a start imports modules that it does not use yet"
     code = (

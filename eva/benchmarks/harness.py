@@ -109,9 +109,9 @@ def compare_memory(
 
 # %% ../../nbs/13_benchmarks/01_harness.ipynb #c6e082e6
 def check_same(
-    what: str,  # that is compared, for the message
-    got,  # tensors of Eva
-    want,  # of a peer
+    what: str,  # name of the results, for the error message
+    got,  # Eva's tensors
+    want,  # tensors of a peer
     far: float,  # relative difference allowed
 ):
     "Raise an error where two results differ, before their times are measured"

@@ -35,8 +35,8 @@ def roofline_probes(
 def roofline_seconds(
     times: dict,  # of `interleaved_timing`, with those of both probes among them
     about: dict,  # of `roofline_probes`
-    bytes: float,  # that must move
-    flops: float,  # that must be computed
+    bytes: float,  # read and written by the operation
+    flops: float,  # of the operation
 ) -> list[float]:  # seconds, one a round
     "Return the least time of an operation by the roofline model, for each round"
     return [

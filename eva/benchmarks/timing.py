@@ -14,7 +14,7 @@ import torch
 
 # %% ../../nbs/13_benchmarks/02_timing.ipynb #06c2549d
 def synchronize(
-    device: str | torch.device,  # where something was computed
+    device: str | torch.device,  # device to wait for
 ):
     "Wait until a GPU has finished its work"
     if torch.device(device).type == 'cuda':

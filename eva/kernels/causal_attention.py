@@ -32,7 +32,7 @@ def plain_causal_attention(
     k: Tensor,  # keys (batch, heads, cached + seq, width)
     v: Tensor,  # values (batch, heads, cached + seq, v_head_dim)
     scale: float,  # on the scores
-    # True where a query may look (batch, 1, seq, cached + seq); None for causal
+    # True where a query attends (batch, 1, seq, cached + seq); None for causal
     mask: Tensor | None = None,
 ) -> Tensor:  # (batch, heads, seq, v_head_dim)
     "Return causal attention, computed by PyTorch's operator"
@@ -93,7 +93,7 @@ def look(
     q: Tensor,  # queries, scaled (heads, seq, width)
     k: Tensor,  # keys (heads, seq, width)
     begin: int,  # first query of the block
-    end: int,  # behind its last query, and its last key
+    end: int,  # end of the block, and of its keys
     times: MatmulNT,  # computes x yᵀ of each head
 ) -> Tensor:  # probabilities (heads, end - begin, end)
     "Return the attention probabilities of one block of queries"
@@ -170,7 +170,7 @@ def causal_attention(
     k: Tensor,  # keys (batch, heads, cached + seq, width)
     v: Tensor,  # values (batch, heads, cached + seq, v_head_dim)
     scale: float,  # on the scores
-    # True where a query may look (batch, 1, seq, cached + seq); None for causal
+    # True where a query attends (batch, 1, seq, cached + seq); None for causal
     mask: Tensor | None = None,
 ) -> Tensor:  # (batch, heads, seq, v_head_dim)
     "Return causal attention, computed by the fastest exact route"

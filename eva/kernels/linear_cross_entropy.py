@@ -207,7 +207,7 @@ def traced_cross_entropy(
 
 
 def _check_targets(targets, vocab_size, ignore_index):
-    "Refuse tokens outside of the vocabulary"
+    "Raise an error for tokens outside the vocabulary"
     if not has_readable_values(targets) or not len(targets):
         return
     if not 0 <= targets.min() <= targets.max() < vocab_size:

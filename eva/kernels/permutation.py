@@ -17,7 +17,7 @@ from .tracing import has_readable_values, is_eager
 # %% ../../nbs/12_kernels/04_permutation.ipynb #e8355cec
 def plain_permute_indices(
     indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
-    experts: int,  # how many there are
+    experts: int,  # number of experts
 ) -> tuple[Tensor, Tensor, Tensor]:  # token of each row, row of each choice, end of each expert
     "Sort the (token, expert) pairs by expert"
     flat = indices.flatten()
@@ -30,7 +30,7 @@ def plain_permute_indices(
 # %% ../../nbs/12_kernels/04_permutation.ipynb #a0ff523d
 def check_expert_ids(
     flat: Tensor,  # chosen experts (choices,)
-    experts: int,  # how many there are
+    experts: int,  # number of experts
 ):
     "Raise a `ValueError` for an expert that does not exist"
     if not has_readable_values(flat):
@@ -44,7 +44,7 @@ def check_expert_ids(
 
 def layout(
     indices: Tensor,  # chosen experts (tokens, num_experts_per_tok)
-    experts: int,  # how many there are
+    experts: int,  # number of experts
     multiple: int = 1,  # round every expert's rows up to a multiple of this
 ) -> tuple[
     Tensor, Tensor, Tensor
