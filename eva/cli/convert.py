@@ -15,7 +15,7 @@ from .common import guarded
 
 # %% ../../nbs/15_cli/11_convert.ipynb #228dc4ef
 def convert_parser() -> argparse.ArgumentParser:  # of eva_convert
-    "What eva_convert understands"
+    "Return the argument parser of eva_convert"
     p = argparse.ArgumentParser(
         'eva_convert',
         description=(
@@ -52,9 +52,9 @@ def convert_parser() -> argparse.ArgumentParser:  # of eva_convert
 
 # %% ../../nbs/15_cli/11_convert.ipynb #56ba7041
 def eva_convert(
-    argv: list[str] | None = None,  # arguments, those of the command line by default
+    argv: list[str] | None = None,  # arguments (default: of the command line)
 ) -> int:  # exit code
-    "Convert a checkpoint"
+    "Convert a checkpoint, and return the exit code"
     args = convert_parser().parse_args(argv)
     return guarded('eva_convert', lambda: _convert_with_bar(args))
 
@@ -76,7 +76,7 @@ def _convert_with_bar(
         if not bars:
             bars.append(
                 tqdm(total=total, unit='B', unit_scale=True, dynamic_ncols=True)
-            )  # not before the folder has been checked
+            )  # created after the folder was checked
         bars[0].update(done - bars[0].n)
 
     def remark(text: str) -> None:

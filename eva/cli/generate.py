@@ -17,7 +17,7 @@ from .common import device_of, guarded
 def typed_text(
     argument: str,  # as Python decoded it
 ) -> str:
-    "Return an argument as the UTF-8 that was typed; the C locale leaves surrogates of its bytes"
+    "Decode an argument as UTF-8, also where the C locale turned its bytes into surrogates"
     try:
         return argument.encode(errors='surrogateescape').decode()
     except UnicodeDecodeError:
@@ -25,7 +25,7 @@ def typed_text(
 
 # %% ../../nbs/15_cli/10_generate.ipynb #39a4bb70
 def generate_parser() -> argparse.ArgumentParser:  # of eva_generate
-    "What eva_generate understands"
+    "Return the argument parser of eva_generate"
     p = argparse.ArgumentParser(
         'eva_generate',
         description='Let a trained model write, until it begins another '
@@ -63,7 +63,7 @@ def generate_parser() -> argparse.ArgumentParser:  # of eva_generate
 def _add_sampling(
     p: argparse.ArgumentParser,  # of eva_generate
 ) -> None:
-    "How a token is chosen"
+    "Add the sampling parameters"
     p.add_argument(
         '--temperature',
         type=float,
@@ -93,7 +93,7 @@ def _add_sampling(
 def _add_course(
     p: argparse.ArgumentParser,  # of eva_generate
 ) -> None:
-    "Where the text ends, how it is drafted, and whether it is an answer"
+    "Add the options for stop strings, drafts, seed and chat template"
     p.add_argument(
         '--stop',
         type=typed_text,
@@ -120,9 +120,9 @@ def _add_course(
 
 # %% ../../nbs/15_cli/10_generate.ipynb #c3263a45
 def eva_generate(
-    argv: list[str] | None = None,  # arguments, those of the command line by default
+    argv: list[str] | None = None,  # arguments (default: of the command line)
 ) -> int:  # exit code
-    "Continue a prompt with a trained model"
+    "Continue or answer a prompt with a trained model, and return the exit code"
     args = generate_parser().parse_args(argv)
 
     def work() -> int | None:
@@ -137,12 +137,12 @@ def eva_generate(
 def _speak(
     args: argparse.Namespace,  # from generate_parser
 ) -> int | None:  # exit code
-    "Continue the prompt, or talk in the terminal"
+    "Continue or answer the prompt, or chat in the terminal"
     from eva.generation.sampling import SamplingParams
 
     how = SamplingParams(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
-    )  # refused before anything is loaded
+    )  # invalid values raise an error before anything is loaded
     from eva.generation.chat import ChatSession, chat_loop
 
     speaker = ChatSession(
@@ -157,7 +157,7 @@ def _speak(
     if prompt is None:
         prompt = '' if sys.stdin is None else sys.stdin.read()
     before = '' if speaker.template else prompt
-    code = 0  # not shown before something follows it
+    code = 0  # the prompt is printed with the first piece
     try:
         for piece in speaker.say(prompt, args.max_new_tokens, lambda s: print(s, file=sys.stderr)):
             print(before + piece, end='', flush=True)

@@ -19,7 +19,7 @@ from .train_init import copy_tokenizer, start_model, tokenizer_to_save
 from .train_memory import check_sizes
 
 # %% ../../nbs/15_cli/09_train.ipynb #1c0a43d5
-if TYPE_CHECKING:  # named in annotations; `--help` must not wait for what they import
+if TYPE_CHECKING:  # for annotations only, so that `--help` does not import PyTorch
     from tokenizers import Tokenizer
 
     from eva.distributed.parallel import Parallel
@@ -28,10 +28,10 @@ if TYPE_CHECKING:  # named in annotations; `--help` must not wait for what they 
 # %% ../../nbs/15_cli/09_train.ipynb #c3f0e969
 def prepare_trainer(
     args: argparse.Namespace,  # from train_parser
-    say: Say = print,  # where messages go
-    parallel: 'Parallel | None' = None,  # None for a process of its own
-) -> 'tuple[Trainer, Tokenizer | None, dict[str, float]]':  # the last: baselines, in bits per byte
-    "Make or reopen everything a run needs"
+    say: Say = print,  # prints messages
+    parallel: 'Parallel | None' = None,  # None for a single process
+) -> 'tuple[Trainer, Tokenizer | None, dict[str, float]]':  # the last: baselines in bits per byte
+    "Start or resume a run, and return its trainer, tokenizer and baselines"
     import json
 
     import torch
@@ -49,13 +49,15 @@ def prepare_trainer(
         run, exists = open_run_on_ranks(args, say, parallel)
     cfg, tcfg, tok, train, held, about = run
     torch.manual_seed(tcfg.seed)
-    begun = exists and checkpoints(out / 'checkpoints')  # then --init is not needed any more
+    begun = exists and checkpoints(
+        out / 'checkpoints'
+    )  # then the weights come from a checkpoint of the run
     t = Trainer(
         start_model(cfg, {} if begun else about).to(device), train, held, tcfg, out, parallel
     )
     if exists:
         say(t.resume())
-    elif tok is not None:  # the first rank; only what can be trained becomes a run
+    elif tok is not None:  # the first rank; written after the trainer accepted all settings
         if about.get('init'):
             copy_tokenizer(Path(about['init']), out)
         with Manifest(out).write('tokenizer.json') as f:
@@ -67,8 +69,8 @@ def prepare_trainer(
 # %% ../../nbs/15_cli/09_train.ipynb #cb2456dd
 def parallel_of(
     args: argparse.Namespace,  # from train_parser
-) -> 'Parallel | None':  # None for a process of its own
-    "The processes that torchrun started"
+) -> 'Parallel | None':  # None for a single process
+    "Return the group of processes that torchrun started"
     import os
 
     if 'TORCHELASTIC_RUN_ID' not in os.environ and args.ep == args.pp == 1:
@@ -93,9 +95,9 @@ def train_with_bar(
 
     c = trainer.cfg
     recent: list[dict[str, Any]] = []
-    judged = ''  # bits per byte of the held-out text, when they were last computed
+    judged = ''  # last held-out loss in bits per byte
     if trainer.parallel.rank:
-        trainer.fit()  # the first rank shows it
+        trainer.fit()  # only the first rank shows a bar
         return
     with tqdm(
         total=c.steps, initial=trainer.step, unit='step', dynamic_ncols=True, smoothing=0.05
@@ -120,7 +122,7 @@ def train_with_bar(
             if judged:
                 shown['val_bpb'] = judged
             bar.set_postfix(shown, refresh=False)
-            bar.update(row['step'] - bar.n)  # back, where the run went back
+            bar.update(row['step'] - bar.n)  # backwards after a rewind
 
         trainer.fit(watch)
 
@@ -142,9 +144,9 @@ def _recent_figures(
 
 # %% ../../nbs/15_cli/09_train.ipynb #da3b3cca
 def eva_train(
-    argv: list[str] | None = None,  # arguments, those of the command line by default
+    argv: list[str] | None = None,  # arguments (default: of the command line)
 ) -> int:  # exit code
-    "Train a small DeepSeek-V3 on text"
+    "Train a small DeepSeek-V3 on text, and return the exit code"
     args = train_parser().parse_args(argv)
     args.out = args.out or Path('runs') / (args.preset or 'mini')
     ranks: list[Parallel | None] = [None]
@@ -162,11 +164,11 @@ def eva_train(
 # %% ../../nbs/15_cli/09_train.ipynb #f08ef49f
 def train_in_folder(
     args: argparse.Namespace,  # from train_parser
-    parallel: 'Parallel | None',  # None for a process of its own
-    say: Say,  # where messages go
-    start: float,  # when the command was started, seconds
+    parallel: 'Parallel | None',  # None for a single process
+    say: Say,  # prints messages
+    start: float,  # time when the command was started, seconds
 ) -> int:  # exit code
-    "Train in a folder that this process holds, and write what a run leaves"
+    "Train in a locked folder, and write checkpoint, sample and report"
     t, tok, baselines = prepare_trainer(args, parallel=parallel)
     from eva.checkpoints.pretrained import save_pretrained
 
@@ -198,7 +200,7 @@ def train_in_folder(
         return 128 + getattr(signal, t.stop)
     one = t if parallel is None else parallel.leave(t)
     if one is None or tok is None:
-        return 0  # the rest is for the first rank
+        return 0  # the first rank does the rest
     finish_run(one, tok, baselines)
     say(
         f'{time.time() - start:.0f} s altogether; '

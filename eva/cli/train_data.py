@@ -17,7 +17,7 @@ from .train_init import start_token
 from .train_memory import check_memory
 
 # %% ../../nbs/15_cli/06_train_data.ipynb #65003499
-if TYPE_CHECKING:  # named in annotations; `--help` must not wait for what they import
+if TYPE_CHECKING:  # for annotations only, so that `--help` does not import PyTorch
     from tokenizers import Tokenizer
 
     from eva.config import Config
@@ -29,25 +29,25 @@ if TYPE_CHECKING:  # named in annotations; `--help` must not wait for what they 
 
 # %% ../../nbs/15_cli/06_train_data.ipynb #8b0193dc
 class NewRun(NamedTuple):
-    "What a run is made of"
+    "Model configuration, settings, tokenizer and token streams of a run"
 
     cfg: 'Config'  # of the model
     tcfg: 'TrainConfig'
     tok: 'Tokenizer | None'  # None on ranks that do not write
     train: 'TokenStream'
     held_out: 'TokenStream'
-    about: dict[str, Any]  # what run.json will say
+    about: dict[str, Any]  # content of run.json
 
 # %% ../../nbs/15_cli/06_train_data.ipynb #ca9d72c1
 def new_small_run(
     args: argparse.Namespace,  # from train_parser
-    data: 'TrainingData',  # what --data says, looked through
+    data: 'TrainingData',  # files of --data, scanned
     preset: str,  # size of the model
     tcfg: 'TrainConfig',  # how it is trained
-    say: Say,  # where messages go
-    manifest: 'Manifest',  # of the run
+    say: Say,  # prints messages
+    manifest: 'Manifest',  # of the files of the run
 ) -> NewRun:
-    "Read some megabytes of text whole"
+    "Start a run on a small text corpus, which is read whole"
     from eva.config import Config
     from eva.data.shards import clear_folder
     from eva.data.text import (
@@ -83,13 +83,13 @@ def new_small_run(
 
 # %% ../../nbs/15_cli/06_train_data.ipynb #067c744d
 def _about(
-    data: 'TrainingData',  # what --data says, looked through
+    data: 'TrainingData',  # files of --data, scanned
     cfg: 'Config',  # of the model to be trained
     tcfg: 'TrainConfig',  # how it is trained
     baselines: dict[str, float],  # name -> bits per byte
     **origin: str | None,  # preset, init
 ) -> dict[str, Any]:
-    "Return what run.json will say"
+    "Return the content of run.json"
     from dataclasses import asdict
 
     return dict(
@@ -104,10 +104,10 @@ def _about(
 
 def _tokenizer_of(
     texts: Iterable[str],  # to train on
-    vocab_size: int,  # entries that are asked for
-    say: Say,  # where messages go
+    vocab_size: int,  # entries at most
+    say: Say,  # prints messages
 ) -> 'Tokenizer':
-    "Train a tokenizer, and say where the text has merges for a smaller one only"
+    "Train a tokenizer, and print a message if the text gives a smaller one"
     from eva.data.tokenizer import train_tokenizer
 
     tok = train_tokenizer(texts, vocab_size)
@@ -122,18 +122,18 @@ def _tokenizer_of(
 def _worst_first(
     bits: dict[str, float],  # name -> bits per byte
 ) -> dict[str, float]:
-    "Order baselines as the table at the end shows them"
+    "Sort baselines from the worst to the best"
     return dict(sorted(bits.items(), key=lambda o: -o[1]))
 
 # %% ../../nbs/15_cli/06_train_data.ipynb #edbde490
-MAX_WHOLE_BYTES = 2**24  # bytes of plain text that are read whole
-MAX_WHOLE_FILES = 2**16  # files that are
+MAX_WHOLE_BYTES = 2**24  # bytes of plain text read whole at most
+MAX_WHOLE_FILES = 2**16  # files read whole at most
 
 
 def is_large(
-    data: 'TrainingData',  # what --data says, looked through
-) -> bool:  # too large to be read whole, or not plain text
-    "Tell whether this is to be streamed"
+    data: 'TrainingData',  # files of --data, scanned
+) -> bool:  # True for other formats than plain text too
+    "Return whether data are streamed into shards instead of read whole"
     if set(data.counts('files')) != {'text'}:
         return True
     return (
@@ -144,14 +144,14 @@ def is_large(
 # %% ../../nbs/15_cli/06_train_data.ipynb #b4cb1f89
 def new_corpus_run(
     args: argparse.Namespace,  # from train_parser
-    data: 'TrainingData',  # what --data says, looked through
+    data: 'TrainingData',  # files of --data, scanned
     preset: str,  # size of the model, unless it comes from --init
     tcfg: 'TrainConfig',  # how it is trained
     start: 'tuple[Config, Tokenizer] | None',  # of --init; None without it
-    say: Say,  # where messages go
-    manifest: 'Manifest',  # of the run
+    say: Say,  # prints messages
+    manifest: 'Manifest',  # of the files of the run
 ) -> NewRun:
-    "Stream what there is into shards"
+    "Start a run on a corpus that is streamed into shards"
     from eva.data.corpus import tokenise
     from eva.data.decode import Document
     from eva.data.shards import clear_folder
@@ -191,9 +191,9 @@ def new_corpus_run(
 # %% ../../nbs/15_cli/06_train_data.ipynb #834eeab9
 def _end_token(
     cfg: 'Config',  # of the model to be trained
-    fim: float,  # share of documents with the middle at the end
-) -> int:  # written after those only; 1 where there is neither
-    "Return the token that ends a document"
+    fim: float,  # share of documents with the middle moved to the end
+) -> int:  # written after such documents; 1 if it is not needed and not set
+    "Return the token that ends a document, or raise an error if FIM lacks one"
     end = next(iter(cfg.eos_token_ids), None)
     if fim and end is None:
         raise ValueError(
@@ -205,10 +205,10 @@ def _end_token(
 
 def _model_of_texts(
     args: argparse.Namespace,  # from train_parser
-    texts: Iterable[str],  # all that is read
+    texts: Iterable[str],  # all documents
     preset: str,  # size of the model
 ) -> 'tuple[Config, Tokenizer]':
-    "Train a tokenizer on texts, and give a model its vocabulary"
+    "Train a tokenizer on texts, and return it with a model configuration"
     from eva.config import Config
     from eva.data.corpus import FIM_TOKENS
     from eva.data.tokenizer import train_tokenizer
@@ -223,22 +223,22 @@ def _model_of_texts(
 
 
 def _has_few(
-    data: 'TrainingData',  # looked through
+    data: 'TrainingData',  # scanned
 ) -> bool:
-    "Tell whether there are so few documents that perhaps none of them would be held out"
+    "Return whether there are so few documents that random choice might hold out none"
     documents = sum(data.counts('documents').values())
     return documents < 200 and 'datasets' not in data.counts('files')
 
 # %% ../../nbs/15_cli/06_train_data.ipynb #5e02a481
 def new_answers_run(
     args: argparse.Namespace,  # from train_parser
-    data: 'TrainingData',  # what --data says, looked through
+    data: 'TrainingData',  # files of --data, scanned
     cfg: 'Config',  # of the checkpoint
     tok: 'Tokenizer',  # its tokenizer
-    say: Say,  # where messages go
-    manifest: 'Manifest',  # of the run
+    say: Say,  # prints messages
+    manifest: 'Manifest',  # of the files of the run
 ) -> NewRun:
-    "Conversations, of which the answers are learned"
+    "Start a run on conversations, in which only answers count in the loss"
     from eva.data.conversations import CHAT_TEMPLATE, write_conversations
     from eva.data.shards import clear_folder
     from eva.generation.chat_templates import ChatTemplate
@@ -249,7 +249,7 @@ def new_answers_run(
     )
     check_memory(cfg, tcfg, device_of(args))
     bos = start_token(args, cfg)
-    end = next(iter(cfg.eos_token_ids), bos)  # fills rows
+    end = next(iter(cfg.eos_token_ids), bos)  # pads rows
     given = ChatTemplate.of(args.init)
     if given is None and not cfg.eos_token_ids:
         raise ValueError(
@@ -285,7 +285,7 @@ def _plain_template(
     bos: int,  # the start token
     end: int,  # the token that ends an answer
 ) -> 'ChatTemplate':
-    "The chat template of a checkpoint that brings none"
+    "Return a plain chat template for a checkpoint without one"
     from eva.data.conversations import CHAT_TEMPLATE
     from eva.generation.chat_templates import ChatTemplate
 
@@ -293,19 +293,17 @@ def _plain_template(
     return ChatTemplate(CHAT_TEMPLATE, trusted=True, **marks)
 
 # %% ../../nbs/15_cli/06_train_data.ipynb #0c598cc3
-MAX_TASK_TOKENS = (
-    200_000_000  # tokens of a task that are drawn at most, 400 MB; longer runs see them again
-)
+MAX_TASK_TOKENS = 200_000_000  # tokens of a task drawn at most (400 MB); longer runs repeat them
 
 
 def new_task_run(
     args: argparse.Namespace,  # from train_parser
-    data: list[str],  # what --data says: synthetic:NAME alone
+    data: list[str],  # of --data: synthetic:NAME alone
     preset: str,  # size of the model
-    say: Say,  # where messages go
-    manifest: 'Manifest',  # of the run
+    say: Say,  # prints messages
+    manifest: 'Manifest',  # of the files of the run
 ) -> NewRun:
-    "Draw the documents of a task, and write the streams"
+    "Start a run on a synthetic task, and write its token streams"
     import math
     from dataclasses import asdict
 
@@ -321,7 +319,7 @@ def new_task_run(
     tcfg = _task_settings(args, name, length)
     cfg = Config.from_preset(preset, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
     check_memory(cfg, tcfg, device_of(args))
-    windows = tcfg.sequences(tcfg.steps) + 1  # one to shift
+    windows = tcfg.sequences(tcfg.steps) + 1  # one more for shifted targets
     count = min(
         windows * tcfg.seq_len // length + 1 + cfg.num_nextn_predict_layers,
         MAX_TASK_TOKENS // length,
@@ -347,9 +345,9 @@ def new_task_run(
 # %% ../../nbs/15_cli/06_train_data.ipynb #1ae93c34
 def _task_name(
     args: argparse.Namespace,  # from train_parser
-    data: list[str],  # what --data says
+    data: list[str],  # of --data
 ) -> str:
-    "Return the name of the task, which comes alone and with a vocabulary"
+    "Return the name of the task, or raise an error for options that it excludes"
     if len(data) > 1:
         raise ValueError(
             f'--data {" ".join(data)}: a task is not mixed '
@@ -367,7 +365,7 @@ def _task_settings(
     name: str,  # of the task
     length: int,  # tokens of a document
 ) -> 'TrainConfig':
-    "Return how a task is trained: short sequences, slower rates"
+    "Return the training settings of a task: sequences of whole documents, lower rates"
     from eva.training.config import TrainConfig
 
     tcfg = TrainConfig(
