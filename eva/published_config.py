@@ -88,7 +88,7 @@ _ALIASES = dict(
     num_experts='n_routed_experts',
     num_mtp_layers='num_nextn_predict_layers',
 )
-# key -> the one value that Eva computes, and the families in which `transformers` reads the key
+# key -> the one value that Eva computes, families in which `transformers` reads the key
 _ONLY: dict[str, tuple[Any, tuple[str, ...]]] = dict(
     attention_bias=(False, ('deepseek_v2', 'deepseek_v3')),
     mlp_bias=(False, ('deepseek_v2',)),
