@@ -102,7 +102,8 @@ class DelayedScale:
     ) -> Tensor:  # one number (), float32
         """Return the largest magnitude of earlier calls over the format's largest value
 
-        Zeros and values that are not finite are left out. Without an earlier call, this call's own counts.
+        Zeros and values that are not finite are left out. Without an earlier call, the largest
+        magnitude of this call is used.
         """
         magnitude = x.detach().abs()
         amax = magnitude.amax().float() if x.numel() else torch.zeros((), device=x.device)
