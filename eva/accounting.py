@@ -26,7 +26,7 @@ def attention_params(
 
 
 def _mtp_params(cfg: Config) -> tuple[int, int, int]:
-    "What an MTP module has beside its block: `eh_proj`; `enorm`, `hnorm` and `shared_head.norm`"
+    "Count what MTP modules have beside their blocks: `eh_proj` and three norms"
     projection = cfg.num_nextn_predict_layers * 2 * cfg.hidden_size**2
     norms = cfg.num_nextn_predict_layers * 3 * cfg.hidden_size
     return projection + norms, projection + norms, projection
@@ -34,7 +34,7 @@ def _mtp_params(cfg: Config) -> tuple[int, int, int]:
 # %% ../nbs/01_foundations/05_accounting.ipynb #5d78e50d
 def param_parts(
     cfg: Config,  # the model
-    mtp: bool = False,  # with the MTP modules' own?
+    mtp: bool = False,  # count the MTP modules too?
 ) -> dict[str, tuple[int, ...]]:  # part -> (all, used by one token, in one token's products)
     "Count the parameters by part of the model, summed over layers"
     d = cfg.hidden_size
@@ -66,9 +66,9 @@ def param_parts(
 # %% ../nbs/01_foundations/05_accounting.ipynb #6384b938
 def num_params(
     cfg: Config,  # the model
-    mtp: bool = False,  # with the MTP modules' own?
+    mtp: bool = False,  # count the MTP modules too?
 ) -> tuple[int, int]:  # (all, used by one token)
-    "Count the parameters exactly; the routing biases are state, not parameters"
+    "Count the parameters exactly, without the routing biases, which are state"
     parts = param_parts(cfg, mtp).values()
     return sum(part[0] for part in parts), sum(part[1] for part in parts)
 
@@ -101,7 +101,7 @@ def kv_bytes_per_token(
     cfg: Config,  # the model
     bytes_per_value: int = 2,  # 2 for bf16, 4 for fp32
 ) -> int:  # bytes, summed over all layers
-    "Return what one token costs the cache: a latent and one rotated key per layer"
+    "Return the cache bytes of one token: a latent and one rotated key per layer"
     return cfg.num_hidden_layers * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * bytes_per_value
 
 
@@ -109,6 +109,6 @@ def standard_kv_bytes_per_token(
     cfg: Config,  # the model
     bytes_per_value: int = 2,  # 2 for bf16, 4 for fp32
 ) -> int:  # bytes, summed over all layers
-    "Return what one token would cost with a key and a value of `qk_nope_head_dim` per head"
+    "Return the cache bytes of one token with a key and a value of `qk_nope_head_dim` per head"
     values = 2 * cfg.num_attention_heads * cfg.qk_nope_head_dim
     return cfg.num_hidden_layers * values * bytes_per_value

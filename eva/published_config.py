@@ -37,14 +37,16 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = dict(
         bos_token_id=1, eos_token_id=2,
     ),
 )  # fmt: skip
-IGNORED_FIELDS: dict[str, dict[str, Any]] = dict(  # what the peer computes whatever the file says
-    deepseek_v3=dict(scoring_func='sigmoid', topk_method='noaux_tc'),
-    deepseek_v2=dict(scoring_func='softmax', norm_topk_prob=False),
+IGNORED_FIELDS: dict[str, dict[str, Any]] = (
+    dict(  # what `transformers` computes whatever the file says
+        deepseek_v3=dict(scoring_func='sigmoid', topk_method='noaux_tc'),
+        deepseek_v2=dict(scoring_func='softmax', norm_topk_prob=False),
+    )
 )
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #78b8fa31
 def _agree(values: dict[str, Any]):
-    "Refuse values of one thing under several names that are not equal"
+    "Raise a `ValueError` if values of one setting under several names differ"
     if not values:
         return
     (first, value), *others = values.items()
@@ -86,7 +88,7 @@ _ALIASES = dict(
     num_experts='n_routed_experts',
     num_mtp_layers='num_nextn_predict_layers',
 )
-# key -> the one value that Eva computes, and the families whose peer reads the key
+# key -> the one value that Eva computes, families in which `transformers` reads the key
 _ONLY: dict[str, tuple[Any, tuple[str, ...]]] = dict(
     attention_bias=(False, ('deepseek_v2', 'deepseek_v3')),
     mlp_bias=(False, ('deepseek_v2',)),
@@ -97,7 +99,7 @@ _ONLY: dict[str, tuple[Any, tuple[str, ...]]] = dict(
 
 
 def _check_fixed_keys(found: dict[str, Any], family: str):
-    "Refuse settings with which Eva would compute something else than the peer"
+    "Raise a `ValueError` for settings that `transformers` computes and Eva does not"
     for key, (value, readers) in _ONLY.items():
         if family in readers and found.get(key, value) not in (value, None):
             raise ValueError(
@@ -111,7 +113,7 @@ def _check_fixed_keys(found: dict[str, Any], family: str):
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #7295b766
 def _without_aliases(found: dict[str, Any]) -> dict[str, Any]:
-    "Return the fields that other names stand for"
+    "Return the fields that a file has under other names"
     out: dict[str, Any] = {}
     for other, name in _ALIASES.items():
         if found.get(other) is None:
@@ -129,7 +131,7 @@ def _without_aliases(found: dict[str, Any]) -> dict[str, Any]:
 def plain_rope(
     settings: dict[str, Any],  # rotary settings, as a file has them
 ) -> dict[str, Any] | None:  # without those that are null; None: plain rotary embeddings
-    "Return the settings of an extension, or None where they ask for none"
+    "Return the settings of a context extension, or None for plain rotary embeddings"
     given = {k: v for k, v in settings.items() if v is not None}
     kinds = {given[k] for k in ('type', 'rope_type') if isinstance(given.get(k), str)}
     is_plain = not given or kinds == {'default'}
@@ -137,7 +139,7 @@ def plain_rope(
 
 
 def _rope_place(key: str, settings: Any) -> dict[str, Any] | None:
-    "Return the settings of one place, checked for themselves"
+    "Return the settings under one key, validated by themselves"
     if not isinstance(settings, dict):
         raise ValueError(
             f'{key}={settings!r:.80}: must be an object with rope_type and its settings, or null'
@@ -158,7 +160,7 @@ def _rope_place(key: str, settings: Any) -> dict[str, Any] | None:
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #7d229cf8
 def _one_rope(places: dict[str, dict[str, Any] | None]) -> dict[str, Any] | None:
-    "Return the settings of two places that must agree, `type` and `rope_type` being one word"
+    "Return the settings of two keys that must agree; `type` and `rope_type` mean the same"
     plain = {
         name: s and {('rope_type' if k == 'type' else k): v for k, v in s.items()}
         for name, s in places.items()
@@ -168,7 +170,7 @@ def _one_rope(places: dict[str, dict[str, Any] | None]) -> dict[str, Any] | None
 
 
 def _with_length(settings: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any] | None:
-    "Add the length before the extension, which some files keep outside or leave out"
+    "Add the context length before the extension, which some files have elsewhere or leave out"
     if settings is None:
         return None
     name = 'original_max_position_embeddings'
@@ -181,7 +183,7 @@ def _with_length(settings: dict[str, Any] | None, found: dict[str, Any]) -> dict
 
 
 def _rope_fields(found: dict[str, Any]) -> dict[str, Any]:
-    "Return `rope_theta` and `rope_scaling`, which files keep in three places"
+    "Return `rope_theta` and `rope_scaling`, which a file may have in three places"
     places = {}
     thetas = {'rope_theta': found.get('rope_theta')}
     for key in ('rope_scaling', 'rope_parameters'):
@@ -199,7 +201,7 @@ def _rope_fields(found: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #72e08f8b
 def _as_the_peer(out: dict[str, Any], found: dict[str, Any], family: str):
-    "Put what the peer computes in place of what it does not read"
+    "Replace fields that `transformers` does not read by what it computes"
     honoured = found.get('eva_honours') or []
     names = [*dict.fromkeys([*IGNORED_FIELDS[family], 'topk_method'])]
     if not isinstance(honoured, list) or not all(name in names for name in honoured):
@@ -245,7 +247,7 @@ def is_number(
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #5338478c
 def _fill_groups(out: dict[str, Any], found: dict[str, Any], family: str):
-    "Give experts that are not in groups one group"
+    "Set one group of experts where a file has no groups"
     if out['n_group'] is None:
         if out['topk_method'] == 'group_limited_greedy':
             raise ValueError(
@@ -260,7 +262,7 @@ def _fill_groups(out: dict[str, Any], found: dict[str, Any], family: str):
 
 
 def _check_heads(out: dict[str, Any], found: dict[str, Any]):
-    "Refuse counts and widths of heads that say something else than the fields they follow from"
+    "Raise a `ValueError` if counts and widths of heads contradict the fields they follow from"
     heads = out['num_attention_heads']
     content = out['qk_nope_head_dim']
     rotary = out['qk_rope_head_dim']
@@ -287,7 +289,7 @@ def _check_heads(out: dict[str, Any], found: dict[str, Any]):
 def read_published(
     found: dict[str, Any],  # what a config.json holds
 ) -> dict[str, Any]:  # field of a `Config` -> value, all of them but those that have no default
-    "Read a published configuration as the software reads it that it was written for"
+    "Return all fields of a published configuration, with the defaults of its family"
     family = family_of(found)
     _check_fixed_keys(found, family)
     given = found | _without_aliases(found) | _rope_fields(found)
@@ -308,10 +310,10 @@ def read_published(
 def ignored_settings(
     model_type: str,  # deepseek_v3 or deepseek_v2
     topk_method: str,  # of the model
-) -> dict[str, Any]:  # field -> what the peer computes instead
-    """Return what the peer computes whatever the file says
+) -> dict[str, Any]:  # field -> what `transformers` computes instead
+    """Return what `transformers` computes whatever the file says
 
-    V2 has no router with a bias there, and no MTP modules.
+    Its V2 has no router with a bias and no MTP modules.
     """
     more: dict[str, Any] = {}
     if model_type == 'deepseek_v2':

@@ -22,16 +22,16 @@ from ..kernels.grouped_linear import group_sizes
 
 # %% ../../nbs/04_fp8/05_backends.ipynb #2e223f32
 class GemmBackend(Protocol):
-    "What multiplies by one weight of a layer, forward and backward"
+    "Interface of a backend: products with one weight of a layer, forward and backward"
 
-    remembers: bool  # does a call depend on the calls before it?
+    remembers: bool  # whether a call depends on earlier calls
 
     def __call__(
         self,
         x: Tensor,  # activations (rows, in)
         W: Tensor,  # (out, in), or a stack of them (experts, out, in)
-        ends: Tensor | None = None,  # where each expert's rows end (experts,), int32
-        update: bool = True,  # may delayed scales remember this call?
+        ends: Tensor | None = None,  # end of each expert's rows (experts,), int32
+        update: bool = True,  # add this call to the history of delayed scales?
     ) -> Tensor:  # (rows, out)
         "Multiply each row by the weight, or by its expert's weight"
 
@@ -40,22 +40,22 @@ class GemmBackend(Protocol):
         x: Tensor,  # activations (rows, in)
         W: Tensor,  # (out, in)
     ) -> tuple[Tensor, Tensor] | None:  # rows (rows, in) and matrix (out, in)
-        "Return what is really multiplied; None where the backend does not show it"
+        "Return the rounded operands of the product; None where the backend hides them"
 
-    def state(self) -> dict[str, Tensor]:  # by names of the backend's own, on the CPU
-        "Return what it remembers from call to call"
+    def state(self) -> dict[str, Tensor]:  # named by the backend, on the CPU
+        "Return the state that it keeps between calls"
 
     def load_state(
         self,
         state: dict[str, Tensor],  # from `state`
     ) -> None:
-        "Put back what it remembered"
+        "Restore a state"
 
 # %% ../../nbs/04_fp8/05_backends.ipynb #a19dfbcc
 def column_major(
     scale: Tensor,  # of tiles of 1 x 128 (rows, tiles)
 ) -> Tensor:  # same values and shape
-    "Return scales with those of neighbouring rows side by side in memory"
+    "Return scales with those of neighbouring rows contiguous in memory"
     return scale.T.contiguous().T
 
 
@@ -117,7 +117,7 @@ class NativeLinearFunction(torch.autograd.Function):
     def backward(
         ctx,
         g: Tensor,  # gradients of the output (rows, out)
-    ) -> tuple[Tensor | None, ...]:  # of x and W, as far as they are asked for
+    ) -> tuple[Tensor | None, ...]:  # of x and W, where they are needed
         "Multiply gradients by the weight, and by the rounded activations"
         x, W = ctx.saved_tensors
         recipe = ctx.recipe
@@ -133,9 +133,10 @@ class NativeLinearFunction(torch.autograd.Function):
 
 # %% ../../nbs/04_fp8/05_backends.ipynb #5f0c7d11
 class NativeBackend:
-    """PyTorch's scaled products
+    """Backend of PyTorch's scaled products
 
-    Stacks are multiplied one expert at a time: the grouped product takes no blocks on Hopper.
+    Stacks are multiplied one expert at a time: the grouped product does not support blocks on
+    Hopper.
     """
 
     def __init__(
@@ -156,12 +157,12 @@ class NativeBackend:
         return torch.cat([NativeLinearFunction.apply(rows, w, self.recipe) for rows, w in parts])
 
     def operands(self, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-        "Return what the eight bits stand for"
+        "Return the operands as the eight bits represent them"
         rounding = FakeQuantizer(self.recipe)
         return rounding(x, 'x'), rounding(W, 'w')
 
     def state(self) -> dict[str, Tensor]:
-        "Return nothing: each call is scaled by itself"
+        "Return an empty state: each call is scaled by itself"
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -186,7 +187,7 @@ def te_recipe(
     recipe: Recipe,  # ours
     module: ModuleType,  # transformer_engine.common.recipe
 ) -> Any:  # theirs
-    "Return the recipe of Transformer Engine that comes nearest"
+    "Return the recipe of Transformer Engine that is closest to ours"
     hybrid = module.Format.HYBRID
     if recipe.history:
         return module.DelayedScaling(amax_history_len=recipe.history, fp8_format=hybrid)
@@ -204,7 +205,7 @@ TE_STATE = ('scale', 'amax_history')  # tensors that Transformer Engine's own ch
 
 
 class TransformerEngineBackend:
-    "A layer of Transformer Engine that borrows our weights"
+    "Backend of a layer of Transformer Engine that uses our weights"
 
     def __init__(
         self,
@@ -222,12 +223,12 @@ class TransformerEngineBackend:
             self.layer = self.te.GroupedLinear(len(W), W.shape[2], W.shape[1], **options)
             self.names = [f'weight{i}' for i in range(len(W))]
         for name in self.names:
-            del self.layer._parameters[name]  # ours are lent at each call
+            del self.layer._parameters[name]  # ours are assigned in each call
 
     def __call__(
         self, x: Tensor, W: Tensor, ends: Tensor | None = None, update: bool = True
     ) -> Tensor:
-        "See `GemmBackend`; delayed scales move wherever gradients are made, whatever `update` says"
+        "See `GemmBackend`; delayed scales change whenever gradients are on, whatever `update` is"
         self.layer.__dict__.update(zip(self.names, [W] if ends is None else W.unbind(0)))
         try:
             with self.te.autocast(enabled=True, recipe=self.recipe):
@@ -239,7 +240,7 @@ class TransformerEngineBackend:
                 del self.layer.__dict__[name]
 
     def operands(self, x: Tensor, W: Tensor) -> None:
-        "Return None: the quantised tensors stay inside"
+        "Return None: the quantised tensors are hidden"
         return None
 
     def state(self) -> dict[str, Tensor]:
@@ -309,7 +310,7 @@ def unsupported_reason(
     device: torch.device | str,  # where the layers are
     recipe: str | Recipe = 'block',  # one of `RECIPES`, or a `Recipe`
 ) -> str:  # one sentence; empty where it can be used
-    "Return why a backend cannot carry out a recipe on a device"
+    "Return why a backend cannot run a recipe on a device"
     chosen = named_recipe(recipe)
     if backend == 'emulate':
         return ''

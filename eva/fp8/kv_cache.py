@@ -36,7 +36,7 @@ def unpack_rows(
     packed: Tensor,  # bytes from `pack_rows` (batch, seq, bytes of a row), uint8
     rank: int,  # values of a latent, kv_lora_rank
 ) -> Tensor:  # latents and rotated keys (batch, seq, rank + qk_rope_head_dim), float32
-    "Return what the bytes stand for"
+    "Return the values that the bytes represent"
     scale_bytes = 4 * latent_scales(rank)
     sizes = (rank, scale_bytes, packed.shape[2] - rank - scale_bytes)
     q, scale, rotated = (part.contiguous() for part in packed.split(sizes, -1))
@@ -45,14 +45,14 @@ def unpack_rows(
 
 # %% ../../nbs/04_fp8/04_kv_cache.ipynb #3d718f0b
 class FP8LatentCache(LatentCache):
-    "Latents in E4M3 with a scale for each 128 values, rotated keys in bfloat16"
+    "A latent cache in E4M3 with a scale for each 128 values, and rotated keys in bfloat16"
 
     def __init__(
         self,
         cfg: Config,  # sizes of the model
         batch: int,  # sequences side by side
         max_len: int,  # positions it can hold
-        device: str | torch.device | None = None,  # where it lives
+        device: str | torch.device | None = None,  # of its memory
         mtp: bool = False,  # layers for the MTP modules too?
         extra_slots: int = 0,  # slots beyond max_len
     ):
@@ -68,8 +68,8 @@ class FP8LatentCache(LatentCache):
         layer: int,  # which layer writes
         # latents and rotated keys side by side (batch, seq, kv_lora_rank + qk_rope_head_dim)
         rows: Tensor,
-    ) -> Tensor:  # everything so far, as the eight bits have it (batch, length + seq, …), float32
-        "Round new rows, put them after the old ones, and return all"
+    ) -> Tensor:  # all rows so far, rounded (batch, length + seq, …), float32
+        "Round new rows, write them after the old ones, and return all"
         if rows.shape[2] != self.width:
             raise ValueError(
                 f'rows of width {rows.shape[2]}: this cache keeps '

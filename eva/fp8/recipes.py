@@ -22,14 +22,14 @@ from eva.fp8.formats import (
 
 # %% ../../nbs/04_fp8/03_recipes.ipynb #b6f0b0fe
 class Recipe(NamedTuple):
-    "The blocks, formats and scales of a layer's products"
+    "Blocks, formats and scales of the operands of a layer's products"
 
     x: Block = (1, 128)  # block of activations, along the sum
     w: Block = (128, 128)  # block of weights, along the sum
     g: Block = (1, 128)  # block of gradients, along the sum
     fmt: str = 'e4m3'  # of activations and weights
     grad_fmt: str = 'e4m3'  # of gradients
-    pow2: bool = False  # scales that are powers of two?
+    pow2: bool = False  # round scales to powers of two?
     history: int = 0  # calls whose largest magnitude scales the next one; 0 for this call's own
 
     def block_of(
@@ -59,7 +59,7 @@ RECIPES = dict(
 def named_recipe(
     recipe: str | Recipe,  # one of `RECIPES`, or a `Recipe`
 ) -> Recipe:  # the recipe itself
-    "Return a recipe by its name; refuse a name that is not one of `RECIPES`"
+    "Return a recipe by its name, or raise a `ValueError` for a name not in `RECIPES`"
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in RECIPES:
@@ -85,7 +85,7 @@ class DelayedScale:
 
     def __init__(
         self,
-        history: int = 16,  # calls that are remembered
+        history: int = 16,  # calls that count
         fmt: str = 'e4m3',  # e4m3 or e5m2
     ):
         if history < 1:
@@ -93,16 +93,17 @@ class DelayedScale:
         self.fmt = fmt
         self.history = history
         self.seen = torch.empty(0)  # largest magnitudes of the last calls (calls,), float32
-        self.overflow: int | Tensor = 0  # values that saturated, until somebody sets it to 0
+        self.overflow: int | Tensor = 0  # values that saturated since it was set to 0
 
     def scale(
         self,
         x: Tensor,  # of this call, any shape
-        update: bool = True,  # remember this call? False in evaluation
+        update: bool = True,  # add this call to the history? False in evaluation
     ) -> Tensor:  # one number (), float32
         """Return the largest magnitude of earlier calls over the format's largest value
 
-        Zeros and what is not finite are left out. Without an earlier call, this call's own counts.
+        Zeros and values that are not finite are left out. Without an earlier call, the largest
+        magnitude of this call is used.
         """
         magnitude = x.detach().abs()
         amax = magnitude.amax().float() if x.numel() else torch.zeros((), device=x.device)
@@ -119,18 +120,18 @@ class DelayedScale:
     def quantize(
         self,
         x: Tensor,  # of this call, any shape
-        update: bool = True,  # remember this call?
+        update: bool = True,  # add this call to the history?
     ) -> tuple[Tensor, Tensor]:  # values in eight bits, the scale ()
-        "Return eight bits with the scale of earlier calls; what has grown beyond it saturates"
+        "Return values in eight bits with the scale of earlier calls; larger values saturate"
         scale = self.scale(x, update)
         return saturating_cast(x.detach().float() / scale, self.fmt), scale
 
     def round(
         self,
         x: Tensor,  # of this call, any shape
-        update: bool = True,  # remember this call?
+        update: bool = True,  # add this call to the history?
     ) -> Tensor:  # same shape, float32
-        "Return what the eight bits of `quantize` stand for, as `round_to_format_` does"
+        "Return the values that `quantize` represents, as `round_to_format_` does"
         scale = self.scale(x, update)
         limit = get_format(self.fmt).max
         return round_to_format_((x.detach().float() / scale).clamp_(-limit, limit), self.fmt).mul_(
@@ -138,7 +139,7 @@ class DelayedScale:
         )
 
     def state(self) -> dict[str, Tensor]:  # seen (calls,) and overflow (), both on the CPU
-        "Return all that a run has to keep to go on with the same scales"
+        "Return the state that a run needs to continue with the same scales"
         overflow = torch.as_tensor(self.overflow, dtype=torch.int64)
         return dict(seen=self.seen.detach().cpu().clone(), overflow=overflow.cpu().clone())
 
@@ -146,7 +147,7 @@ class DelayedScale:
         self,
         state: dict[str, Tensor],  # from `state`
     ) -> None:
-        "Go on where another run stood; refuse magnitudes of another recipe"
+        "Restore a state, or raise a `ValueError` for one of another recipe"
         seen = state['seen']
         if seen.dim() != 1 or len(seen) > self.history or seen.dtype != torch.float32:
             raise ValueError(
@@ -159,7 +160,7 @@ class DelayedScale:
 
 # %% ../../nbs/04_fp8/03_recipes.ipynb #c3524fd8
 class FakeQuantizer:
-    "Rounds the operands of one layer's products by a recipe"
+    "Rounding of the operands of one layer's products by a recipe"
 
     def __init__(
         self,
@@ -176,25 +177,25 @@ class FakeQuantizer:
         t: Tensor,  # activations, weights, or gradients (..., rows, columns)
         kind: str,  # x, w or g
         rows: bool = False,  # does the product sum over rows, not columns?
-        update: bool = True,  # may delayed scales remember this call?
+        update: bool = True,  # add this call to the history of delayed scales?
     ) -> Tensor:  # same shape: float32, bfloat16 where that is exact, float64 where t is
-        "Return what eight bits keep of a tensor, in blocks along the sum"
+        "Return a tensor rounded to eight bits, in blocks along the sum"
         block = self.recipe.block_of(kind)
         if self.delayed:
             rounded = self.delayed[kind].round(t, update)
         else:
             along = block[::-1] if block and rows else block
             rounded = fake_quantize(t, along, self.recipe.format_of(kind), self.recipe.pow2)
-        # Sums shall be as exact as the layer.
+        # A layer in float64 sums in float64.
         return rounded.double() if t.dtype == torch.float64 else rounded
 
     def again(
         self,
-        t: Tensor,  # as was given before (..., rows, columns)
-        kept: Tensor,  # what that call returned
+        t: Tensor,  # given before (..., rows, columns)
+        kept: Tensor,  # the result of that call
         kind: str,  # x, w or g
     ) -> Tensor:  # same shape, in blocks along rows
-        "Return the tensor for another product, whose sum runs over rows"
+        "Return the tensor rounded for another product, whose sum runs over rows"
         block = self.recipe.block_of(kind)
         if block is None or block[0] == block[1]:
             return kept  # one scale for both directions

@@ -15,12 +15,12 @@ from ..moe.experts import MLP, MoE
 
 # %% ../../nbs/05_model/03_block.ipynb #a5ec520c
 class TransformerBlock(nn.Module):
-    "One transformer layer"
+    "One transformer layer: attention, then a feed-forward network"
 
     def __init__(
         self,
         cfg: Config,  # sizes
-        layer: int,  # its place, counted from 0
+        layer: int,  # index of the layer, from 0
     ):
         super().__init__()
         self.layer = layer
@@ -37,10 +37,10 @@ class TransformerBlock(nn.Module):
         self,
         h: Tensor,  # hidden states (batch, seq, hidden_size)
         rope: tuple[Tensor, Tensor],  # cosines and sines of these positions
-        # True where a query may look (batch, 1, seq, cached + seq), None for causal
+        # True where a query may attend (batch, 1, seq, cached + seq), None for causal
         mask: Tensor | None = None,
-        cache: LatentCache | None = None,  # where the past is
+        cache: LatentCache | None = None,  # of earlier positions
     ) -> Tensor:  # same shape as h
-        "Attend, then feed forward"
+        "Add attention and then the feed-forward network to the hidden states"
         h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, self.layer)
         return h + self.mlp(self.post_attention_layernorm(h))
