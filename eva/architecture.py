@@ -62,7 +62,9 @@ def draw_experts(
     y: float,  # top edge, units
 ) -> Box:  # the frame
     "Draw a mixture of experts: the router, routed and shared experts"
-    frame = diagram.frame(14, y, 322, 118, 'mixture of experts')
+    first = cfg.first_k_dense_replace
+    dense = f' (first {first}: one MLP)' if first else ''
+    frame = diagram.frame(14, y, 322, 118, f'mixture of experts{dense}')
     chosen = f'the best {cfg.num_experts_per_tok} of {cfg.n_routed_experts}'
     text = f'router: {chosen},\nby score and bias'
     router = diagram.box(20, y + 26, 196, 36, text, 'operation', 'router' in lit)
@@ -101,7 +103,7 @@ def architecture(
         'Tokens are embedded and pass through blocks of latent attention and experts. Each of '
         'both normalises its input and is added to it. A head predicts the next token, and an '
         'MTP module the one after.' + about,
-        height=556,
+        height=590,
     )
     text = f'embedding of {cfg.vocab_size:,} tokens'
     embedding = diagram.box(80, 30, 200, 24, text, 'weight', 'embedding' in highlight)
@@ -115,14 +117,16 @@ def architecture(
     add_input(diagram, attention)
     diagram.arrow((180, attention.bottom()[1] + 18), (180, experts.y))
     add_input(diagram, experts)
-    head = diagram.box(20, 460, 150, 38, 'norm and\noutput head', 'weight', 'head' in highlight)
+    norm = diagram.box(130, 446, 100, 22, 'last norm')
+    diagram.arrow((180, 435), norm.top())
+    head = diagram.box(20, 494, 150, 38, 'output head', 'weight', 'head' in highlight)
     modules = cfg.num_nextn_predict_layers
-    text = f'{modules} MTP module{"s" * (modules != 1)}:\none more block'
-    mtp = diagram.box(190, 460, 150, 38, text, 'weight', 'mtp' in highlight)
-    diagram.arrow((180, 435), (180, 445), (95, 445), head.top())
-    diagram.arrow((180, 435), (180, 445), (265, 445), mtp.top())
-    diagram.text(95, 540, 'next token')
-    diagram.text(265, 540, 'the token after it')
-    diagram.arrow(head.bottom(), (95, 530))
-    diagram.arrow(mtp.bottom(), (265, 530))
+    text = f'{modules} MTP module{"s" * (modules != 1)}:\nblock, then head'
+    mtp = diagram.box(190, 494, 150, 38, text, 'weight', 'mtp' in highlight)
+    diagram.arrow(norm.bottom(), (180, 480), (95, 480), head.top())
+    diagram.arrow(norm.bottom(), (180, 480), (265, 480), mtp.top())
+    diagram.text(95, 574, 'next token')
+    diagram.text(265, 574, 'the token after it')
+    diagram.arrow(head.bottom(), (95, 564))
+    diagram.arrow(mtp.bottom(), (265, 564))
     return diagram
