@@ -10,6 +10,7 @@ __all__ = ['RUN_FILES', 'RUN_FOLDERS', 'new_run', 'read_data', 'streams_of', 'ol
 import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,10 @@ def old_run(
 
     try:
         about = read_json(out / 'run.json', root=out)
+        known = {field.name for field in fields(TrainConfig)}
+        unknown = ', '.join(sorted(about['train'].keys() - known))
+        if unknown:
+            raise ValueError(f'another release of Eva began it, with other settings: {unknown}')
         return NewRun(
             Config.from_dict(about['model']),
             TrainConfig(**about['train']),
