@@ -62,7 +62,9 @@ def text_width(
     for index, part in enumerate(re.split(r'[_^]\{([^}]*)\}', text)):
         scale = 0.75 if index % 2 else 1.0
         for letter in part:
-            em = 0.32 if letter in NARROW else 0.9 if letter in WIDE else 0.6
+            em = 0.9 if letter in WIDE else 0.6
+            if letter in NARROW:
+                em = 0.32
             width += em * scale * size
     return width
 
