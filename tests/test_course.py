@@ -265,7 +265,8 @@ def numbers_in_prose(path: Path) -> list[str]:
             r'`[^`]*`',
             r'\[[^\]]*\]\([^)]*\)',
             r'https?://\S+',
-            r'(?i)(eq\.|equations?|sections?|tables?|figures?|chapters?|§) [\d.]+(( and | to |–|, )[\d.]+)*',
+            r'(?i)(eq\.|equations?|sections?|tables?|figures?|chapters?|§) '
+            r'[\d.]+(( and | to |–|, )[\d.]+)*',
         ):
             text = re.sub(pattern, ' ', text, flags=re.S)
         text = re.sub(r'^(\s*\d+\. |#+ .*$)', '', text, flags=re.M)
