@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import subprocess
 import sys
 from configparser import ConfigParser
 from importlib.metadata import distribution, packages_distributions
@@ -12,6 +13,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from eva.cli.bench import bench_parser
+from eva.cli.convert import convert_parser
+from eva.cli.generate import generate_parser
+from eva.cli.plan import plan_parser
+from eva.cli.train_arguments import train_parser
 
 nbs = Path(__file__).parents[1] / 'nbs'
 chapters = sorted(p for p in nbs.rglob('[0-9]*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -349,3 +356,142 @@ def test_numbers_in_prose_are_printed_or_published(path):
             continue  # small counts and years
         known = any(abs(o - float(number)) <= 0.5001 * 10**-decimals for o in beside)
         assert known, f'{number}: neither printed by a cell of this chapter nor a published number'
+
+
+# The opening pages of the parts
+parts = sorted({p.parent / 'index.ipynb' for p in chapters})
+
+
+def links_of(path: Path) -> list[str]:
+    "Notebooks that a page links to, as paths inside of nbs"
+    text = '\n'.join(cells(path, 'markdown'))
+    found = re.findall(r'\]\(([\w./]+\.ipynb)(?:#[^)]*)?\)', text)
+    return [(path.parent / to).resolve().relative_to(nbs.resolve()).as_posix() for to in found]
+
+
+def test_every_part_has_an_opening_page_and_no_other_page():
+    assert [p for p in parts if not p.is_file()] == [] and len(parts) == 16
+    there = {p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    modules = {nbs / 'main.ipynb', nbs / '15_cli/main.ipynb'}
+    assert there == {*chapters, *parts, nbs / 'index.ipynb', *modules}
+
+
+def test_the_index_links_every_part():
+    "The first chapter of each part has its row, and the part's name leads to the opening page"
+    rows = re.findall(
+        r'^\| \[(\d+) [^]]+\]\(([\w/]+\.ipynb)\) \| \[[^]]*\]\(([\w/]+\.ipynb)\)',
+        '\n'.join(cells(nbs / 'index.ipynb', 'markdown')),
+        flags=re.M,
+    )
+    first = [name_of(min(p for p in chapters if p.parent == page.parent)) for page in parts]
+    assert rows == [
+        (str(int(page.parent.name[:2])), name_of(page), chapter)
+        for page, chapter in zip(parts, first)
+    ]
+
+
+@pytest.mark.parametrize('path', parts, ids=name_of)
+def test_opening_page_of_a_part(path):
+    "Title, badge and fetch cell as in chapters, three sections, at most 500 words, no exercises"
+    title, badge, fetch = cells(path)[:3]
+    assert re.fullmatch(r'# [^\n]+\n\n> [^\n]+[^.\n]', title.strip()), title
+    hosted = 'https://colab.research.google.com/github/eva-project/eva/blob/main/nbs'
+    assert badge == f'[![Open in a hosted notebook](../hosted.svg)]({hosted}/{name_of(path)})'
+    of_chapter = next(cells(p)[2] for p in chapters if p.parent == path.parent)
+    assert fetch == of_chapter
+    text = '\n'.join(cells(path, 'markdown'))
+    headings = re.findall(r'^#+ (.*)', text, flags=re.M)[1:]
+    assert headings == ['Reading order', 'Tasks', 'The package in use']
+    assert 200 <= len(text.split()) <= 500
+    assert not any(marks_of(c) & {'export', 'exports', 'default_exp'} for c in cells(path, 'code'))
+
+
+@pytest.mark.parametrize('path', parts, ids=name_of)
+def test_opening_page_names_every_chapter(path):
+    "Each chapter is linked under Reading order, in the course's order, beside its module"
+    text = '\n'.join(cells(path, 'markdown'))
+    section = re.search(r'^## Reading order\n(.*?)^## ', text, flags=re.M | re.S)[1]
+    own = [p for p in chapters if p.parent == path.parent]
+    linked = re.findall(r'\]\((\d\w+\.ipynb)\)', section)
+    assert {p.name for p in own} == set(linked)
+    core = [p.name for p in CORE if p.parent == path.parent]
+    assert linked[: len(core)] == core
+    assert ('**Core course.**' in section) == bool(core)
+    for chapter in own:
+        exported = re.search(r'^#\| default_exp (\S+)', '\n'.join(cells(chapter, 'code')), re.M)
+        if exported:
+            module = f'eva.{exported[1]}'.removesuffix('.__init__')
+            assert f'`{module}`' in section, f'{chapter.name} exports {module}'
+    assert {name_of(p) for p in own} <= set(links_of(path))
+
+
+PARSERS = dict(
+    train=train_parser,
+    generate=generate_parser,
+    convert=convert_parser,
+    bench=bench_parser,
+    plan=plan_parser,
+)
+TORCHRUN = {'--standalone', '--nproc-per-node', '--max-restarts', '--no-python'}
+
+
+def test_modules_and_commands_of_opening_pages_exist():
+    "A module that a page names can be imported, and an option that it names is a command's"
+    said = '\n'.join('\n'.join(cells(p, 'markdown')) for p in parts)
+    named = set(re.findall(r'`(eva(?:\.\w+)+)`', said))
+    package = nbs.parent / 'eva'
+    for name in named:
+        at = package.joinpath(*name.split('.')[1:])
+        owner = at.parent / '__init__.py'
+        lazy = owner.is_file() and re.search(rf'^    {at.name}=', owner.read_text(), flags=re.M)
+        assert at.with_suffix('.py').is_file() or (at / '__init__.py').is_file() or lazy, name
+    assert len(named) > 80
+    options = {name: set(of()._option_string_actions) for name, of in PARSERS.items()}
+    of_any = set.union(*options.values()) | TORCHRUN
+    checked = 0
+    for span in re.findall(r'`([^`\n]*--[^`\n]*)`', said):
+        before, command, after = re.split(r'(eva_\w+|\Z)', span, maxsplit=1)
+        allowed = options[command.removeprefix('eva_')] if command else of_any
+        assert set(re.findall(r'--[\w-]+', before)) <= of_any, span
+        assert set(re.findall(r'--[\w-]+', after)) <= allowed, span
+        checked += 1
+    assert checked > 30
+
+
+@pytest.mark.parametrize('path', parts, ids=name_of)
+def test_numbers_of_opening_pages_are_printed_or_published(path):
+    test_numbers_in_prose_are_printed_or_published(path)
+
+
+RUN_PAGES = """
+import contextlib, io, json, sys
+for name, code in json.load(sys.stdin):
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(code, {'__name__': '__main__'})
+    sys.__stdout__.write(json.dumps([name, shown.getvalue()]) + '\\n')
+"""
+
+
+def stored_text(path: Path) -> str:
+    "What the cells of a notebook printed when they were last run"
+    found = json.loads(path.read_text(encoding='utf-8'))['cells']
+    outputs = [o for c in found for o in c.get('outputs', []) if o.get('name') == 'stdout']
+    return ''.join(''.join(o['text']) for o in outputs)
+
+
+def test_opening_pages_run_in_an_empty_folder(tmp_path):
+    "The code of each page runs away from the repository, and prints what the page shows"
+    code = [(name_of(p), code_of(p)) for p in parts]
+    done = subprocess.run(
+        [sys.executable, '-c', RUN_PAGES],
+        input=json.dumps(code),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = dict(map(json.loads, done.stdout.splitlines()))
+    assert printed == {name_of(p): stored_text(p) for p in parts}
+    assert all(printed.values()) and not any(tmp_path.iterdir())

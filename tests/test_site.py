@@ -158,9 +158,11 @@ def test_every_chapter_has_a_page(pages):
         f'{p.parent.name}/{re.sub(r"^[0-9]+_", "", p.stem)}'
         for p in nbs.glob('[0-9]*/[0-9]*.ipynb')
     ]
-    assert len(chapters) > 50
+    parts = [f'{p.parent.name}/index' for p in nbs.glob('[0-9]*/index.ipynb')]
+    assert len(chapters) > 50 and len(parts) == 16
     assert {
-        f'{c}.html' for c in (*chapters, 'api', 'genindex', 'search', 'decisions', 'contributing')
+        f'{c}.html'
+        for c in (*chapters, *parts, 'api', 'genindex', 'search', 'decisions', 'contributing')
     } <= set(pages)
     assert sum(formulas for *_, formulas in pages.values()) > 500, 'are formulas rendered at all?'
 
@@ -249,8 +251,12 @@ def test_search_does_not_find_what_is_not_there(reader):
 def test_a_reader_finds_the_way(reader):
     "Parts in the sidebar, next and previous, light and dark, the menu on a phone"
     reader.open('02_attention/mla.html')
-    parts = reader.page.eval_on_selector_all(
+    groups = reader.page.eval_on_selector_all(
         '.sidebar-tree .caption-text', 'all => all.map(e => e.textContent)'
+    )
+    assert groups == ['Course and handbook', 'The project']
+    parts = reader.page.eval_on_selector_all(
+        '.sidebar-tree > ul:first-of-type > li.toctree-l1 > a', 'all => all.map(e => e.textContent)'
     )
     assert parts == [
         '1 Foundations',
@@ -269,11 +275,27 @@ def test_a_reader_finds_the_way(reader):
         '14 Findings',
         '15 Commands',
         '16 Files',
-        'The project',
     ]
+    opened = reader.page.eval_on_selector_all(
+        '.sidebar-tree li.toctree-l1.current a',
+        'all => all.filter(e => e.offsetParent).map(e => e.pathname)',
+    )
+    own = '/02_attention/'
+    assert opened[:2] == [f'{own}index.html', f'{own}rope.html'] and len(opened) == 6
+    closed = reader.page.locator('.sidebar-tree a[href$="03_moe/router.html"]')
+    assert closed.count() == 1 and not closed.is_visible()
     assert 'baselines.html' in reader.page.get_attribute(
         'a.next-page', 'href'
     ) and 'kv_cache.html' in reader.page.get_attribute('a.prev-page', 'href')
+    for page, before, after in (
+        ('02_attention/index.html', '01_foundations/architecture.html', 'rope.html'),
+        ('02_attention/rope.html', 'index.html', 'kv_cache.html'),
+        ('03_moe/index.html', '02_attention/ablation.html', 'router.html'),
+    ):
+        reader.open(page)
+        assert reader.page.get_attribute('a.prev-page', 'href').endswith(before)
+        assert reader.page.get_attribute('a.next-page', 'href').endswith(after)
+    reader.open('02_attention/mla.html')
 
     def paper():
         return reader.page.evaluate('getComputedStyle(document.body).backgroundColor')

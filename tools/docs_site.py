@@ -37,6 +37,15 @@ def chapter_paths():
     return sorted(p for p in NBS.rglob('[0-9]*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
+def part_paths():
+    "The opening pages of the parts, one in each folder of chapters"
+    folders = sorted({p.parent for p in chapter_paths()})
+    missing = [f.name for f in folders if not (f / 'index.ipynb').is_file()]
+    if missing:
+        sys.exit(f'{", ".join(missing)}: no index.ipynb; every part needs an opening page')
+    return [f / 'index.ipynb' for f in folders]
+
+
 def page_of(path):
     "The page of a notebook as nbdev names it: its folder, and its name without the number"
     folder = path.parent.relative_to(NBS)
@@ -282,7 +291,8 @@ class Site:
 
     def __init__(self, src):
         self.src = src
-        self.chapters = [Chapter(p) for p in [*chapter_paths(), NBS / 'index.ipynb']]
+        paths = [*chapter_paths(), *part_paths(), NBS / 'index.ipynb']
+        self.chapters = [Chapter(p) for p in paths]
         self.pages = {
             c.path.relative_to(NBS).with_suffix('').as_posix(): c.page for c in self.chapters
         }
@@ -575,29 +585,31 @@ class Site:
     # the contents
 
     def contents(self):
-        "Parts and titles as the table of the index has them"
+        "Opening pages of the parts, and their chapters, as the table of the index has them"
         parts = {}
         table = '\n'.join(c.source for c in self.chapters[-1].cells if c.markdown)
-        for part, title, stem in re.findall(
-            r'^\|([^|]*)\| \[([^\]]*)\]\((\d[\w/]+)\.ipynb\)', table, flags=re.M
-        ):
-            if part.strip():
-                here = parts.setdefault(part.strip(), [])
-            here.append((title[0].upper() + title[1:], page_of(NBS / f'{stem}.ipynb')))
-        missing = (
-            {c.page for c in self.chapters} - {p for o in parts.values() for _, p in o} - {'index'}
+        row = (
+            r'^\| *(?:\[([^\]]*)\]\((\d\w+/index)\.ipynb\) )?'
+            r'\| \[([^\]]*)\]\((\d[\w/]+)\.ipynb\)'
         )
+        for part, opening, title, stem in re.findall(row, table, flags=re.M):
+            page = page_of(NBS / f'{stem}.ipynb')
+            if part:
+                parts[opening] = (part, here := [])
+            here.append((title[0].upper() + title[1:], page))
+        listed = {p for _, o in parts.values() for _, p in o} | parts.keys() | {'index'}
+        missing = {c.page for c in self.chapters} - listed
         if missing:
             sys.exit(
                 f"not in the index's table: {', '.join(sorted(missing))}; "
-                f'every chapter needs a row there'
+                f'every chapter needs a row there, and every part a link to its opening page'
             )
         return parts
 
     def write(self):
         (self.src / 'pictures').mkdir(parents=True)
         parts = self.contents()
-        self.titles = {p: t for o in parts.values() for t, p in o}
+        self.titles = {p: t for _, o in parts.values() for t, p in o}
         for c in self.chapters:
             text = self.chapter(c)
             if c.page == 'index':
@@ -609,12 +621,10 @@ class Site:
                         for p in self.project
                     ),
                 ]
-                for part, entries in {**parts, 'The project': more}.items():
-                    text.append(
-                        f'```{{toctree}}\n:hidden:\n:caption: {part}\n\n'
-                        + '\n'.join(f'{t} <{p}>' for t, p in entries)
-                        + '\n```'
-                    )
+                book = [(name, opening) for opening, (name, _) in parts.items()]
+                text += [toctree(book, 'Course and handbook'), toctree(more, 'The project')]
+            elif c.page in parts:
+                text.append(toctree(parts[c.page][1]))
             self.page(c.page, text)
         self.page('api', self.api())
         for p in self.project:
@@ -632,6 +642,16 @@ class Site:
         path = self.src / f'{name}.md'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('\n\n'.join(p.strip('\n') for p in parts) + '\n', encoding='utf-8')
+
+
+def toctree(entries, caption=''):
+    "Entries of the sidebar; those of an opening page stand below it"
+    return (
+        '```{toctree}\n:hidden:\n'
+        + (f':caption: {caption}\n\n' if caption else '\n')
+        + '\n'.join(f'{title} </{page}>' for title, page in entries)
+        + '\n```'
+    )
 
 
 def mathjax(to):
