@@ -60,11 +60,11 @@ def sequence_balance_loss(
     indices: Tensor,  # chosen experts (batch, seq, num_experts_per_tok)
 ) -> Tensor:  # scalar, 1 for an even load; multiply by alpha
     "Return how uneven the experts are within single sequences, averaged over the batch"
-    E = scores.shape[-1]
+    experts = scores.shape[-1]
     chosen = indices.flatten(1)
     ones = scores.new_ones(chosen.shape)
-    count = scores.new_zeros(len(scores), E).scatter_add_(1, chosen, ones)
-    f = count * E / chosen.shape[1]
+    count = scores.new_zeros(len(scores), experts).scatter_add_(1, chosen, ones)
+    f = count * experts / chosen.shape[1]
     P = (scores / scores.sum(-1, keepdim=True)).mean(1)
     return (f * P).sum(-1).mean()
 
