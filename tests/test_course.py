@@ -307,22 +307,8 @@ def published_numbers() -> set[str]:
 
 # Chapters in depth whose text holds numbers that have not been traced to a cell or a source yet
 UNTRACED = {
-    '01_foundations/05_accounting.ipynb',
     '02_attention/04_baselines.ipynb',
     '02_attention/05_ablation.ipynb',
-    '03_moe/05_ablation.ipynb',
-    '05_model/04_parity.ipynb',
-    '06_data/01_text.ipynb',
-    '06_data/08_corpus.ipynb',
-    '07_training/02_config.ipynb',
-    '07_training/03_optimizer.ipynb',
-    '07_training/06_trainer.ipynb',
-    '07_training/10_recovery.ipynb',
-    '07_training/11_checkpointing.ipynb',
-    '07_training/12_gradients.ipynb',
-    '07_training/13_anomalies.ipynb',
-    '07_training/14_evaluation.ipynb',
-    '07_training/16_experiments.ipynb',
     '08_generation/03_session.ipynb',
     '08_generation/06_speculative.ipynb',
     '08_generation/11_routes.ipynb',
