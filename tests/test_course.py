@@ -316,8 +316,6 @@ UNTRACED = {
     '07_training/13_anomalies.ipynb',
     '07_training/14_evaluation.ipynb',
     '07_training/16_experiments.ipynb',
-    '08_generation/06_speculative.ipynb',
-    '14_findings/03_paper.ipynb',
 }
 
 
