@@ -309,23 +309,6 @@ def published_numbers() -> set[str]:
 UNTRACED = {
     '02_attention/04_baselines.ipynb',
     '02_attention/05_ablation.ipynb',
-    '08_generation/03_session.ipynb',
-    '08_generation/06_speculative.ipynb',
-    '08_generation/11_routes.ipynb',
-    '09_checkpoints/02_safetensors.ipynb',
-    '09_checkpoints/05_conversion.ipynb',
-    '10_distributed/01_expert_parallel.ipynb',
-    '11_planner/03_layout.ipynb',
-    '11_planner/06_training_cost.ipynb',
-    '12_kernels/02_causal_attention.ipynb',
-    '12_kernels/07_memory.ipynb',
-    '13_benchmarks/03_roofline.ipynb',
-    '13_benchmarks/04_layers.ipynb',
-    '13_benchmarks/05_experts.ipynb',
-    '13_benchmarks/06_models.ipynb',
-    '14_findings/02_claims.ipynb',
-    '14_findings/03_paper.ipynb',
-    '14_findings/06_scale.ipynb',
 }
 
 

@@ -311,8 +311,8 @@ def plot_results(
     pairs = [(result, n) for result in results for n in result.times if result.times[n] > 0]
     fig = Figure(figsize=(7, max(2, 0.19 * len(pairs) + 1)), layout='constrained')
     ax = fig.subplots()
-    for i, (result, n) in enumerate(pairs):
-        better = times_better(result, n)
+    factors = [times_better(result, n) for result, n in pairs]
+    for i, ((result, n), better) in enumerate(zip(pairs, factors)):
         color = 'C0' if better >= 1 else 'C1'
         ax.plot([1, better], [i, i], color=color, lw=2)
         ax.plot(better, i, 'o', ms=3, color=color)
@@ -324,7 +324,7 @@ def plot_results(
         xlabel="how many times better Eva's figure is; a stroke is the goal",
         yticks=range(len(pairs)),
         yticklabels=[f'{result.case}: {n}' for result, n in pairs],
-        title='Right of 1, Eva is ahead',
+        title=f'Eva is better in {sum(f > 1 for f in factors)} of {len(factors)} comparisons',
     )
     ax.tick_params(axis='y', labelsize=6)
     ax.invert_yaxis()
