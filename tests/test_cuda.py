@@ -58,7 +58,7 @@ def test_quantised_bytes(recipe):
 
 
 @pytest.mark.parametrize('backend', ['native', 'te'])
-@pytest.mark.parametrize('recipe', ['block', 'block_pow2', 'tensor'])
+@pytest.mark.parametrize('recipe', ['block', 'block_pow2', 'tensor', 'deepseek_v3'])
 def test_backends_agree_with_emulation(backend, recipe):
     if why := unsupported_reason(backend, torch.device('cuda'), recipe):
         pytest.skip(why)

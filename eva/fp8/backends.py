@@ -8,6 +8,7 @@ __all__ = ['TE_STATE', 'GemmBackend', 'column_major', 'native_matmul', 'NativeLi
 
 # %% ../../nbs/04_fp8/05_backends.ipynb #cc3d1a38
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .activations import Stored
 from .formats import fake_quantize, quantize
 from .recipes import RECIPES, FakeQuantizer, Recipe, named_recipe
 from ..kernels.grouped_linear import group_sizes
@@ -32,6 +34,8 @@ class GemmBackend(Protocol):
         W: Tensor,  # (out, in), or a stack of them (experts, out, in)
         ends: Tensor | None = None,  # end of each expert's rows (experts,), int32
         update: bool = True,  # add this call to the history of delayed scales?
+        # What is stored of x for the third product; None: x, in the backend's own way
+        stored: Stored | None = None,
     ) -> Tensor:  # (rows, out)
         "Multiply each row by the weight, or by its expert's weight"
 
@@ -106,10 +110,13 @@ class NativeLinearFunction(torch.autograd.Function):
         x: Tensor,  # activations (rows, in)
         W: Tensor,  # (out, in)
         recipe: Recipe,  # blocks, formats, scales
+        restore: Callable[..., Tensor] | None = None,  # x from what is stored of it, as `Stored`
+        *stored: Tensor,  # what is stored of x; nothing: x
     ) -> Tensor:  # (rows, out)
         "Multiply activations by the weight"
-        ctx.save_for_backward(x, W)
+        ctx.save_for_backward(W, *(stored or (x,)))
         ctx.recipe = recipe
+        ctx.restore = restore
         return native_matmul(x, W, recipe, 'xw', x.dtype)
 
     @staticmethod
@@ -119,17 +126,20 @@ class NativeLinearFunction(torch.autograd.Function):
         g: Tensor,  # gradients of the output (rows, out)
     ) -> tuple[Tensor | None, ...]:  # of x and W, where they are needed
         "Multiply gradients by the weight, and by the rounded activations"
-        x, W = ctx.saved_tensors
+        W, *kept = ctx.saved_tensors
         recipe = ctx.recipe
         dx = None
         dW = None
         if ctx.needs_input_grad[0]:
             dx = native_matmul(g, W.T.contiguous(), recipe, 'gw', g.dtype)
         if ctx.needs_input_grad[1]:
-            rounded = fake_quantize(x, recipe.x, recipe.fmt, recipe.pow2)
-            columns = g.T.contiguous(), rounded.T.contiguous()
+            if ctx.restore is None:
+                x = fake_quantize(kept[0], recipe.x, recipe.fmt, recipe.pow2)
+            else:
+                x = ctx.restore(*kept).reshape(-1, W.shape[-1]).to(g.dtype)
+            columns = g.T.contiguous(), x.T.contiguous()
             dW = native_matmul(*columns, recipe, 'gx', W.dtype)
-        return dx, dW, None
+        return dx, dW, *[None] * (len(ctx.needs_input_grad) - 2)
 
 # %% ../../nbs/04_fp8/05_backends.ipynb #5f0c7d11
 class NativeBackend:
@@ -148,13 +158,24 @@ class NativeBackend:
         self.remembers = False
 
     def __call__(
-        self, x: Tensor, W: Tensor, ends: Tensor | None = None, update: bool = True
+        self,
+        x: Tensor,
+        W: Tensor,
+        ends: Tensor | None = None,
+        update: bool = True,
+        stored: Stored | None = None,
     ) -> Tensor:
         "See `GemmBackend`"
+        restore, tensors = stored or (None, ())
         if ends is None:
-            return NativeLinearFunction.apply(x, W, self.recipe)
-        parts = zip(x.split(group_sizes(ends)), W.unbind(0))
-        return torch.cat([NativeLinearFunction.apply(rows, w, self.recipe) for rows, w in parts])
+            return NativeLinearFunction.apply(x, W, self.recipe, restore, *tensors)
+        sizes = group_sizes(ends)
+        parts = zip(x.split(sizes), W.unbind(0), *(t.split(sizes) for t in tensors))
+        outputs = [
+            NativeLinearFunction.apply(rows, w, self.recipe, restore, *their_tensors)
+            for rows, w, *their_tensors in parts
+        ]
+        return torch.cat(outputs)
 
     def operands(self, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
         "Return the operands as the eight bits represent them"
@@ -226,7 +247,12 @@ class TransformerEngineBackend:
             del self.layer._parameters[name]  # ours are assigned in each call
 
     def __call__(
-        self, x: Tensor, W: Tensor, ends: Tensor | None = None, update: bool = True
+        self,
+        x: Tensor,
+        W: Tensor,
+        ends: Tensor | None = None,
+        update: bool = True,
+        stored: Stored | None = None,
     ) -> Tensor:
         "See `GemmBackend`; delayed scales change whenever gradients are on, whatever `update` is"
         self.layer.__dict__.update(zip(self.names, [W] if ends is None else W.unbind(0)))
@@ -314,6 +340,12 @@ def unsupported_reason(
     chosen = named_recipe(recipe)
     if backend == 'emulate':
         return ''
+    if backend == 'te' and (chosen.attention_output or chosen.swiglu_inputs):
+        return (
+            'Transformer Engine stores the inputs of its layers in its own way, not in the formats '
+            "of attention_output and swiglu_inputs; use backend='native' or 'emulate'"
+        )
+    chosen = chosen._replace(attention_output=None, swiglu_inputs=None)
     names = ['block', 'block_pow2', 'tensor']
     if backend == 'te':
         names += ['mx']

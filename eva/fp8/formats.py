@@ -20,23 +20,26 @@ from ..kernels.linear import widest
 
 # %% ../../nbs/04_fp8/01_formats.ipynb #a7b756f1
 class Format(NamedTuple):
-    "An 8-bit floating-point format"
+    "A floating-point format of few bits"
 
-    dtype: torch.dtype  # PyTorch's name for it
+    dtype: torch.dtype  # PyTorch's type that holds its values
     max: float  # largest finite value
     normal: float  # smallest normal value
     step: float  # distance of subnormal values, and the smallest value above 0
     digits: int  # bits of the mantissa
+    bits: int = 8  # of a value
 
 
 FORMATS = dict(
     e4m3=Format(torch.float8_e4m3fn, 448.0, 2.0**-6, 2.0**-9, 3),
     e5m2=Format(torch.float8_e5m2, 57344.0, 2.0**-14, 2.0**-16, 2),
+    # The twelve first bits of float16: the format of one stored activation of DeepSeek-V3.
+    e5m6=Format(torch.float16, 65024.0, 2.0**-14, 2.0**-20, 6, bits=12),
 )
 
 
 def get_format(
-    fmt: str,  # e4m3 or e5m2
+    fmt: str,  # e4m3, e5m2 or e5m6
 ) -> Format:  # its constants
     "Return a format by its name; refuse a name that is not one of `FORMATS`"
     if fmt not in FORMATS:
@@ -45,20 +48,27 @@ def get_format(
 
 
 def format_values(
-    fmt: str = 'e4m3',  # e4m3 or e5m2
+    fmt: str = 'e4m3',  # e4m3, e5m2 or e5m6
 ) -> Tensor:  # ascending (values,), float32
     "Return all finite values of a format"
-    values = torch.arange(256, dtype=torch.uint8).view(get_format(fmt).dtype).float()
+    to = get_format(fmt)
+    unused_bits = 8 * to.dtype.itemsize - to.bits
+    integer = torch.int16 if unused_bits else torch.uint8
+    patterns = torch.arange(2**to.bits) << unused_bits
+    values = patterns.to(integer).view(to.dtype).float()
     return values[values.isfinite()].unique()
 
 # %% ../../nbs/04_fp8/01_formats.ipynb #38a0109a
 def saturating_cast(
     x: Tensor,  # any shape and values
-    fmt: str = 'e4m3',  # e4m3 or e5m2
-) -> Tensor:  # the same shape in eight bits
+    fmt: str = 'e4m3',  # e4m3, e5m2 or e5m6
+) -> Tensor:  # the same shape, in the type of the format
     "Round to the nearest value of a format; what lies beyond the largest value becomes it"
-    limit = get_format(fmt).max
-    return x.clamp(-limit, limit).to(get_format(fmt).dtype)
+    to = get_format(fmt)
+    inside = x.clamp(-to.max, to.max)
+    if to.bits == 12:  # float16 has more bits than the format: round before
+        inside = round_to_format_(inside.float(), fmt)
+    return inside.to(to.dtype)
 
 # %% ../../nbs/04_fp8/01_formats.ipynb #f07557b0
 def round_up_to_pow2(
@@ -130,10 +140,10 @@ def from_blocks(
 def quantize(
     x: Tensor,  # any shape and floating dtype
     block: Block = (1, 128),  # rows and columns that share a scale, -1 for all; None: one scale
-    fmt: str = 'e4m3',  # e4m3 or e5m2
+    fmt: str = 'e4m3',  # e4m3, e5m2 or e5m6
     pow2: bool = False,  # scales that are powers of two?
-) -> tuple[Tensor, Tensor]:  # values in eight bits, of x's shape; scales in float32, one per block
-    "Return eight bits for each value, and the scale of each block"
+) -> tuple[Tensor, Tensor]:  # values in the format, of x's shape; scales in float32, one per block
+    "Return each value in eight bits, or in another format, and the scale of each block"
     limit = get_format(fmt).max
     _check(x, block)
     if x.numel() == 0:
@@ -154,7 +164,7 @@ def dequantize(
     scale: Tensor,  # its scales
     block: Block = (1, 128),  # as it was quantised
 ) -> Tensor:  # of q's shape, float32
-    "Return what the eight bits stand for: each value times the scale of its block"
+    "Return what the bits stand for: each value times the scale of its block"
     _check_scale(q, scale, block)
     if q.numel() == 0:
         return q.float()
@@ -277,7 +287,7 @@ def limited_accumulator_matmul(
     b: Tensor,  # (rows of b, k), summed along k
     bits: int = 14,  # that the accumulator keeps
     promote: int | None = None,  # terms after which the sum moves to float32; None for never
-    group: int = 4,  # products added before the sum is cut; a Hopper Tensor Core adds 32
+    group: int = 32,  # products added before the sum is cut: 32 in a Hopper Tensor Core
 ) -> Tensor:  # (rows of a, rows of b), float32
     "Return a times b transposed, added up in an accumulator of few bits"
     if promote and promote % group:
@@ -303,7 +313,7 @@ FLOAT_LAYOUT = {
 
 def round_to_format_(
     y: Tensor,  # float32 or bfloat16, within the format's range
-    fmt: str = 'e4m3',  # e4m3 or e5m2
+    fmt: str = 'e4m3',  # e4m3, e5m2 or e5m6
 ) -> Tensor:  # itself
     "Round to the values of a format, in place, by adding a large number and subtracting it"
     if y.dtype not in FLOAT_LAYOUT:
@@ -318,7 +328,7 @@ def round_to_format_(
 def fake_quantize(
     x: Tensor,  # any shape and floating dtype
     block: Block = (1, 128),  # rows and columns that share a scale, -1 for all; None: one scale
-    fmt: str = 'e4m3',  # e4m3 or e5m2
+    fmt: str = 'e4m3',  # e4m3, e5m2 or e5m6
     pow2: bool = False,  # scales that are powers of two?
 ) -> Tensor:  # float32; bfloat16 where x is and pow2 keeps that exact
     "Return what `dequantize` gives after `quantize`, without making the eight bits"
