@@ -305,18 +305,9 @@ def published_numbers() -> set[str]:
     return {line.split('\t')[0] for line in table.splitlines()[1:]}
 
 
-# Chapters in depth whose text holds numbers that have not been traced to a cell or a source yet
-UNTRACED = {
-    '02_attention/04_baselines.ipynb',
-    '02_attention/05_ablation.ipynb',
-}
-
-
 @pytest.mark.parametrize('path', chapters, ids=name_of)
 def test_numbers_in_prose_are_printed_or_published(path):
     "A number of the text is one that the chapter computes or prints, rounded, or a published one"
-    if name_of(path) in UNTRACED:
-        pytest.skip('its numbers have not been traced yet')
     beside = numbers_beside(path)
     published = published_numbers()
     for number in set(numbers_in_prose(path)) - published:
