@@ -104,20 +104,22 @@ class Runner:
         if path in self.cells:
             return self.cells[path] is not None
         self.cells[path] = set()
-        # What the first run imports counts as time of its cells; the third finds what fails
-        # without the cells that the second one leaves out.
-        limits = (self.heavy, self.heavy, seconds) if path.suffix == '.ipynb' else ()
-        for turn, limit in enumerate(limits):
+        if path.suffix != '.ipynb':
+            if not self.run(path, seconds):
+                self.cells[path] = None
+            return self.prepare(path, seconds)
+        # The first run leaves out long cells, the others what fails without these, up to a run
+        # in which nothing else fails.
+        for limit in (self.heavy, *[seconds] * 6):
             if not self.run(path, 5 * seconds, limit):
                 break
             report = json.loads((self.root / 'report.json').read_text())
-            if turn:
-                self.cells[path] = set(report['left_out'])
-                continue
+            if set(report['left_out']) == self.cells[path]:
+                return True
+            self.cells[path] = set(report['left_out'])
             for name in set(report['loaded']) - set(sys.modules):
                 if name.split('.')[0] != 'eva':
                     with contextlib.suppress(Exception):
                         importlib.import_module(name)
-        if not self.run(path, seconds):
-            self.cells[path] = None
-        return self.cells[path] is not None
+        self.cells[path] = None
+        return False

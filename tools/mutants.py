@@ -184,7 +184,7 @@ def main() -> None:
     p.add_argument('--json', type=Path, help='file to which the figures are added')
     p.add_argument('--again', action='store_true', help='run the survivors in the file only')
     args = p.parse_args()
-    for name in ('torch', 'transformers.models.deepseek_v3', 'matplotlib.pyplot', 'pytest'):
+    for name in ('sympy', 'torch._dynamo', 'transformers', 'matplotlib.pyplot', 'pytest'):
         importlib.import_module(name)
     known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     with tempfile.TemporaryDirectory() as tmp:
