@@ -33,7 +33,10 @@ from cosmic_ray.plugins import get_operator, operator_names  # type: ignore[impo
 from mutant_runner import MARK, Runner
 
 ROOT = Path(__file__).resolve().parents[1]
-BITS = {'BitOr', 'BitAnd', 'BitXor', 'LShift', 'RShift'}
+APART = dict(
+    ReplaceBinaryOperator={'BitOr', 'BitAnd', 'BitXor', 'LShift', 'RShift'},
+    ReplaceComparisonOperator={'Is', 'IsNot'},
+)
 EQUIVALENT = ROOT / 'tests' / 'equivalent_mutants.tsv'  # module, old, new, reason
 
 
@@ -64,12 +67,8 @@ def left_alone(tree: ast.AST) -> list[ast.AST]:
 
 def is_plausible(operator: str) -> bool:
     "Arithmetic for arithmetic, comparison for comparison, identity for identity"
-    names = operator.split('_')
-    if operator.startswith('ReplaceBinary'):
-        return (names[1] in BITS) == (names[2] in BITS)
-    if operator.startswith('ReplaceComparison'):
-        return ('Is' in names[1]) == ('Is' in names[2])
-    return True
+    kind, *names = operator.split('_')
+    return kind not in APART or (names[0] in APART[kind]) == (names[1] in APART[kind])
 
 
 def mutants(source: str, number: int, rng: random.Random) -> tuple[int, list[Mutant]]:
@@ -109,15 +108,11 @@ def make(source: str, line: int, choices: list[tuple[str, int]]) -> Mutant | Non
             compile(changed, 'mutant', 'exec')
             if ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source)):
                 near = slice(max(0, line - 9), line + 9)
-                diff = list(ndiff(lines[near], changed.splitlines()[near]))
-                old, new = (
-                    ' '.join(d[2:].strip() for d in diff if d[:2] == s) for s in ('- ', '+ ')
-                )
+                diff = [d.strip() for d in ndiff(lines[near], changed.splitlines()[near])]
+                old, new = (' '.join(d[2:].strip() for d in diff if d[:1] == s) for s in '-+')
                 if name == 'RemoveDecorator':
-                    old, new = (
-                        f'{lines[line - 1]} {lines[line].strip()}'.strip(),
-                        lines[line].strip(),
-                    )
+                    new = lines[line].strip()
+                    old = f'{lines[line - 1].strip()} {new}'
                 return Mutant(name, line, old, new, changed)
     return None
 
@@ -140,9 +135,10 @@ def judge(file: Path, runner: Runner, args: argparse.Namespace, before: dict) ->
     paths = [*runner.root.glob('nbs/[0-9]*/[0-9]*.ipynb'), *runner.root.glob('tests/test_*.py')]
     users = [p for p in sorted(paths) if f'from eva.{name} import' in p.read_text('utf-8')]
     listed = [line.split('\t') for line in EQUIVALENT.read_text('utf-8').splitlines()]
-    places, chosen = mutants(source, args.sample, random.Random(args.seed))
+    how = {k: before[k] if args.again else getattr(args, k) for k in ('seed', 'sample')}
+    places, chosen = mutants(source, how['sample'], random.Random(how['seed']))
     left_out = len(runner.cells[own] or ())
-    result: dict[str, Any] = dict(places=places, tried=len(chosen), cells_left_out=left_out)
+    result: dict[str, Any] = dict(**how, places=places, tried=len(chosen), cells_left_out=left_out)
     result |= dict.fromkeys(('by_chapter', 'by_suite', 'timeouts'), 0)
     if args.again:
         result = before
@@ -151,9 +147,9 @@ def judge(file: Path, runner: Runner, args: argparse.Namespace, before: dict) ->
     result |= dict(survivors=[], equivalent=[])
     for mutant in chosen:
         same = [name, mutant.old, mutant.new] in [row[:3] for row in listed]
-        others = [] if same or not args.quick else [p for p in users if p != own]
+        others = [p for p in users if p != own] if args.quick else []
         killer = '-'
-        for path in (own, *others):
+        for path in () if same else (own, *others):
             copy.write_text(source, encoding='utf-8')
             if path != own and not runner.prepare(path, args.quick):
                 continue
@@ -169,7 +165,7 @@ def judge(file: Path, runner: Runner, args: argparse.Namespace, before: dict) ->
             result['equivalent' if same else 'survivors'].append(described)
         print(f'{name}:{mutant.line} {mutant.old} -> {mutant.new}: {killer}', flush=True)
     copy.write_text(source, encoding='utf-8')
-    result.setdefault('survived_at_first', len(result['survivors']) + len(result['equivalent']))
+    result.setdefault('left_at_first', result['tried'] - result['by_chapter'])
     return result
 
 
