@@ -22,7 +22,7 @@ def append_rows(
 ) -> Tensor:  # everything so far, a view (batch, length + seq, width)
     "Put new rows after the old ones"
     end = length + rows.shape[1]
-    buffer[:, length:end] = rows.detach()  # a cache is memory, not a path for gradients
+    buffer[:, length:end] = rows.detach()  # no gradient flows into the cache
     return buffer[:, :end]
 
 # %% ../../nbs/02_attention/02_kv_cache.ipynb #fd7669fb
@@ -51,17 +51,17 @@ def remove_invalid_slots(
     buffer: Tensor,  # of all layers (layers, batch, slots, width); changed in place
     real: Tensor,  # False for holes among the first slots (batch, upto)
     length: int,  # slots that are taken; those from upto on follow unchanged
-) -> int:  # slots won
+) -> int:  # slots freed
     "Move the rows of each sequence together, so that all sequences end in the same place"
     upto = real.shape[1]
     most = int(real.sum(1).max())
-    won = upto - most
+    freed = upto - most
     # Holes first, the rest as it stood.
-    order = real.long().argsort(dim=1, stable=True)[:, won:, None]
+    order = real.long().argsort(dim=1, stable=True)[:, freed:, None]
     for layer in buffer:
         layer[:, :most] = layer[:, :upto].gather(1, order.expand(-1, -1, layer.shape[2]))
-        layer[:, most : length - won] = layer[:, upto:length].clone()
-    return won
+        layer[:, most : length - freed] = layer[:, upto:length].clone()
+    return freed
 
 # %% ../../nbs/02_attention/02_kv_cache.ipynb #b7ac980e
 class LatentCache:
@@ -177,7 +177,7 @@ class LatentCache:
         self,
         real: Tensor,  # False for holes (batch, upto)
         upto: int | None = None,  # slots to look at, the rest follows unchanged; all by default
-    ) -> int:  # slots won
+    ) -> int:  # slots freed
         "Close the holes, so that all sequences end in the same place"
         upto = self.length if upto is None else upto
         if real.shape != (self.batch, upto) or upto > self.length:
@@ -185,6 +185,6 @@ class LatentCache:
                 f'real of shape {tuple(real.shape)}: must be (batch, '
                 f'upto)={(self.batch, upto)}, upto at most the {self.length} cached positions'
             )
-        won = remove_invalid_slots(self.rows, real, self.length)
-        self.length -= won
-        return won
+        freed = remove_invalid_slots(self.rows, real, self.length)
+        self.length -= freed
+        return freed

@@ -44,7 +44,7 @@ def pair_with_turns(
     length: int,  # trained positions
     turns: float,  # full circles within these
 ) -> float:  # which pair, between two of them as a rule
-    "Return the pair of features that makes so many turns within the trained length"
+    "Return the pair of features that makes the given number of turns within the trained length"
     theta = cfg.rope_theta
     return cfg.qk_rope_head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
