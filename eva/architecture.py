@@ -92,8 +92,12 @@ def draw_experts(
     text = f'{cfg.n_routed_experts} routed experts of width {cfg.moe_intermediate_size:,}'
     routed = diagram.box(20, y + 86, 196, 24, text, 'weight', 'routed experts' in lit)
     text = f'{cfg.n_shared_experts} shared\nexpert{"s" * (cfg.n_shared_experts > 1)}'
-    diagram.box(232, y + 48, 98, 38, text, 'weight', 'shared experts' in lit)
+    shared = diagram.box(232, y + 52, 98, 38, text, 'weight', 'shared experts' in lit)
+    diagram.arrow((264, y), (264, y + 44), router.right())
+    diagram.arrow((300, y), (300, shared.y))
     diagram.arrow(router.bottom(), routed.top(), text='weights of the chosen')
+    diagram.arrow(routed.bottom(), (118, y + 118))
+    diagram.arrow(shared.bottom(), (281, y + 118))
     return frame
 
 
