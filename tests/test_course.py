@@ -455,3 +455,66 @@ def test_opening_pages_run_in_an_empty_folder(tmp_path):
     printed = dict(map(json.loads, done.stdout.splitlines()))
     assert printed == {name_of(p): stored_text(p) for p in parts}
     assert all(printed.values()) and not any(tmp_path.iterdir())
+
+
+# The table of symbols
+def tokens_of(formula: str) -> list[str]:
+    "Letters, commands and words of a formula, without spaces and braces around one token"
+    formula = re.sub(r'\\[,;:! ]|\\(Big|big)[lrg]?|~', ' ', formula)
+    found = re.findall(r'\\(?:text|operatorname|mathrm)\{[^}]*\}|\\[A-Za-z]+|\S', formula)
+    joined = ' '.join(found)
+    return re.sub(r'\{ (\S+) \}', r'\1', joined).split()
+
+
+def occurs(symbol: list[str], formula: list[str]) -> bool:
+    "Is the symbol in the formula, as itself and not as an index or with other indices?"
+    after = {"'"} if {'_', '^'} & set(symbol) else {"'", '_', '^'}
+    padded = ['', *formula, '']
+    size = len(symbol)
+    return any(
+        padded[at : at + size] == symbol
+        and padded[at - 1] not in {'_', '^'}
+        and padded[at + size] not in after
+        for at in range(1, len(formula) - size + 2)
+    )
+
+
+def formulas_of(path: Path) -> list[list[str]]:
+    "The formulas of a chapter's text, as tokens"
+    text = '\n'.join(cells(path, 'markdown'))
+    shown = re.findall(r'\$\$(.*?)\$\$', text, flags=re.S)
+    inline = re.findall(r'\$([^$]+)\$', re.sub(r'\$\$.*?\$\$', '', text, flags=re.S))
+    return [tokens_of(formula) for formula in shown + inline]
+
+
+def symbol_rows() -> list[tuple[str, Path]]:
+    "Each symbol of the tables, and the chapter that its row names"
+    path = nbs / '01_foundations/10_symbols.ipynb'
+    found = {}
+    for node in ast.parse(code_of(path)).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.Dict)):
+            found[node.targets[0].id] = ast.literal_eval(node.value)
+    tables = [found[name] for name in ('SIZES', 'WEIGHTS', 'VALUES', 'OTHERS')]
+    rows = [line.split('|') for line in '\n'.join(tables).splitlines() if '|' in line]
+    home = {o: (path.parent / f'{to}.ipynb').resolve() for o, to in found['CHAPTERS'].items()}
+    return [
+        (symbol, home[row[-1].strip()])
+        for row in rows
+        for symbol in re.split(r', (?![^{]*\})', row[0].strip().strip('$'))
+        if '$' in row[0]
+    ]
+
+
+def test_symbols_are_in_the_chapters_that_their_rows_name():
+    rows = symbol_rows()
+    formulas = {path: formulas_of(path) for _, path in rows}
+    missing = [
+        (symbol, path.stem)
+        for symbol, path in rows
+        if not any(occurs(tokens_of(symbol), formula) for formula in formulas[path])
+    ]
+    assert not missing and len(rows) > 80, missing
+    assert not any(occurs(['d'], tokens_of(formula)) for formula in (r'd_c', r'W^d', r'\text{d}'))
+    assert occurs(['d'], tokens_of('2d')) and occurs(
+        tokens_of(r'\mathcal C'), tokens_of(r'\mathcal{C}=1')
+    )
