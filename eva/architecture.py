@@ -89,7 +89,7 @@ def draw_experts(
     chosen = f'the best {cfg.num_experts_per_tok} of {cfg.n_routed_experts}'
     text = f'router: {chosen},\nby score and bias'
     router = diagram.box(20, y + 26, 196, 36, text, 'weight', 'router' in lit)
-    text = f'{cfg.n_routed_experts} routed experts of width {cfg.moe_intermediate_size:,}'
+    text = f'{cfg.n_routed_experts} experts of width {cfg.moe_intermediate_size:,}'
     routed = diagram.box(20, y + 86, 196, 24, text, 'weight', 'routed experts' in lit)
     text = f'{cfg.n_shared_experts} shared\nexpert{"s" * (cfg.n_shared_experts > 1)}'
     shared = diagram.box(232, y + 52, 98, 38, text, 'weight', 'shared experts' in lit)
