@@ -288,7 +288,7 @@ def test_a_reader_finds_the_way(reader):
         'a.next-page', 'href'
     ) and 'kv_cache.html' in reader.page.get_attribute('a.prev-page', 'href')
     for page, before, after in (
-        ('02_attention/index.html', '01_foundations/architecture.html', 'rope.html'),
+        ('02_attention/index.html', '01_foundations/symbols.html', 'rope.html'),
         ('02_attention/rope.html', 'index.html', 'kv_cache.html'),
         ('03_moe/index.html', '02_attention/ablation.html', 'router.html'),
     ):
