@@ -50,8 +50,9 @@ def run_chapter(path: Path, root: Path, left_out: set[str], heavy: float) -> Non
             signal.setitimer(signal.ITIMER_PROF, heavy)
             exec(compile(text, file_name, 'exec'), module.__dict__)
             signal.setitimer(signal.ITIMER_PROF, 0)
-        except (Exception, KeyboardInterrupt):
-            if not heavy:
+        except (Exception, KeyboardInterrupt) as error:
+            # What fails before any cell was left out is an error of the chapter.
+            if not heavy or isinstance(error, Exception) and not left_out:
                 raise
             left_out.add(cell['id'])
 
