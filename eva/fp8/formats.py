@@ -66,7 +66,7 @@ def saturating_cast(
     "Round to the nearest value of a format; what lies beyond the largest value becomes it"
     to = get_format(fmt)
     inside = x.clamp(-to.max, to.max)
-    if to.bits == 12:  # float16 has more bits than the format: round before
+    if to.bits < 8 * to.dtype.itemsize:  # the type has more bits than the format: round before
         inside = round_to_format_(inside.float(), fmt)
     return inside.to(to.dtype)
 
