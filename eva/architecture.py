@@ -58,7 +58,7 @@ def draw_attention(
     widths = f'{cfg.hidden_size:,} → {rank:,} →' if rank else f'{cfg.hidden_size:,} →'
     name = 'query: down, up' if rank else 'query: up'
     text = f'{name}\n{widths}\n{cfg.num_attention_heads} × {head}'
-    query = diagram.box(20, y + 26, 106, 48, text, 'weight', 'query' in lit)
+    query = diagram.box(17, y + 26, 112, 48, text, 'weight', 'query' in lit)
     text = f'latent: down\n{cfg.hidden_size:,} → {cfg.kv_lora_rank}'
     latent = diagram.box(132, y + 26, 98, 48, text, 'weight', 'latent' in lit)
     text = f'rotary key\n{cfg.hidden_size:,} → {cfg.qk_rope_head_dim}'

@@ -282,6 +282,7 @@ def test_a_reader_finds_the_way(reader):
     )
     own = '/02_attention/'
     assert opened[:2] == [f'{own}index.html', f'{own}rope.html'] and len(opened) == 6
+    assert '`' not in reader.page.text_content('.sidebar-tree')  # code in titles is plain there
     closed = reader.page.locator('.sidebar-tree a[href$="03_moe/router.html"]')
     assert closed.count() == 1 and not closed.is_visible()
     assert 'baselines.html' in reader.page.get_attribute(

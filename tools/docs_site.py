@@ -649,7 +649,7 @@ def toctree(entries, caption=''):
     return (
         '```{toctree}\n:hidden:\n'
         + (f':caption: {caption}\n\n' if caption else '\n')
-        + '\n'.join(f'{title} </{page}>' for title, page in entries)
+        + '\n'.join(f'{title.replace("`", "")} </{page}>' for title, page in entries)
         + '\n```'
     )
 
