@@ -395,4 +395,5 @@ class AnomalyDetector:
         state: dict,  # from `state_dict`
     ) -> None:
         "Restore the state of a saved detector"
+        # The fields have the names of the attributes.
         vars(self).update(read_detector_state(state)._asdict())
