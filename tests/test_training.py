@@ -22,7 +22,7 @@ from eva.model.transformer import DeepSeekV3
 from eva.training.checkpointing import read_metrics
 from eva.training.config import TrainConfig
 from eva.training.evaluation import bits_per_byte
-from eva.training.gradients import GradientMonitor
+from eva.training.monitoring import GradientMonitor
 from eva.training.state import COUNTERS
 from eva.training.trainer import Trainer
 

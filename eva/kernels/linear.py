@@ -168,7 +168,7 @@ def product(
         return F.linear(x.float(), W.float()).to(x.dtype)
     if is_slow_bf16(x):
         # PyTorch takes about fifty times as long in bfloat16 as in float32 on a processor
-        # without instructions for it: 07_training/12_gradients measures both.
+        # without instructions for it: 07_training/05_mixed_precision measures both.
         return WidenedLinearFunction.apply(x, W)
     if not use_onednn(x, W):
         return F.linear(x, W)

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from .anomalies import Event
 from .config import TrainConfig
+from .monitoring import Event
 
 # %% ../../nbs/07_training/10_recovery.ipynb #22ace46a
 class Stoppable(Protocol):

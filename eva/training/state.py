@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['COUNTERS', 'prefixed', 'with_prefix', 'random_states', 'load_random_states', 'run_settings', 'check_settings',
-           'read_counters', 'read_precision', 'check_buffers', 'check_model_and_text']
+           'read_counters', 'read_precision', 'check_buffers', 'to_json_number', 'from_json_number', 'read_rows',
+           'read_monitor_state', 'DetectorState', 'read_detector_state', 'check_model_and_text']
 
 # %% ../../nbs/07_training/09_state.ipynb #c5892c8d
+import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +123,93 @@ def check_buffers(
                 f'{path}: {name} is missing or has another shape than '
                 f'{tuple(buffer.shape)}; remove it to go on from an older one'
             )
+
+# %% ../../nbs/07_training/09_state.ipynb #5e27d102
+def to_json_number(
+    x: float | dict,  # a figure, or figures by layer
+) -> float | str | dict:  # values that JSON can represent
+    "Return figures as JSON values, those that are not finite as strings"
+    if isinstance(x, dict):
+        return {name: to_json_number(value) for name, value in x.items()}
+    return x if math.isfinite(x) else str(float(x))
+
+
+def from_json_number(
+    x: float | str | dict,  # from `to_json_number`
+) -> float | dict:  # the figure, or figures by layer
+    "Undo `to_json_number`; raise a `TypeError` for a value that is not a figure"
+    if isinstance(x, dict):
+        return {str(name): from_json_number(value) for name, value in x.items()}
+    if isinstance(x, bool) or not isinstance(x, (int, float, str)):
+        raise TypeError(f'{x!r} is no figure')
+    return float(x) if isinstance(x, str) else x
+
+# %% ../../nbs/07_training/09_state.ipynb #5e27d105
+def read_rows(
+    state: dict,  # from `GradientMonitor.state_dict`
+) -> tuple[int, list[dict[str, Any]]]:  # number of steps seen, and figures of the last ones
+    "Return the figures of a saved monitor; raise an error if they are inconsistent"
+    steps = state['steps']
+    rows: list[Any] = [from_json_number(row) for row in state['rows']]
+    if isinstance(steps, bool) or not isinstance(steps, int) or not len(rows) <= steps < 2**63:
+        raise ValueError(f'steps={steps!r} with {len(rows)} rows')
+    if [row['step'] for row in rows] != list(range(steps - len(rows) + 1, steps + 1)):
+        raise ValueError('rows that do not follow each other')
+    for row in rows:
+        float(row['loss'])
+        for kind in ('grad_norm', 'largest', 'not_finite', 'overflow'):
+            if any(isinstance(value, dict) for value in row[kind].values()):
+                raise ValueError(f'{kind} of a layer is not a number')
+    return steps, rows
+
+
+def read_monitor_state(
+    state: dict,  # from `GradientMonitor.state_dict`
+) -> tuple[int, list[dict[str, Any]], list[str]]:  # number of steps, figures, warnings
+    "Return the contents of a saved monitor; raise a `ValueError` if it cannot be read"
+    try:
+        steps, rows = read_rows(state)
+        return steps, rows, [str(warning) for warning in state['warnings']]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+        raise ValueError(
+            f'the memory of the monitor cannot be read ({e}); '
+            'remove the checkpoint to go on from an older one'
+        ) from None
+
+# %% ../../nbs/07_training/09_state.ipynb #5e27d106
+class DetectorState(NamedTuple):
+    "The state of an `AnomalyDetector`"
+
+    losses: list[float]  # of the last good steps, nats per token
+    steps: dict[str, int]  # layer -> steps counted
+    silent: dict[str, Tensor]  # layer -> steps without a token (experts,)
+    share: dict[str, Tensor]  # layer -> running utilisation (experts,)
+    told: set[tuple[str, str, int]]  # kind, layer, expert: reported, not over
+
+
+def read_detector_state(
+    state: dict,  # from `AnomalyDetector.state_dict`
+) -> DetectorState:
+    "Return the contents of a saved detector; raise a `ValueError` if it cannot be read"
+    try:
+        saved = DetectorState(
+            losses=[float(loss) for loss in state['losses']],
+            steps={str(layer): int(steps) for layer, steps in state['steps'].items()},
+            silent={n: torch.tensor(t, dtype=torch.int64) for n, t in state['silent'].items()},
+            share={n: torch.tensor(t, dtype=torch.float64) for n, t in state['share'].items()},
+            told={(str(what), str(layer), int(i)) for what, layer, i in state['told']},
+        )
+        together = {*saved.steps} == {*saved.silent} == {*saved.share} and all(
+            idle.shape == saved.share[layer].shape for layer, idle in saved.silent.items()
+        )
+        if not together:
+            raise ValueError('layers that do not belong together')
+        return saved
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
+        raise ValueError(
+            f'the memory of the detector cannot be read ({e}); '
+            f'remove the checkpoint to go on from an older one'
+        ) from None
 
 # %% ../../nbs/07_training/09_state.ipynb #db7edeaa
 def check_model_and_text(

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from ..model.transformer import DeepSeekV3
 from ..moe.load_balancing import BALANCE_LOSSES, ExpertLoadTracker
-from .anomalies import AnomalyDetector, Event
 from .config import TrainConfig
 from .evaluation import document_ids
-from .gradients import GradientMonitor
 from .mixed_precision import MixedPrecision
+from .monitoring import AnomalyDetector, Event, GradientMonitor
 from .optimizer import MixedPrecisionOptimizer, summed_gradient
 from .strategy import Strategy
 

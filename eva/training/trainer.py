@@ -19,12 +19,11 @@ from ..data.text import TokenStream
 from ..kernels.memory import freed_memory_kept
 from ..model.transformer import DeepSeekV3
 from ..moe.load_balancing import ExpertLoadTracker
-from .anomalies import AnomalyDetector, Event
 from .checkpointing import checkpoints, cut_metrics, prune
 from .config import DTYPES, TrainConfig, check_choice
 from .evaluation import quick_estimate
-from .gradients import GradientMonitor
 from .mixed_precision import MixedPrecision
+from .monitoring import AnomalyDetector, Event, GradientMonitor
 from .recovery import DivergedError, advice, recovery_action, stop_on_interrupt, stopped
 from eva.training.state import (
     COUNTERS,
