@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..attention.kv_cache import LatentCache
-from ..attention.mla import make_attention_mask
+from ..attention.masks import make_attention_mask
 from ..attention.rope import rope_cos_sin
 from eva.generation.slots import (
     SlotTable,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SlotTable', 'token_positions', 'track_validity', 'place_tokens', 'count_tokens', 'set_upcoming', 'keep_tokens',
-           'truncate_rows', 'close_gaps', 'check_capacity', 'check_rows', 'last_slots_valid', 'last_token_index',
-           'slots_of_last', 'fork_table', 'takes_dtype', 'make_table', 'align_left', 'shared_prefix', 'last_tokens',
-           'check_padding', 'check_prompts']
+           'truncate_rows', 'remove_invalid_slots', 'compact_cache', 'close_gaps', 'check_capacity', 'check_rows',
+           'last_slots_valid', 'last_token_index', 'slots_of_last', 'fork_table', 'takes_dtype', 'make_table',
+           'align_left', 'shared_prefix', 'last_tokens', 'check_padding', 'check_prompts']
 
 # %% ../../nbs/08_generation/04_slots.ipynb #a415d54d
 import copy
@@ -144,6 +144,40 @@ def truncate_rows(
     numbers = torch.arange(1, slots.shape[1] + 1, device=slots.device)
     table.cache.crop(int((slots.any(0) * numbers).max()) if slots.numel() else 0)
 
+# %% ../../nbs/08_generation/04_slots.ipynb #6c24142f
+def remove_invalid_slots(
+    buffer: Tensor,  # of all layers (layers, batch, slots, width); changed in place
+    valid: Tensor,  # False for invalid ones among the first slots (batch, upto)
+    length: int,  # slots that are taken; those from upto on follow unchanged
+) -> int:  # slots freed
+    "Move the rows of each sequence together, so that all sequences end in the same place"
+    upto = valid.shape[1]
+    most = int(valid.sum(1).max())
+    freed = upto - most
+    # Invalid slots first, the rest as it stood.
+    order = valid.long().argsort(dim=1, stable=True)[:, freed:, None]
+    for layer in buffer:
+        layer[:, :most] = layer[:, :upto].gather(1, order.expand(-1, -1, layer.shape[2]))
+        layer[:, most : length - freed] = layer[:, upto:length].clone()
+    return freed
+
+
+def compact_cache(
+    cache: LatentCache,  # changed in place
+    valid: Tensor,  # False for slots without a token of the row (batch, upto)
+    upto: int | None = None,  # slots to look at, the rest follows unchanged; all by default
+) -> int:  # slots freed
+    "Close the gaps of a cache, so that all rows end in the same slot"
+    upto = cache.length if upto is None else upto
+    if valid.shape != (cache.batch, upto) or upto > cache.length:
+        raise ValueError(
+            f'valid of shape {tuple(valid.shape)}: must be (batch, '
+            f'upto)={(cache.batch, upto)}, upto at most the {cache.length} cached positions'
+        )
+    freed = remove_invalid_slots(cache.rows, valid, cache.length)
+    cache.length -= freed
+    return freed
+
 # %% ../../nbs/08_generation/04_slots.ipynb #d6181bb7
 def close_gaps(
     table: SlotTable,  # changed in place
@@ -152,7 +186,7 @@ def close_gaps(
     "Compact the cache: move the valid slots of each row together"
     valid, _ = track_validity(table)
     before = valid[:, : table.cache.length].clone()
-    won = table.cache.compact(before[:, :end], end)
+    won = compact_cache(table.cache, before[:, :end], end)
     closed = before[:, :end].sort(dim=1, stable=True)[0][:, won:]
     valid[:, : table.cache.length] = torch.cat((closed, before[:, end:]), 1)
     return won

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.kv_cache import LatentCache
-from ..attention.mla import make_attention_mask
+from ..attention.masks import make_attention_mask
 from ..attention.rope import rope_cos_sin
 from ..config import Config
 from ..kernels.linear import Linear
