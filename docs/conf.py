@@ -8,7 +8,8 @@ cfg = json.loads(os.environ['EVA_SETTINGS'])
 project, author, release, copyright = cfg['title'], cfg['author'], cfg['version'], cfg['copyright']
 extensions = ['myst_parser', 'sphinx_copybutton', 'sphinx.ext.mathjax']
 exclude_patterns = ['.doctrees']
-html_theme, html_title, html_favicon = 'furo', cfg['title'], 'favicon.svg'
+html_theme, html_favicon = 'furo', 'favicon.svg'
+html_title = f'{cfg["title"]} {cfg["version"]}'
 html_baseurl = f'{cfg["doc_host"]}{cfg["doc_baseurl"]}/'
 html_static_path, html_css_files = ['site.css', 'mathjax'], ['site.css']
 html_copy_source = html_show_sourcelink = html_show_sphinx = False

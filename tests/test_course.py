@@ -82,15 +82,6 @@ def test_links_lead_somewhere():
     assert links > 5 * len(chapters), 'does this test still read links?'
 
 
-def test_the_index_lists_every_chapter():
-    listed = re.findall(
-        r'^\|[^|]*\| \[[^]]*\]\((\d[\w/]+\.ipynb)\)',
-        '\n'.join(cells(nbs / 'index.ipynb', 'markdown')),
-        flags=re.M,
-    )
-    assert sorted(listed) == list(map(name_of, chapters)) and len(set(listed)) == len(listed)
-
-
 def code_of(path: Path) -> str:
     "A chapter's code without the lines that are the shell's or IPython's"
     runs = (c for c in cells(path, 'code') if "find_spec('eva')" not in c)
@@ -147,7 +138,7 @@ def test_exporting_is_no_part_of_a_chapter():
 
 
 # These two describe the repository itself, and say so where it is not around them.
-ABOUT_THE_REPOSITORY = {'criteria', 'index', 'production', 'testing'}
+ABOUT_THE_REPOSITORY = {'criteria', 'production', 'testing'}
 
 
 def test_chapters_run_from_any_folder():
@@ -333,21 +324,79 @@ def test_every_part_has_an_opening_page_and_no_other_page():
     assert [p for p in parts if not p.is_file()] == [] and len(parts) == 16
     there = {p for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
     modules = {nbs / 'main.ipynb', nbs / '15_cli/main.ipynb'}
-    assert there == {*chapters, *parts, nbs / 'index.ipynb', *modules}
+    guides = set((nbs / 'guides').glob('*.ipynb'))
+    assert there == {*chapters, *parts, *guides, nbs / 'index.ipynb', *modules}
 
 
-def test_the_index_links_every_part():
-    "The first chapter of each part has its row, and the part's name leads to the opening page"
-    rows = re.findall(
-        r'^\| \[(\d+) [^]]+\]\(([\w/]+\.ipynb)\) \| \[[^]]*\]\(([\w/]+\.ipynb)\)',
-        '\n'.join(cells(nbs / 'index.ipynb', 'markdown')),
-        flags=re.M,
-    )
-    first = [name_of(min(p for p in chapters if p.parent == page.parent)) for page in parts]
-    assert rows == [
-        (str(int(page.parent.name[:2])), name_of(page), chapter)
-        for page, chapter in zip(parts, first)
+def test_the_readme_is_short_and_leads_everywhere():
+    "At most 120 lines; the course, the guides, the handbook and the glossary are one click away"
+    text = (nbs.parent / 'README.md').read_text(encoding='utf-8')
+    assert len(text.splitlines()) <= 120
+    for page in ('course', 'guides', 'handbook', 'decisions'):
+        assert f'](docs/{page}.md)' in text
+    sample = re.search(r'```text\n(.*?)```', text, flags=re.S)[1]
+    run = json.loads((nbs / '15_cli/09_train.ipynb').read_text(encoding='utf-8'))['cells']
+    printed = ''.join(''.join(o.get('text', [])) for c in run for o in c.get('outputs', []))
+    assert sample.strip() in printed, 'a sample that no run wrote'
+
+
+def listed(page):
+    "Notebooks that a page of docs/ links, in order"
+    text = (nbs.parent / 'docs' / page).read_text(encoding='utf-8')
+    return re.findall(r'\]\(\.\./nbs/([\w/]+\.ipynb)\)', text)
+
+
+def test_pages_of_docs_list_what_there_is():
+    "The course has its sixteen chapters, the handbook every part, the guides every guide"
+    core = [name_of(path) for path in CORE]
+    assert [o for o in listed('course.md') if o in core] == core
+    assert listed('handbook.md') == [name_of(page) for page in parts]
+    assert sorted(listed('guides.md')) == sorted(map(name_of, (nbs / 'guides').glob('*.ipynb')))
+    for page in (nbs.parent / 'docs').glob('*.md'):
+        for to in re.findall(r'\]\(([\w./]+\.(?:ipynb|md))(?:#[^)]*)?\)', page.read_text()):
+            assert (page.parent / to).is_file(), (page.name, to)
+
+
+GUIDES = sorted((nbs / 'guides').glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('path', GUIDES, ids=name_of)
+def test_guides_do_one_task(path):
+    "Title, task and needs first; every step was run, and leaves nothing behind"
+    title, callout, fetch = cells(path)[:3]
+    assert re.fullmatch(r'# [^\n]+\n\n> [^\n]+[^.\n]', title.strip()), title
+    assert all(f'**{word}**' in callout for word in ('Task', 'You need', 'Time'))
+    assert f'/nbs/{name_of(path)})' in callout and "find_spec('eva')" in fetch
+    assert sum(len(c.split()) for c in cells(path, 'markdown')) <= 900
+    stored = json.loads(path.read_text(encoding='utf-8'))['cells']
+    assert sum(bool(c.get('outputs')) for c in stored) >= 2, 'guides show what their steps print'
+    assert 'work.cleanup()' in cells(path)[-1]
+
+
+def undefined(source):
+    "Names that code uses and nothing in it defines, as the linter finds them"
+    command = [
+        Path(sys.executable).with_name('ruff'),
+        'check',
+        '--isolated',
+        '--select',
+        'F821',
+        '-',
     ]
+    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    return re.findall(r'Undefined name `(\w+)`', done.stdout)
+
+
+@pytest.mark.parametrize('path', GUIDES, ids=name_of)
+def test_guides_can_be_copied(path):
+    "What a reader sees defines every name that it uses"
+    shown = [
+        c
+        for c in cells(path, 'code')
+        if not c.startswith('%%') and not marks_of(c) & {'hide', 'eval'}
+    ]
+    assert undefined('\n'.join(shown)) == []
+    assert undefined('print(nobody)') == ['nobody']
 
 
 @pytest.mark.parametrize('path', parts, ids=name_of)

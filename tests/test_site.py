@@ -37,6 +37,10 @@ def missing():
         )
 
 
+# Tests that open every page can run in one process, and the others in another one beside it
+EVERY_PAGE = pytest.mark.every_page
+
+
 @pytest.fixture(scope='module')
 def needed():
     if why := missing():
@@ -152,6 +156,7 @@ def pages(reader, site):
     return {name: reader.examine(name) for name in names if not name.startswith('_')}
 
 
+@EVERY_PAGE
 def test_every_chapter_has_a_page(pages):
     nbs = root / 'nbs'
     chapters = [
@@ -167,6 +172,7 @@ def test_every_chapter_has_a_page(pages):
     assert sum(formulas for *_, formulas in pages.values()) > 500, 'are formulas rendered at all?'
 
 
+@EVERY_PAGE
 def test_nothing_is_wrong_on_any_page(pages):
     "No error, nothing from outside, formulas rendered, pictures there, all 390 px wide"
     assert not (bad := {name: wrong for name, (wrong, *_) in pages.items() if wrong}), '\n'.join(
@@ -191,11 +197,13 @@ def lost(pages, base, folder):
                 yield f'{name}: {path} has no #{anchor}'
 
 
+@EVERY_PAGE
 def test_every_link_lands(pages, reader, site):
     assert sum(to.startswith(reader.base) for _, links, *_ in pages.values() for to in links) > 2000
     assert not (bad := sorted(set(lost(pages, reader.base, site)))), '\n'.join(bad)
 
 
+@EVERY_PAGE
 def test_other_projects_links_land(pages):
     "Where nbdev sends those who use our symbols, there is something"
     symbols = runpy.run_path(root / 'eva' / '_modidx.py')['d']['syms']
@@ -216,6 +224,18 @@ def test_other_projects_links_land(pages):
     )  # methods that say nothing of themselves have no entry
 
 
+def results(reader, words):
+    "Addresses of what the search finds, best first"
+    reader.open('index.html')
+    reader.page.fill('input.sidebar-search', words)
+    reader.page.press('input.sidebar-search', 'Enter')
+    reader.page.wait_for_function(
+        "document.querySelector('#search-results "
+        ".search-summary')?.textContent.match(/found|did not match/)"
+    )
+    return reader.page.eval_on_selector_all('#search-results li a', 'all => all.map(a => a.href)')
+
+
 @pytest.mark.parametrize(
     'word,page',
     [
@@ -227,14 +247,7 @@ def test_other_projects_links_land(pages):
     ],
 )  # and its full name
 def test_search_finds(reader, word, page):
-    reader.open('index.html')
-    reader.page.fill('input.sidebar-search', word)
-    reader.page.press('input.sidebar-search', 'Enter')
-    reader.page.wait_for_function(
-        "document.querySelector('#search-results "
-        ".search-summary')?.textContent.match(/found|did not match/)"
-    )
-    hits = reader.page.eval_on_selector_all('#search-results li a', 'all => all.map(a => a.href)')
+    hits = results(reader, word)
     assert any(page in h for h in hits), (word, hits)
     assert not reader.found
 
@@ -254,34 +267,35 @@ def test_a_reader_finds_the_way(reader):
     groups = reader.page.eval_on_selector_all(
         '.sidebar-tree .caption-text', 'all => all.map(e => e.textContent)'
     )
-    assert groups == ['Course and handbook', 'The project']
+    assert groups == ['Learn', 'Do', 'Look up', 'Understand', 'The project']
     parts = reader.page.eval_on_selector_all(
-        '.sidebar-tree > ul:first-of-type > li.toctree-l1 > a', 'all => all.map(e => e.textContent)'
+        '.sidebar-tree li.toctree-l1.current > ul > li > a', 'all => all.map(e => e.textContent)'
     )
     assert parts == [
         '1 Foundations',
-        '2 Attention',
+        '2 Multi-head latent attention and its alternatives',
         '3 Mixture of experts',
-        '4 FP8',
-        '5 The model',
-        '6 Data',
+        '4 FP8 training and quantisation',
+        '5 The transformer and multi-token prediction',
+        '6 Training data',
         '7 Training',
-        '8 Generation',
+        '8 Text generation',
         '9 Checkpoints',
         '10 Distributed training',
-        '11 Planner',
-        '12 Kernels',
+        '11 Planning a training cluster',
+        '12 CPU kernels and custom operators for attention, experts and loss',
         '13 Benchmarks',
         '14 Findings',
-        '15 Commands',
-        '16 Files',
+        '15 Command-line interface',
+        '16 File input and output',
     ]
     opened = reader.page.eval_on_selector_all(
-        '.sidebar-tree li.toctree-l1.current a',
+        '.sidebar-tree li.toctree-l2.current a',
         'all => all.filter(e => e.offsetParent).map(e => e.pathname)',
     )
+    chapters = len(list((root / 'nbs' / '02_attention').glob('*.ipynb')))
     own = '/02_attention/'
-    assert opened[:2] == [f'{own}index.html', f'{own}rope.html'] and len(opened) == 6
+    assert opened[:2] == [f'{own}index.html', f'{own}rope.html'] and len(opened) == chapters
     assert '`' not in reader.page.text_content('.sidebar-tree')  # code in titles is plain there
     closed = reader.page.locator('.sidebar-tree a[href$="03_moe/router.html"]')
     assert closed.count() == 1 and not closed.is_visible()
@@ -291,7 +305,7 @@ def test_a_reader_finds_the_way(reader):
     for page, before, after in (
         ('02_attention/index.html', '01_foundations/symbols.html', 'rope.html'),
         ('02_attention/rope.html', 'index.html', 'kv_cache.html'),
-        ('03_moe/index.html', '02_attention/ablation.html', 'router.html'),
+        ('03_moe/index.html', '02_attention/masks.html', 'router.html'),
     ):
         reader.open(page)
         assert reader.page.get_attribute('a.prev-page', 'href').endswith(before)
@@ -323,7 +337,7 @@ def test_a_reader_finds_the_way(reader):
 
 
 def test_parameters_are_tables(reader):
-    reader.open('04_fp8/formats.html')
+    reader.open('reference/eva.fp8.formats.html')
     rows = reader.page.evaluate(
         "[...document.getElementById('eva.fp8.formats.quantize').closest('dl')"
         ".querySelectorAll('table.parameters tr')]"
@@ -333,9 +347,160 @@ def test_parameters_are_tables(reader):
         rows[0] == ['name', 'type', 'default', 'what it is']
         and rows[1][0] == 'x'
         and rows[1][1] == 'Tensor'
-        and rows[-1][0] == 'gives'
+        and rows[-1][0] == 'returns'
         and all(r[3] for r in rows)
     )
+
+
+def core_course():
+    "Pages of the sixteen core chapters, in order"
+    text = (root / 'docs' / 'course.md').read_text(encoding='utf-8')
+    found = re.findall(r'^\|[^|]*\| \[[^]]*\]\(\.\./nbs/([^)]+)\.ipynb\)', text, flags=re.M)
+    return [re.sub(r'/\d+_', '/', name) + '.html' for name in found]
+
+
+def test_code_and_formulas_of_the_course_are_never_cut(reader):
+    "At 1280 pixels no block of code and no formula of a core chapter scrolls sideways"
+    assert len(core_course()) == 16
+    cut = []
+    for path in core_course():
+        reader.open(path)
+        cut += reader.page.evaluate(
+            """[...document.querySelectorAll('.highlight-python pre, mjx-container[display=true]')]
+            .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1)
+            .map(e => location.pathname + ': ' + e.textContent.slice(0, 80))"""
+        )
+    assert not cut, '\n'.join(cut)
+
+
+def test_contents_of_a_page_stand_beside_it(reader):
+    reader.open('02_attention/mla.html', width=1280)
+    box = reader.page.locator('.toc-drawer').bounding_box()
+    text = reader.page.locator('article').bounding_box()
+    assert box['x'] >= text['x'] + text['width'] and box['x'] + box['width'] <= 1280
+    assert reader.page.locator('.toc-tree a').count() > 5
+
+
+def test_the_front_page_has_four_doors(reader):
+    reader.open('index.html')
+    doors = reader.page.eval_on_selector_all(
+        'nav.doors a', "all => all.map(a => [a.querySelector('b').textContent, a.href])"
+    )
+    assert [name for name, _ in doors] == ['Learn', 'Do', 'Look up', 'Understand']
+    for _, address in doors:
+        reader.open(address.removeprefix(reader.base))
+        assert reader.page.locator('h1').count() == 1
+    reader.open('index.html')
+    assert reader.page.locator('img.diagram').count() == 1
+    shown = reader.page.inner_text('article')
+    assert (
+        'pip install -e .' in shown and 'import eva' in shown and 'What the trained model' in shown
+    )
+
+
+def test_pages_lead_to_their_source(reader):
+    for path, source in {
+        '03_moe/router.html': 'nbs/03_moe/01_router.ipynb',
+        'guides/extend.html': 'nbs/guides/extend.ipynb',
+        'decisions.html': 'docs/decisions.md',
+    }.items():
+        reader.open(path)
+        links = reader.page.eval_on_selector_all('p.where a', 'all => all.map(a => a.href)')
+        assert any(f'/blob/main/{source}' in a for a in links), links
+        assert any(f'/edit/main/{source}' in a for a in links), links
+
+
+@pytest.mark.parametrize(
+    'words,page',
+    [
+        ('absorbed attention', '02_attention/mla.html'),
+        ('speculative decoding', '08_generation/speculative.html'),
+        ('load balancing', '03_moe/load_balancing.html'),
+        ('supervised fine-tuning', 'guides/fine_tune_on_conversations.html'),
+        ('expert parallelism', '10_distributed/expert_parallel.html'),
+        ('rotary position embedding', '02_attention/rope.html'),
+        ('multi-token prediction', '05_model/mtp.html'),
+    ],
+)
+def test_search_puts_the_page_of_a_term_first(reader, words, page):
+    assert page in results(reader, words)[0], results(reader, words)[:5]
+
+
+def test_search_for_what_eva_lacks_does_not_mislead(reader):
+    "LoRA is no part of the package; what is found says so, or is only the list of what peers do"
+    first = results(reader, 'LoRA')[:1]
+    assert not first or not re.search(r'guides/|reference/', first[0]), first
+
+
+def test_llms_txt_lists_the_pages(site):
+    text = (site / 'llms.txt').read_text(encoding='utf-8')
+    assert text.startswith('# Eva\n\n> ')
+    links = re.findall(r'\]\(https://[^/]+/eva/([^)]+)\)', text)
+    assert len(links) > 250 and all((site / link).is_file() for link in links)
+
+
+# a page of each kind
+KINDS = (
+    'index.html',
+    'course.html',
+    '02_attention/mla.html',
+    '02_attention/index.html',
+    'guides/train_on_your_text.html',
+    'reference/eva.moe.router.html',
+    'reference/eva_train.html',
+    'glossary.html',
+)
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('path', KINDS)
+def test_accessibility(reader, path, scheme):
+    "axe-core finds nothing: contrast, names, alternative texts, order of headings, keyboard"
+    axe = Path(importlib.util.find_spec('axe_playwright_python').origin).parent / 'axe.min.js'
+    reader.page.emulate_media(color_scheme=scheme)
+    reader.open(path)
+    reader.page.evaluate(axe.read_text(encoding='utf-8'))
+    found = reader.page.evaluate(
+        """axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa',
+                                        'cat.semantics', 'cat.keyboard']})
+        .then(r => r.violations.map(v => v.id + ': ' + v.help + ' ' + v.nodes.length + '× '
+                                     + v.nodes[0].html.slice(0, 160)))"""
+    )
+    reader.page.emulate_media(color_scheme='light')
+    assert not found, '\n'.join(found)
+
+
+def test_accessibility_bites(reader):
+    reader.open('course.html')
+    axe = Path(importlib.util.find_spec('axe_playwright_python').origin).parent / 'axe.min.js'
+    reader.page.evaluate(axe.read_text(encoding='utf-8'))
+    reader.page.evaluate(
+        "document.querySelector('article').insertAdjacentHTML('afterbegin', "
+        '\'<img src="data:,"><h5>Deep</h5><p style="color:#ccc;background:#fff">pale</p>\')'
+    )
+    found = reader.page.evaluate('axe.run().then(r => r.violations.map(v => v.id))')
+    assert {'image-alt', 'heading-order', 'color-contrast'} <= set(found)
+
+
+def test_keyboard_alone(reader):
+    "Tab reaches the search, the doors and the folded cells; Enter opens them"
+    reader.open('index.html')
+    reached = []
+    for _ in range(60):
+        reader.page.keyboard.press('Tab')
+        reached.append(
+            reader.page.evaluate('document.activeElement.className || document.activeElement.id')
+        )
+        if 'door' in reached[-1]:
+            break
+    assert any('sidebar-search' in o for o in reached) and 'door' in reached[-1], reached
+    reader.page.keyboard.press('Enter')
+    reader.page.wait_for_url('**/course.html')
+    reader.open('02_attention/mla.html')
+    fold = reader.page.locator('details.fold summary').first
+    fold.focus()
+    reader.page.keyboard.press('Enter')
+    assert reader.page.locator('details.fold').first.get_attribute('open') is not None
 
 
 BUGS = {
@@ -352,6 +517,7 @@ BUGS = {
 }
 
 
+@EVERY_PAGE
 @pytest.mark.parametrize('kind', BUGS)
 def test_the_examination_bites(kind, browser, site, pages, tmp_path):
     "A page with one bug in it, each of another kind"

@@ -4,22 +4,22 @@
 """
 
 import argparse
-import ast
 import base64
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tokenize
 from collections import defaultdict
 from configparser import ConfigParser
 from html import escape
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from xml.etree import ElementTree
+
+from site_reference import COMMANDS, Reference
+from site_symbols import private_errors, symbols
 
 root = Path(__file__).resolve().parents[1]
 parser = ConfigParser(delimiters=['='])
@@ -44,6 +44,18 @@ def part_paths():
     if missing:
         sys.exit(f'{", ".join(missing)}: no index.ipynb; every part needs an opening page')
     return [f / 'index.ipynb' for f in folders]
+
+
+def guide_paths():
+    "The how-to guides, in the order of the page that lists them"
+    listed = re.findall(
+        r'\]\(\.\./nbs/guides/(\w+)\.ipynb\)',
+        (root / 'docs' / 'guides.md').read_text(encoding='utf-8'),
+    )
+    there = {p.stem for p in (NBS / 'guides').glob('*.ipynb')}
+    if set(listed) != there:
+        sys.exit(f'docs/guides.md and nbs/guides differ: {sorted(set(listed) ^ there)}')
+    return [NBS / 'guides' / f'{name}.ipynb' for name in dict.fromkeys(listed)]
 
 
 def page_of(path):
@@ -95,186 +107,13 @@ class Chapter:
         self.symbols = [
             s for i, c in enumerate(self.cells) if c.exported for s in symbols(c.code, self, i)
         ]
+        self.private_errors = private_errors(c.code for c in self.cells if c.exported)
         code = '\n'.join(c.code for c in self.cells)
         self.uses = {
             n.split(' as ')[0].strip()
             for m in re.findall(rf'from {cfg["lib_path"]}\.[\w.]+ import ([^\n#]+)', code)
             for n in m.split(',')
         }
-
-
-# --- symbols: signatures and what docments say, read from the source
-
-
-class Symbol:
-    "A public name: what it is called, takes, gives and says"
-
-    def __init__(self, chapter, cell, name, kind, node=None, comments=None, bases=(), value=''):
-        self.chapter = chapter
-        self.cell = cell
-        self.name = name
-        self.kind = kind
-        self.members = []
-        self.value = value
-        self.doc = ''
-        self.args = []
-        self.gives = None
-        self.note = ''
-        if isinstance(node, ast.ClassDef):
-            self.read_class(node, comments)
-        elif node is not None:
-            self.doc = ast.get_docstring(node) or ''
-            self.read_args(node, comments)
-
-    @property
-    def full(self):
-        return f'{self.chapter.module}.{self.name}'
-
-    def read_args(self, node, comments):
-        a = node.args
-        said = {}
-        plain = a.posonlyargs + a.args
-        defaults = [None] * (len(plain) - len(a.defaults)) + a.defaults
-        rows = [('', o, d) for o, d in zip(plain, defaults)]
-        if a.vararg:
-            rows.append(('*', a.vararg, None))
-        elif a.kwonlyargs:
-            rows.append(('*', None, None))
-        rows += [('', o, d) for o, d in zip(a.kwonlyargs, a.kw_defaults)] + (
-            [('**', a.kwarg, None)] if a.kwarg else []
-        )
-        for _, o, d in rows:
-            if o:
-                said[(d or o).end_lineno] = (
-                    o.arg
-                )  # a comment belongs to the last argument on its line
-        spread = any(o and o.lineno > node.lineno for _, o, _ in rows)
-        for star, o, d in rows:
-            if o is None:
-                self.args.append(('*', '', '', ''))
-                continue
-            last = (d or o).end_lineno
-            says = comments.get(last, '') if spread and said[last] == o.arg else ''
-            says = says or comment_above(o.lineno, comments)
-            self.args.append(
-                (
-                    star + o.arg,
-                    ast.unparse(o.annotation) if o.annotation else '',
-                    ast.unparse(d) if d else '',
-                    says,
-                )
-            )
-        if self.kind != 'function' and self.args and self.args[0][0] in ('self', 'cls', 'ctx'):
-            self.args.pop(0)
-        end = node.returns.end_lineno if node.returns else node.lineno
-        if node.returns:
-            self.gives = (
-                ast.unparse(node.returns),
-                comments.get(end, '') if spread or end < node.body[0].lineno else '',
-            )
-        elif not spread and node.body[0].lineno > node.lineno:
-            self.note = comments.get(node.lineno, '')
-
-    def read_class(self, node, comments):
-        self.doc = ast.get_docstring(node) or ''
-        fields = [
-            o for o in node.body if isinstance(o, ast.AnnAssign) and isinstance(o.target, ast.Name)
-        ]
-        if any('dataclass' in ast.unparse(d) for d in node.decorator_list):
-            self.args = [
-                (
-                    o.target.id,
-                    ast.unparse(o.annotation),
-                    ast.unparse(o.value) if o.value else '',
-                    comments.get(o.end_lineno, ''),
-                )
-                for o in fields
-            ]
-        for o in node.body:
-            if not isinstance(o, ast.FunctionDef):
-                continue
-            m = method(o, comments, self.chapter, self.cell, self.name)
-            if o.name == '__init__':
-                self.args = m.args
-            elif not o.name.startswith('_') and (m.doc or any(a[3] for a in m.args)):
-                self.members.append(m)
-
-
-def method(node, comments, chapter, cell, owner):
-    "A method of a class, defined in it or patched on"
-    marks = ' '.join(ast.unparse(d) for d in node.decorator_list)
-    kind = (
-        'property'
-        if 'property' in marks or 'as_prop' in marks
-        else 'classmethod'
-        if 'classmethod' in marks or 'cls_method' in marks
-        else 'staticmethod'
-        if 'staticmethod' in marks
-        else 'method'
-    )
-    return Symbol(chapter, cell, f'{owner}.{node.name}', kind, node, comments)
-
-
-def comments_of(code):
-    "Comments by line; one that has a line of its own stands under the negative number"
-    found = {}
-    for t in tokenize.generate_tokens(io.StringIO(code + '\n').readline):
-        if t.type == tokenize.COMMENT:
-            alone = t.line.strip().startswith('#')
-            found[-t.start[0] if alone else t.start[0]] = t.string.lstrip('# ').strip()
-    return found
-
-
-def comment_above(line, comments):
-    "What the comment lines right above a line say: a long docment stands there"
-    said = []
-    while -(line - 1) in comments:
-        line -= 1
-        said.insert(0, comments[-line])
-    return ' '.join(said)
-
-
-def symbols(code, chapter, cell):
-    "Public names that an exported cell defines"
-    comments = comments_of(code)
-    for node in ast.parse(code).body:
-        name = getattr(node, 'name', '')
-        if isinstance(node, ast.FunctionDef) and any(
-            'patch' in ast.unparse(d) for d in node.decorator_list
-        ):
-            owner = ast.unparse(node.args.args[0].annotation)
-            if not name.startswith('_'):
-                yield method(node, comments, chapter, cell, owner)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not name.startswith('_'):
-            yield Symbol(
-                chapter,
-                cell,
-                name,
-                'class' if isinstance(node, ast.ClassDef) else 'function',
-                node,
-                comments,
-            )
-        elif isinstance(node, ast.Assign):
-            names = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else node.targets
-            values = (
-                node.value.elts
-                if isinstance(node.value, ast.Tuple) and len(node.value.elts) == len(names) > 1
-                else [node.value] * len(names)
-            )
-            for n, v in zip(names, values):
-                if not isinstance(n, ast.Name) or not n.id.isupper() or n.id.startswith('_'):
-                    continue
-                s = Symbol(
-                    chapter,
-                    cell,
-                    n.id,
-                    'data',
-                    value=ast.unparse(v)
-                    if len(names) == len(values) and len(ast.unparse(v)) < 60
-                    else '',
-                )
-                s.doc = comments.get(node.end_lineno, '')
-                yield s
 
 
 # --- pages
@@ -291,7 +130,8 @@ class Site:
 
     def __init__(self, src):
         self.src = src
-        paths = [*chapter_paths(), *part_paths(), NBS / 'index.ipynb']
+        self.root = root
+        paths = [*chapter_paths(), *part_paths(), *guide_paths(), NBS / 'index.ipynb']
         self.chapters = [Chapter(p) for p in paths]
         self.pages = {
             c.path.relative_to(NBS).with_suffix('').as_posix(): c.page for c in self.chapters
@@ -302,6 +142,7 @@ class Site:
             p
             for p in (
                 *sorted((root / 'docs').glob('*.md')),
+                root / 'CHANGELOG.md',
                 root / 'CONTRIBUTING.md',
                 root / 'AGENTS.md',
             )
@@ -316,6 +157,7 @@ class Site:
                     self.known[o.full] = o
                     for said in (o.name, o.full):
                         self.called[said].add(o.full)
+        self.reference = Reference(self, cfg)
 
     def adopt_patches(self):
         "Methods that were patched on a class stand with it where the class is of the same chapter"
@@ -381,12 +223,13 @@ class Site:
 
     def callouts(self, s):
         def f(m):
-            title = re.match(r'\s*#+\s+(.*)\n', m[4])
+            heading = re.match(r'\s*#+\s+(.*)\n', m[4])
             if 'minimal' in m[3]:
-                return f'{m[1]}{{admonition}} In this chapter\n:class: opening\n\n{m[4]}\n{m[1]}'
+                title = 'Task' if m[4].lstrip().startswith('**Task**') else 'In this chapter'
+                return f'{m[1]}{{admonition}} {title}\n:class: opening\n\n{m[4]}\n{m[1]}'
             return (
-                f'{m[1]}{{admonition}} {title[1] if title else m[2].capitalize()}\n:class: '
-                f'{m[2]}\n\n{m[4][title.end() :] if title else m[4]}\n{m[1]}'
+                f'{m[1]}{{admonition}} {heading[1] if heading else m[2].capitalize()}\n:class: '
+                f'{m[2]}\n\n{m[4][heading.end() :] if heading else m[4]}\n{m[1]}'
             )
 
         return re.sub(
@@ -402,6 +245,22 @@ class Site:
             + (f':class: {kind}\n' if kind else '')
             + f'\n{code}\n{ticks}'
         )
+
+    def source(self, code):
+        "The code of a cell: Python, or a shell's"
+        magic, _, rest = code.partition('\n')
+        if magic == '%%bash':
+            return self.fence(rest, 'sh')
+        shell = re.search(r'^\s*[!%]', code, flags=re.M)
+        return self.fence(code, 'text' if shell else 'python')
+
+    def texts(self, cell):
+        "What a cell printed"
+        for o in cell.outputs:
+            text = ''.join(o['text']) if o.get('name') == 'stdout' else ''
+            text = text or ''.join(o.get('data', {}).get('text/plain', ''))
+            if text.strip() and 'image/png' not in o.get('data', {}):
+                yield self.fence(text.rstrip(), 'text', 'output')
 
     def outputs(self, chapter, cell):
         for o in cell.outputs:
@@ -449,8 +308,15 @@ class Site:
             f':width: {root_element.get("width")}px\n:alt: {root_element.get("aria-label")}\n```'
         )
 
+    def anchors(self, chapter, i):
+        "Places of a cell and of the names that it exports"
+        names = [o.name for s in chapter.symbols if s.cell == i for o in (s, *s.members)]
+        ids = [f'cell-{i}', *(name.lower() for name in names)]
+        return ''.join(f'<span id="{o}"></span>' for o in ids)
+
     def code(self, chapter, cell, i):
         flags = cell.flags
+        yield self.anchors(chapter, i)
         outs = [] if cell.flags.get('output') == 'false' else list(self.outputs(chapter, cell))
         if (
             not cell.code
@@ -460,17 +326,7 @@ class Site:
         ):
             return
         summary = flags.get('code-summary', 'Code')
-        shown = (
-            []
-            if flags.get('echo') == 'false'
-            else [
-                self.fence(
-                    cell.code, 'text' if re.search(r'^\s*[!%]', cell.code, flags=re.M) else 'python'
-                )
-            ]
-        )
-        if 'exports' in flags:
-            yield f'<span id="cell-{i}"></span>'
+        shown = [] if flags.get('echo') == 'false' else [self.source(cell.code)]
         for f in flags.keys() & set(cfg['tst_flags'].split()):
             yield f'<p class="flag">{f}: shown as stored by a run that asked for it</p>'
         if flags.get('code-fold', 'false') == 'false' or not shown:
@@ -490,145 +346,95 @@ class Site:
         for i, c in enumerate(chapter.cells):
             parts += [self.text(c.source, chapter)] if c.markdown else self.code(chapter, c, i)
         if chapter.symbols:
-            parts += [
-                f'## API of `{chapter.module}`',
-                f'```{{py:module}} {chapter.module}\n```',
-                *(self.entry(s) for s in chapter.symbols),
-            ]
-        return parts
-
-    # entries of the API
-
-    def entry(self, s, ticks=7):
-        "Signature, sentence and table of one symbol"
-        name = s.name
-        sig = ', '.join(n + ('=' + d if d else '') for n, _, d, _ in s.args)
-        head = name if s.kind in ('property', 'data') else f'{name}({sig})'
-        option = f':{s.kind}:\n' if s.kind in ('classmethod', 'staticmethod') else ''
-        option += f':value: {s.value}\n' if s.value else ''
-        fence = '`' * ticks
-        body = [f'<span id="{name.lower()}"></span>', self.text(s.doc, s.chapter)]
-        if s.note:
-            body.append(
-                f'*{escape(s.note)}*' if '`' not in s.note and '*' not in s.note else s.note
-            )
-        body += self.table(s)
-        if 'exports' in s.chapter.cells[s.cell].flags:
-            body.append(f'<p class="where"><a href="#cell-{s.cell}">source, in the chapter</a></p>')
-        else:
-            file = f'{s.chapter.module.replace(".", "/")}.py'
-            address = f'{cfg["git_url"]}/blob/{cfg["branch"]}/{file}'
-            body.append(f'<p class="where"><a href="{address}">source</a></p>')
-        body += [self.entry(m, ticks - 1) for m in s.members]
-        return (
-            f'{fence}{{py:{"method" if s.kind.endswith("method") else s.kind}}} {head}\n{option}\n'
-            + '\n\n'.join(filter(None, body))
-            + f'\n{fence}'
-        )
-
-    def table(self, s):
-        rows = [(f'`{n}`', t, d, says) for n, t, d, says in s.args if n != '*']
-        if s.gives and (s.gives[1] or s.gives[0] != 'None'):
-            rows.append(('gives', s.gives[0], '', s.gives[1]))
-        if not any(t or says for _, t, _, says in rows):
-            return
-
-        def cut(o):
-            return o.replace('|', '\\|')
-
-        def code(o):
-            return f'`{o}`' if o else ''
-
-        def kind(t):
-            return self.prose(code(t), s.chapter)
-
-        lines = [
-            (
-                f'| {n} | {cut(kind(t))} | {cut(code(d))} | '
-                f'{cut(self.prose(says.replace("<", "&lt;"), s.chapter))} |'
-            )
-            for n, t, d, says in rows
-        ]
-        yield (
-            (
-                '```{table}\n:class: parameters\n\n| name | type '
-                '| default | what it is |\n|---|---|---|---|\n'
-            )
-            + '\n'.join(lines)
-            + '\n```'
-        )
-
-    def api(self):
-        parts = [
-            '# API',
-            (
-                'Every public name by the chapter that makes it, and '
-                '[all of them by letter](genindex). Entries stand at '
-                'the end of each chapter, with what every argument is.'
-            ),
-        ]
-        for c in self.chapters:
-            if not c.symbols:
-                continue
-            lines = [
-                f'- {{py:obj}}`{s.name} <{s.full}>`'
-                + (f': {self.text(s.doc.splitlines()[0], c)}' if s.doc else '')
-                for s in c.symbols
-            ]
-            parts += [
-                f'## `{c.module}`',
-                f'from [{self.titles.get(c.page, c.page)}]({c.page}.md)',
-                '\n'.join(lines),
-            ]
+            page = self.reference.page_of(chapter)
+            parts.append(f'Reference: [`{chapter.module}`](/{page}.md)')
         return parts
 
     # the contents
 
+    def heading(self, chapter):
+        "Title and subtitle of a notebook, from its first cell"
+        first = next(c.source for c in chapter.cells if c.markdown)
+        title, subtitle = re.match(r'# ([^\n]+)\s*(?:> ([^\n]+))?', first).groups()
+        return title, subtitle or ''
+
     def contents(self):
-        "Opening pages of the parts, and their chapters, as the table of the index has them"
-        parts = {}
-        table = '\n'.join(c.source for c in self.chapters[-1].cells if c.markdown)
-        row = (
-            r'^\| *(?:\[([^\]]*)\]\((\d\w+/index)\.ipynb\) )?'
-            r'\| \[([^\]]*)\]\((\d[\w/]+)\.ipynb\)'
+        "Groups of the sidebar: caption, and entries (title, page, pages below it)"
+
+        def entry(chapter, below=()):
+            return self.heading(chapter)[0], chapter.page, list(below)
+
+        def document(name, below=()):
+            text = (root / f'{name}.md').read_text(encoding='utf-8')
+            return re.match(r'# (.*)', text)[1], Path(name).name.lower(), list(below)
+
+        folders = defaultdict(list)
+        for c in self.chapters:
+            folders[c.path.parent.name].append(c)
+        guides = [entry(c) for c in folders.pop('guides')]
+        folders.pop('nbs')
+        parts = []
+        for folder, chapters in folders.items():
+            opening = next(c for c in chapters if c.path.stem == 'index')
+            title, page, _ = entry(opening)
+            name = f'{int(folder.split("_")[0])} {title.split(":")[0]}'
+            parts.append((name, page, [entry(c) for c in chapters if c is not opening]))
+        reference = ('Commands and modules', 'api', self.reference.entries())
+        return {
+            'Learn': [document('docs/course')],
+            'Do': [document('docs/guides', guides)],
+            'Look up': [reference, document('docs/glossary'), ('Every name', 'genindex', [])],
+            'Understand': [document('docs/handbook', parts), document('docs/decisions')],
+            'The project': [document(o) for o in ('CHANGELOG', 'CONTRIBUTING', 'AGENTS')],
+        }
+
+    def doors(self):
+        "The four doors of the front page"
+        doors = (
+            ('course', 'Learn', 'Sixteen chapters in four hours: DeepSeek-V3, built and trained'),
+            ('guides', 'Do', 'How-to guides: train, fine-tune, load, convert, plan, extend'),
+            ('api', 'Look up', 'Every command and every name of the package'),
+            ('handbook', 'Understand', 'The handbook: each subject in depth, decisions, findings'),
         )
-        for part, opening, title, stem in re.findall(row, table, flags=re.M):
-            page = page_of(NBS / f'{stem}.ipynb')
-            if part:
-                parts[opening] = (part, here := [])
-            here.append((title[0].upper() + title[1:], page))
-        listed = {p for _, o in parts.values() for _, p in o} | parts.keys() | {'index'}
-        missing = {c.page for c in self.chapters} - listed
-        if missing:
-            sys.exit(
-                f"not in the index's table: {', '.join(sorted(missing))}; "
-                f'every chapter needs a row there, and every part a link to its opening page'
-            )
-        return parts
+        cards = (
+            f'<a class="door" href="{page}.html"><b>{name}</b><span>{says}</span></a>'
+            for page, name, says in doors
+        )
+        return f'<nav class="doors" aria-label="Sections">{"".join(cards)}</nav>'
+
+    def terms(self):
+        "Terms of the glossary by the page that explains them, for the search and the index"
+        text = (root / 'docs' / 'glossary.md').read_text(encoding='utf-8')
+        found = defaultdict(list)
+        entry = r'^\*\*([^*]+)\*\* – .*?\]\(\.\./nbs/([\w/]+)\.ipynb\)'
+        for names, path in re.findall(entry, text, flags=re.M):
+            found[self.pages[path]] += names.split(', ')
+        return found
 
     def write(self):
         (self.src / 'pictures').mkdir(parents=True)
-        parts = self.contents()
-        self.titles = {p: t for _, o in parts.values() for t, p in o}
+        terms = self.terms()
+        groups = self.contents()
+        below = dict(pages_below(entry for entries in groups.values() for entry in entries))
         for c in self.chapters:
             text = self.chapter(c)
+            text[1:1] = [f'```{{index}} ! {term}\n```' for term in terms[c.page]]
             if c.page == 'index':
-                more = [
-                    ('API', 'api'),
-                    ('Every name', 'genindex'),
-                    *(
-                        (re.match(r'# (.*)', p.read_text(encoding='utf-8'))[1], p.stem.lower())
-                        for p in self.project
-                    ),
-                ]
-                book = [(name, opening) for opening, (name, _) in parts.items()]
-                text += [toctree(book, 'Course and handbook'), toctree(more, 'The project')]
-            elif c.page in parts:
-                text.append(toctree(parts[c.page][1]))
-            self.page(c.page, text)
-        self.page('api', self.api())
+                text.insert(1, self.doors())
+                text += [toctree(entries, caption) for caption, entries in groups.items()]
+            self.page(c.page, text, below.get(c.page), c.path)
+        self.page('api', self.reference.overview(), below['api'])
+        for package in self.reference.packages:
+            page = self.reference.package_page_of(package)
+            self.page(page, self.reference.package_page(package), below[page])
+        for c in self.reference.chapters:
+            self.page(self.reference.page_of(c), self.reference.module_page(c))
+        for name in COMMANDS:
+            self.page(f'reference/{name}', self.reference.command_page(name))
         for p in self.project:
-            self.page(p.stem.lower(), [self.text(p.read_text(encoding='utf-8'))])
+            name = p.stem.lower()
+            text = self.text(p.read_text(encoding='utf-8'))
+            self.page(name, [text], below.get(name), p)
         for p in (
             *root.glob('docs/*.svg'),
             *root.glob('docs/*.css'),
@@ -638,18 +444,59 @@ class Site:
             shutil.copy(p, self.src)
         mathjax(self.src / 'mathjax')
 
-    def page(self, name, parts):
+    def llms(self):
+        "The pages of the site with a sentence each, for language models (llmstxt.org)"
+        address = f'{cfg["doc_host"]}{cfg["doc_baseurl"]}'
+        lines = [f'# {cfg["title"]}', '', f'> {cfg["description"]}']
+        subtitles = {c.page: self.heading(c)[1] for c in self.chapters}
+        subtitles |= {
+            self.reference.page_of(c): self.heading(c)[1] for c in self.reference.chapters
+        }
+
+        def line(entry):
+            title, page, below = entry
+            says = f': {subtitles[page]}' if subtitles.get(page) else ''
+            yield f'- [{title}]({address}/{page}.html){says}'
+            for o in below:
+                yield from line(o)
+
+        for caption, entries in self.contents().items():
+            lines += ['', f'## {caption}', '']
+            lines += [o for entry in entries for o in line(entry)]
+        return '\n'.join(lines) + '\n'
+
+    def page(self, name, parts, below=None, source=None):
+        "Write a page, with the pages below it in the sidebar and links to its source"
+        parts = list(parts)
+        if below:
+            parts.append(toctree(below))
+        if source:
+            where = source.relative_to(root).as_posix()
+            at = f'{cfg["git_url"]}/{{}}/{cfg["branch"]}/{where}'
+            parts.append(
+                f'<p class="where"><a href="{at.format("blob")}">Source of this page</a> · '
+                f'<a href="{at.format("edit")}">edit it</a> · '
+                f'{cfg["title"]} {cfg["version"]}</p>'
+            )
         path = self.src / f'{name}.md'
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('\n\n'.join(p.strip('\n') for p in parts) + '\n', encoding='utf-8')
 
 
+def pages_below(entries):
+    "(page, entries below it) of all entries that have any, at every depth"
+    for _, page, below in entries:
+        if below:
+            yield page, below
+            yield from pages_below(below)
+
+
 def toctree(entries, caption=''):
-    "Entries of the sidebar; those of an opening page stand below it"
+    "Entries of the sidebar: (title, page, …)"
     return (
         '```{toctree}\n:hidden:\n'
         + (f':caption: {caption}\n\n' if caption else '\n')
-        + '\n'.join(f'{title.replace("`", "")} </{page}>' for title, page in entries)
+        + '\n'.join(f'{entry[0].replace("`", "")} </{entry[1]}>' for entry in entries)
         + '\n```'
     )
 
@@ -669,12 +516,24 @@ def mathjax(to):
     shutil.copy(have / 'tex-chtml.js', to)
 
 
+def with_labels(html):
+    "A page of the theme with what screen readers need and the theme lacks"
+    for bare, labelled in (
+        ('<p class="caption" role="heading">', '<p class="caption" role="heading" aria-level="2">'),
+        ('<aside class="sidebar-drawer">', '<aside class="sidebar-drawer" aria-label="Pages">'),
+        ('<aside class="toc-drawer">', '<aside class="toc-drawer" aria-label="On this page">'),
+    ):
+        html = html.replace(bare, labelled)
+    return html
+
+
 def build(out, src):
     "Sources into `src`, pages into `out`; a broken link or an unknown symbol is an error"
     for p in (src, out):
         shutil.rmtree(p, ignore_errors=True)
-    Site(src).write()
-    return subprocess.run(
+    site = Site(src)
+    site.write()
+    returned = subprocess.run(
         [
             sys.executable,
             '-m',
@@ -693,6 +552,11 @@ def build(out, src):
         ],
         env={**os.environ, 'EVA_SETTINGS': json.dumps(dict(cfg))},
     ).returncode
+    for page in out.rglob('*.html'):
+        page.write_text(with_labels(page.read_text(encoding='utf-8')), encoding='utf-8')
+    if not returned:
+        (out / 'llms.txt').write_text(site.llms(), encoding='utf-8')
+    return returned
 
 
 if __name__ == '__main__':

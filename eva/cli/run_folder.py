@@ -138,6 +138,11 @@ def open_run(
             f'with it, --out DIR starts another elsewhere'
         )
     if args.resume and not exists:
+        if not given_arguments(args):
+            raise ValueError(
+                f'{out}: holds no run to resume; name its folder with --out, '
+                f'or leave out --resume to start one'
+            )
         say(f'nothing to resume in {out}: starting at the beginning')
     found = old_run(out) if exists else new_run(args, say, Manifest(out))
     if exists and not again:

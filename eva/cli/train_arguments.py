@@ -122,7 +122,7 @@ def _add_rates(
         type=float,
         help=(
             'peak rate of AdamW, for embedding, head, routers '
-            'and norms (default: 0.02; for a task 0.01)'
+            'and norms (default: 0.02; for a task 0.01; with --init 0.002)'
         ),
     )
     add(
@@ -130,7 +130,7 @@ def _add_rates(
         type=float,
         help=(
             'peak rate of Muon, for matrices; 0 gives everything '
-            'to AdamW (default: 0.02; for a task 0.01)'
+            'to AdamW (default: 0.02; for a task 0.01; with --init 0.002)'
         ),
     )
     add(

@@ -129,9 +129,16 @@ class Router(nn.Module):
         logits = router_logits(h, self.weight)
         if self.checks_finite:
             self.refuse_nan(logits)
-        scores = logits.sigmoid() if self.cfg.scoring_func == 'sigmoid' else logits.softmax(-1)
+        scores = self.score(logits)
         indices = self.choose(scores.detach())
         return Routing(expert_weights(scores, indices, self.cfg), indices, scores)
+
+    def score(
+        self,
+        logits: Tensor,  # (..., n_routed_experts), in float32 at least
+    ) -> Tensor:  # scores of every expert, same shape
+        "Turn logits into scores; a subclass may do it in another way"
+        return logits.sigmoid() if self.cfg.scoring_func == 'sigmoid' else logits.softmax(-1)
 
     def choose(
         self,

@@ -213,10 +213,11 @@ MAX_LINE_BYTES = 2**24  # of one step
 
 
 def read_metrics(
-    path: Path,  # metrics.jsonl
+    path: str | Path,  # metrics.jsonl
 ) -> list[dict]:  # one entry per step, up to the first line that is incomplete
     "Read the metrics of a run"
     rows: list[dict] = []
+    path = Path(path)
     if not path.exists():
         return rows
     with open_regular(path, MAX_METRICS_BYTES) as f:
