@@ -61,7 +61,8 @@ def new_small_run(
     skipped = sum(data.counts('skipped').values())
     to_train, to_test, whole = train_val_split(docs)
     size = sum(len(d.text.encode()) for d in docs) / 1e6
-    kept = f'{len(to_test)} files' if whole else 'the last twentieth of each'
+    files = f'{len(to_test)} file{"s" * (len(to_test) != 1)}'
+    kept = files if whole else 'the last twentieth of each'
     say(
         f'{len(docs)} files, {size:.1f} MB; held out: {kept}'
         + (f'; passed over {skipped}' if skipped else '')
@@ -113,8 +114,8 @@ def _tokenizer_of(
     tok = train_tokenizer(texts, vocab_size)
     if tok.get_vocab_size() < vocab_size:
         say(
-            f'the text has merges for {tok.get_vocab_size()} of '
-            f'{vocab_size} tokens only: the vocabulary is smaller'
+            f'the text is small: a vocabulary of {tok.get_vocab_size()} '
+            f'tokens instead of {vocab_size}'
         )
     return tok
 

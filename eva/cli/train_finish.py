@@ -163,7 +163,7 @@ def summary_table(
     ] + [f'  {names.get(n, n):30} {b:.3f}' for n, b in bits.items()]
     if load:
         lines += [
-            f'expert load of the last 50 steps, each layer: utilisation '
+            f'expert load of the last {min(50, trainer.step)} steps, each layer: utilisation '
             f'{load["utilisation"].min():.2f} to {load["utilisation"].max():.2f}, '
             f'variance {load["variance"].max():.4f}, balance score '
             f'{load["balance_score"].min():.3f}, entropy ratio {load["entropy_ratio"].min():.4f}'

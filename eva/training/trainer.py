@@ -59,7 +59,7 @@ class Trainer:
         train: TokenStream,  # training text
         held_out: TokenStream,  # text for evaluation
         cfg: TrainConfig,  # settings of the run
-        out: str | Path,  # folder for metrics.jsonl and checkpoints/
+        out: str | Path,  # folder for metrics.jsonl and checkpoints/; `resume` goes on with its run
         # an `eva.distributed.parallel.Parallel` where several processes share the work
         parallel: Strategy | None = None,
     ):
