@@ -1,0 +1,117 @@
+"Other software computes the same from what Eva writes: DeepSeek's code, drafts of transformers"
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from eva.benchmarks.deepseek_code import (
+    ATTENTION_MODES,
+    WRONG_SETTINGS,
+    measure_deepseek_code,
+    reference_configs,
+)
+from eva.config import Config
+from eva.model.transformer import DeepSeekV3
+
+STORED = json.loads((files('eva') / 'results/deepseek_code.json').read_text(encoding='utf-8'))
+CODE = os.environ.get('EVA_DEEPSEEK_CODE', '')
+# Rounding of float32 through a few layers, as a share of the standard deviation of the logits
+ROUNDING = 1e-4
+
+
+def agree(found):
+    "The logits of both modes differ by rounding alone, and a wrong setting changes them"
+    assert list(found['cases']) == list(reference_configs()) == list(WRONG_SETTINGS)
+    for name, row in found['cases'].items():
+        for mode in ATTENTION_MODES:
+            assert row[mode]['largest'] < ROUNDING * row[mode]['spread'], (name, mode)
+            assert row[mode]['same_choice'], (name, mode)
+        wrong = row['wrong']
+        assert wrong['settings'] == WRONG_SETTINGS[name]
+        assert wrong['largest'] > 100 * ROUNDING * wrong['spread'], name
+
+
+def test_stored_figures_of_deepseeks_code_agree():
+    agree(STORED)
+    broken = json.loads(json.dumps(STORED))
+    next(iter(broken['cases'].values()))['naive']['largest'] = 0.01
+    with pytest.raises(AssertionError):
+        agree(broken)
+
+
+@pytest.mark.skipif(
+    not CODE,
+    reason='EVA_DEEPSEEK_CODE must name inference/model.py of a clone of DeepSeek-V3',
+)
+def test_deepseeks_own_code_computes_the_same_logits():
+    assert Path(CODE).is_file(), f'EVA_DEEPSEEK_CODE={CODE}: no such file'
+    found = measure_deepseek_code(CODE)
+    agree(found)
+    # The logits themselves are those of the stored run, not only their differences.
+    for name, row in found['cases'].items():
+        stored = STORED['cases'][name]
+        assert row['naive']['spread'] == pytest.approx(stored['naive']['spread'], rel=1e-3), name
+
+
+def drafting(folder, pattern, prompt, tokens):
+    "Greedy text of transformers with drafts of the MTP modules, and the steps of its model"
+    transformers = pytest.importorskip('transformers')
+    kind = transformers.DeepseekV3ForCausalLM
+    with patch.object(kind, '_keys_to_ignore_on_load_unexpected', [pattern]):
+        peer = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        steps = []
+        peer.model.register_forward_hook(lambda *found: steps.append(1))
+        mask = torch.ones_like(prompt)
+        text = peer.generate(
+            prompt, attention_mask=mask, max_new_tokens=tokens, do_sample=False, use_mtp=True
+        )
+    return text, len(steps)
+
+
+@pytest.mark.parametrize('modules', [1, 2])
+@pytest.mark.parametrize('trained', [False, True], ids=['random', 'trained'])
+def test_transformers_drafts_the_same_text(tmp_path, modules, trained):
+    "With accepted drafts and with refused ones, from prompts of several lengths"
+    torch.manual_seed(modules)
+    cfg = Config.from_preset(
+        'mini',
+        num_hidden_layers=3,
+        hidden_size=64,
+        vocab_size=300,
+        eos_token_id=None,
+        num_nextn_predict_layers=modules,
+        initializer_range=0.1,
+    )
+    model = DeepSeekV3(cfg)
+    repeated = torch.randint(300, (9,))
+    if trained:
+        batch = repeated.repeat(6).unfold(0, 34, 1)[: len(repeated)]
+        optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(40):
+            sum(model.losses(batch)).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    pattern = r'model\.layers\.[3-9]\..*'
+    for length in (modules, 3, 7):  # it cannot draft after fewer tokens than there are modules
+        prompt = repeated[None, :length]
+        ours = model.generate(prompt, max_new_tokens=30)
+        theirs, steps = drafting(tmp_path, pattern, prompt, 30)
+        assert theirs.tolist() == ours.tolist(), length
+        if trained and length == 7:
+            assert steps < 30, 'no draft was accepted'
+
+
+def test_transformers_finds_no_drafts_at_another_index(tmp_path):
+    "With the pattern of V3, modules behind another last layer are missing, and that is said"
+    torch.manual_seed(0)
+    cfg = Config.from_preset('mini', num_hidden_layers=2, hidden_size=64, vocab_size=300)
+    DeepSeekV3(cfg).save_pretrained(tmp_path)
+    prompt = torch.tensor([[1, 2, 3]])
+    with pytest.raises(RuntimeError, match='missing'):
+        drafting(tmp_path, r'model\.layers\.61.*', prompt, 4)
