@@ -144,3 +144,14 @@ def test_lm_eval_gives_the_figures_of_eva(tmp_path):
     stream = stream_of(tmp_path, tokenizer, TEXTS[-1], cfg.bos_token_id)
     windows = bits_per_byte(model, stream, window=WINDOW, stride=WINDOW)
     assert abs(bits_per_byte(model, stream, window=WINDOW, stride=WINDOW // 4) - windows) > 1e-3
+
+
+def test_the_guide_shows_the_tasks_that_are_tested():
+    "What the guide writes into a YAML file is the file that the test reads"
+    guide = Path(__file__).parents[1] / 'nbs/guides/lm_eval.ipynb'
+    cells = json.loads(guide.read_text(encoding='utf-8'))['cells']
+    sources = [''.join(cell['source']) for cell in cells]
+    for path in sorted(TASKS.glob('*.yaml')):
+        written = f'%%writefile tasks/{path.name}\n' + path.read_text(encoding='utf-8')
+        assert written.strip() in sources, path.name
+    assert len(list(TASKS.glob('*.yaml'))) == 2

@@ -2,12 +2,14 @@
 
 import json
 import os
+import sys
 from importlib.resources import files
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from eva.benchmarks.deepseek_code import (
     ATTENTION_MODES,
@@ -115,3 +117,56 @@ def test_transformers_finds_no_drafts_at_another_index(tmp_path):
     prompt = torch.tensor([[1, 2, 3]])
     with pytest.raises(RuntimeError, match='missing'):
         drafting(tmp_path, r'model\.layers\.61.*', prompt, 4)
+
+
+ADAPTERS = {
+    'linear layers': dict(target_modules='all-linear'),
+    'attention and experts': dict(
+        target_modules=['q_b_proj', 'kv_b_proj', 'o_proj'],
+        target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj'],
+    ),
+}
+
+
+@pytest.mark.parametrize('adapted', ADAPTERS)
+def test_lora_trained_elsewhere_loads_here(tmp_path, monkeypatch, adapted):
+    "PEFT trains adapters on the folder with transformers, and the merged model is read by Eva"
+    # Of Transformer Engine an empty package may be installed, which fails where PEFT asks for it.
+    monkeypatch.setitem(sys.modules, 'transformer_engine', None)
+    peft = pytest.importorskip('peft')
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    cfg = Config.from_preset(
+        'mini', num_hidden_layers=2, hidden_size=64, vocab_size=300, initializer_range=0.1
+    )
+    model = DeepSeekV3(cfg).eval()
+    for block in model.blocks[cfg.first_k_dense_replace :]:
+        block.mlp.gate.e_score_correction_bias.normal_(std=0.1)
+    model.save_pretrained(tmp_path / 'base')
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'base', dtype=torch.float32)
+    options = ADAPTERS[adapted]
+    adapter = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, lora_alpha=8, task_type='CAUSAL_LM', **options)
+    )
+    ids = torch.randint(cfg.vocab_size, (4, 32))
+    learned = [p for p in adapter.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learned, lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = adapter(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    merged = adapter.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / 'merged')
+    with pytest.warns(UserWarning, match='MTP'):
+        back = DeepSeekV3.from_pretrained(tmp_path / 'merged').eval()
+    with torch.no_grad():
+        want = merged(ids).logits
+        assert_close(back(ids), want, atol=1e-5, rtol=1e-5)
+        assert (model(ids) - want).abs().max() > 0.1  # the adapters are in the weights
+    for ours, theirs in zip(model.blocks[1:], back.blocks[1:], strict=True):
+        before, after = (o.mlp.gate.e_score_correction_bias for o in (ours, theirs))
+        assert torch.equal(before, after)
