@@ -12,6 +12,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from ..checkpoints.portable import portable_report
 from ..config import Config
 from ..fileio.manifest import Manifest
 from ..planner.layout import CHOICES, GPUS, Layout
@@ -129,6 +130,8 @@ def print_plan(
     cfg = Config.from_pretrained(args.config) if args.config else Config.from_preset(args.preset)
     p = plan(cfg, layout_of(args), args.gpu, assumptions(args.assume))
     print(table(p, args.trillions))
+    if report := portable_report(cfg):
+        print(report)
     if args.out:
         text = json.dumps(p | dict(model=cfg.to_dict()), indent=2) + '\n'
         from eva.training.checkpointing import owned_write

@@ -147,6 +147,11 @@ def _add_rates(
         help='share of documents with the middle moved to the end (V3: 0.1; default: 0)',
     )
     add(
+        '--add_eos_token',
+        action=argparse.BooleanOptionalAction,
+        help='end each document of a text with the end token (default: yes)',
+    )
+    add(
         '--mask_documents',
         action='store_true',
         default=None,
@@ -295,9 +300,9 @@ def started_with(
             if 'arguments' in about and from_text
             else about['model']['vocab_size']
         )
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, Any] = dict(add_eos_token=False)  # of an older Eva
     if 'arguments' in about:
-        defaults = dict(fim=0.0, text_column='text', strict=False)
+        defaults |= dict(fim=0.0, text_column='text', strict=False)
     return about.get(name, defaults.get(name))
 
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #7ae3bf2e
