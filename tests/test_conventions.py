@@ -230,3 +230,132 @@ def test_a_readme_of_somebody_else_stays(tmp_path):
     (tmp_path / 'README.md').write_text('ours')
     save_pretrained(model, tmp_path, train_tokenizer(['ab'], 258))
     assert Path(tmp_path / 'README.md').read_text() == 'ours'
+
+
+# ---- configurations under DeepSeek's own names
+
+HEADS = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+INFERENCE = {  # of DeepSeek's repository: preset -> configs/config_*.json
+    'v2-lite': HEADS
+    | dict(vocab_size=102400, dim=2048, inter_dim=10944, moe_inter_dim=1408, n_layers=27)
+    | dict(n_dense_layers=1, n_heads=16, n_routed_experts=64, n_shared_experts=2)
+    | dict(n_activated_experts=6, route_scale=1.0, q_lora_rank=0, mscale=0.707),
+    'v2': HEADS
+    | dict(vocab_size=102400, dim=5120, inter_dim=12288, moe_inter_dim=1536, n_layers=60)
+    | dict(n_dense_layers=1, n_heads=128, n_routed_experts=160, n_shared_experts=2)
+    | dict(n_activated_experts=6, n_expert_groups=8, n_limited_groups=3, route_scale=16.0)
+    | dict(q_lora_rank=1536),
+    'v3': HEADS
+    | dict(vocab_size=129280, dim=7168, inter_dim=18432, moe_inter_dim=2048, n_layers=61)
+    | dict(n_dense_layers=3, n_heads=128, n_routed_experts=256, n_shared_experts=1)
+    | dict(n_activated_experts=8, n_expert_groups=8, n_limited_groups=4, route_scale=2.5)
+    | dict(score_func='sigmoid', q_lora_rank=1536, dtype='fp8'),
+}
+
+
+@pytest.mark.parametrize('preset', INFERENCE)
+def test_configurations_of_the_inference_code_are_read(tmp_path, preset):
+    (tmp_path / 'config.json').write_text(json.dumps(INFERENCE[preset]))
+    found = Config.from_pretrained(tmp_path)
+    same = dict(num_nextn_predict_layers=0, initializer_range=0.02)
+    if preset == 'v2':  # its file leaves mscale at 1, where the published config.json says 0.707
+        yarn = found.rope_scaling
+        assert (yarn['mscale'], yarn['mscale_all_dim']) == (1.0, 1.0)
+        same['rope_scaling'] = dict(yarn)
+    assert found == Config.from_preset(preset).replace(**same)
+    assert Config.from_dict(found.to_dict()) == found
+
+
+@pytest.mark.parametrize('to', ['bf16', 'fp8'])
+def test_a_folder_of_the_inference_code_is_loaded_and_converted(tmp_path, to):
+    "The same small model under both kinds of names: the same logits"
+    from safetensors.torch import load_file, save_file
+
+    from eva.checkpoints.conversion import convert_checkpoint
+    from eva.checkpoints.files import INFERENCE_NAMES
+
+    torch.manual_seed(0)
+    sizes = TINY | dict(vocab_size=99, hidden_size=32, num_nextn_predict_layers=0)
+    routing = dict(topk_method='greedy', routed_scaling_factor=1.5, initializer_range=0.02)
+    cfg = Config.from_preset('mini', **sizes | routing, bos_token_id=None, eos_token_id=None)
+    model = DeepSeekV3(cfg).eval()
+    source = tmp_path / 'published'
+    save_pretrained(model, source)
+    if to == 'fp8':
+        source = convert_checkpoint(source, tmp_path / 'eight', 'fp8')
+    short = {long: name for name, long in INFERENCE_NAMES.items()}
+    tensors = load_file(source / 'model.safetensors')
+    folder = tmp_path / 'inference'
+    folder.mkdir()
+    named = {}
+    for name, tensor in tensors.items():
+        parts = name.removeprefix('model.').replace('weight_scale_inv', 'scale').split('.')
+        named['.'.join(short.get(part, part) for part in parts)] = tensor
+    save_file(named, folder / 'model0-mp1.safetensors')
+    fields = dict(vocab_size=99, dim=32, inter_dim=16, moe_inter_dim=8, n_layers=2)
+    fields |= dict(n_dense_layers=1, n_heads=2, n_routed_experts=4, n_shared_experts=1)
+    fields |= dict(n_activated_experts=2, score_func='sigmoid', route_scale=1.5, max_seq_len=4096)
+    fields |= {name: TINY[name] for name in TINY if name.endswith(('lora_rank', 'head_dim'))}
+    (folder / 'config.json').write_text(json.dumps(fields | dict(dtype=to)))
+    ids = torch.arange(9)[None]
+    back = load_pretrained(folder)
+    assert back.cfg == cfg.replace(max_position_embeddings=4096)
+    with torch.no_grad():
+        assert torch.equal(back(ids), load_pretrained(source)(ids))
+    wide = load_pretrained(convert_checkpoint(folder, tmp_path / 'wide', 'fp32'))
+    assert json.loads((tmp_path / 'wide' / 'config.json').read_text())['hidden_size'] == 32
+    with torch.no_grad():
+        assert torch.equal(wide(ids), load_pretrained(source, torch.float32)(ids))
+
+
+# ---- types, and the preset for fast kernels
+
+
+@pytest.mark.parametrize('first', ['fp32', 'bf16', 'fp8'])
+@pytest.mark.parametrize('then', ['fp32', 'bf16', 'fp8'])
+def test_a_converted_run_writes_in_one_type(run, tmp_path, first, then):
+    "Each pair of types: one type when loaded, a text, and the same text from transformers"
+    from eva.checkpoints.conversion import convert_checkpoint
+
+    said = []
+    convert_checkpoint(run, tmp_path / 'first', first, say=said.append)
+    end = convert_checkpoint(tmp_path / 'first', tmp_path / 'end', then, say=said.append)
+    assert any('FP8 already and are copied as they are' in s for s in said) == (
+        first == then == 'fp8'
+    )
+    model = load_pretrained(end)
+    dtype = {p.dtype for p in model.parameters()}
+    assert len(dtype) == 1
+    assert json.loads((end / 'config.json').read_text())['dtype'] == str(model.dtype)[6:]
+    text = by_eva(end, 'one')
+    assert text.startswith('one') and len(text) > 8
+    if then != 'fp8':
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(end)
+        kinds = {n: p.dtype for n, p in theirs.named_parameters() if 'gate.weight' not in n}
+        assert set(kinds.values()) == dtype  # it keeps routers in float32
+        if then == 'fp32':
+            tokens = transformers.AutoTokenizer.from_pretrained(end)
+            writer = transformers.pipeline('text-generation', model=theirs, tokenizer=tokens)
+            assert writer('one', max_new_tokens=24)[0]['generated_text'] == text
+
+
+def test_the_servable_preset_is_what_fast_kernels_know():
+    from eva.checkpoints.portable import portable
+
+    cfg = Config.from_preset('mini-servable')
+    assert (cfg.kv_lora_rank, cfg.qk_rope_head_dim) == (512, 64)
+    assert (cfg.qk_nope_head_dim, cfg.v_head_dim) == (128, 128)
+    widths = (cfg.hidden_size, cfg.intermediate_size, cfg.moe_intermediate_size, cfg.q_lora_rank)
+    assert all(width % 128 == 0 for width in widths)  # whole blocks of FP8
+    served = [f for f in portable(cfg) if f.reader in ('transformers', 'vLLM', 'SGLang')]
+    assert {f.verdict for f in served} == {'leaves out'}
+    assert portable(cfg.replace(kv_lora_rank=256)) != portable(cfg)
+
+
+def test_the_servable_preset_trains_and_is_opened(place):
+    out = place / 'servable'
+    argv = ('--preset', 'mini-servable', '--data', place / 'tales.jsonl', '--steps', 2)
+    said = command(eva_train, *argv, '--out', out, *SMALL)
+    assert 'in other software:' in said and 'vLLM' not in said
+    assert by_eva(out, 'one').startswith('one')
+    transformers.AutoModelForCausalLM.from_pretrained(out)

@@ -36,7 +36,7 @@ from ..fileio.locks import FolderLock
 from ..fileio.manifest import Manifest
 from ..fileio.reading import open_regular, read_json
 from ..fp8.formats import scale_shape
-from ..published_config import MAX_CONFIG_BYTES
+from ..published_config import MAX_CONFIG_BYTES, from_inference_config
 
 # %% ../../nbs/09_checkpoints/05_conversion.ipynb #2b28cefc
 FP8_WEIGHTS = re.compile(
@@ -310,6 +310,8 @@ def _job(src: Path, progress: Any, notices: list[str], **options: Any) -> tuple[
     plan = dict(to=to, pow2=options['pow2'], rest=rest, names=names, max_bytes=max_bytes)
     job = _Conversion(ck, weight_block_size(config, src / 'config.json'), progress, **plan)
     _refuse(job)
+    if from_inference_config(config) is not config:
+        config = Config.from_dict(config).to_dict()
     eight = sum(ck.shape(name)[0] == torch.float8_e4m3fn for name in names)
     if to == 'fp8' and eight:
         notices.append(f'{src}: {eight} weights are FP8 already and are copied as they are')

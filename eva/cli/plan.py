@@ -59,7 +59,8 @@ def plan_parser() -> argparse.ArgumentParser:  # of eva_plan
         ),
     )
     add = parser.add_argument
-    add('--preset', default='v3', help='size of the model: mini, v2-lite, v2 or v3 (default: v3)')
+    text = 'size of the model: mini, mini-servable, v2-lite, v2 or v3 (default: v3)'
+    add('--preset', default='v3', help=text)
     text = 'a published config.json instead, or the folder that holds one'
     add('--config', type=Path, metavar='PATH', help=text)
     add('--gpu', choices=tuple(GPUS), default='h800', help='type of GPU (default: h800)')

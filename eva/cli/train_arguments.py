@@ -36,7 +36,11 @@ def _add_sources(
 ) -> None:
     "Add the options for data, for the initial checkpoint and for the output folder"
     add = p.add_argument
-    add('--preset', help='size of the model: mini, v2-lite, v2 or v3 (default: mini)')
+    add(
+        '--preset',
+        help='size of the model: mini, mini-servable (for the fast kernels of vLLM and SGLang), '
+        'v2-lite, v2 or v3 (default: mini)',
+    )
     add(
         '--data',
         nargs='+',
