@@ -359,3 +359,52 @@ def test_the_servable_preset_trains_and_is_opened(place):
     assert 'in other software:' in said and 'vLLM' not in said
     assert by_eva(out, 'one').startswith('one')
     transformers.AutoModelForCausalLM.from_pretrained(out)
+
+
+# ---- what a folder cannot hold, and folders that are in use
+
+
+def test_own_classes_are_said_to_be_missing_from_the_files(tmp_path):
+    import warnings
+
+    from eva.attention.baselines import GroupedQueryAttention, replace_attention
+    from eva.moe.router import Router
+
+    class OwnRouter(Router):
+        "Not of Eva"
+
+    cfg = Config.from_preset('mini', vocab_size=270)
+    for change, name in ((True, 'OwnRouter'), (False, '')):
+        model = DeepSeekV3(cfg)
+        if change:
+            model.blocks[1].mlp.gate = OwnRouter(cfg)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            model.save_pretrained(tmp_path / 'own')
+        said = [str(w.message) for w in caught if 'not the code of' in str(w.message)]
+        assert len(said) == change and all(f'not the code of {name};' in s for s in said)
+    assert GroupedQueryAttention.__module__ == 'eva.attention.baselines' and replace_attention
+
+
+def test_a_second_trainer_does_not_write_into_the_log_of_the_first(tmp_path):
+    from eva.data.decode import Document
+    from eva.data.text import write_tokens
+    from eva.training.config import TrainConfig
+    from eva.training.trainer import Trainer
+
+    tok = train_tokenizer([STORY], 270)
+    stream = write_tokens(tmp_path / 'text.npy', [Document('x', STORY * 60)], tok)
+    settings = dict(steps=3, batch_size=2, micro_batch=2, seq_len=16, save_every=2)
+    cfg = Config.from_preset('mini', vocab_size=tok.get_vocab_size())
+
+    def trainer(**more):
+        settings_ = TrainConfig(**settings | more)
+        return Trainer(DeepSeekV3(cfg), stream, stream, settings_, tmp_path / 'run')
+
+    trainer().fit()
+    log = (tmp_path / 'run' / 'metrics.jsonl').read_bytes()
+    with pytest.raises(ValueError, match=r'its log has 3 steps, and this trainer has done 0; call'):
+        trainer().fit()
+    assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == log
+    again = trainer()
+    assert 'finished: all 3 steps' in again.resume()

@@ -82,6 +82,7 @@ def save_pretrained(
     path = Path(path)
     max_bytes = parse_size(max_shard_size)
     dtype = model.dtype
+    _warn_of_own_classes(model, path)
     with locked(path) as lock:
         manifest = Manifest(path)
         if lock.previous:
@@ -90,6 +91,23 @@ def save_pretrained(
         manifest.check(*pretrained_file_names(tokenizer), *weight_files(path))
         with replace_weights(manifest, dict(published_views(model)), max_bytes):
             save_config_and_tokenizer(path, model.cfg, dtype, tokenizer, model.generation_config)
+
+
+def _warn_of_own_classes(model, path):
+    "Warn of parts that no folder can hold: classes that are not Eva's or PyTorch's, and baselines"
+    kinds = {type(part) for part in model.modules()}
+    own = [
+        kind.__name__
+        for kind in kinds
+        if kind.__module__.split('.')[0] not in ('eva', 'torch')
+        or kind.__module__ == 'eva.attention.baselines'
+    ]
+    if own:
+        warnings.warn(
+            f'{path}: holds tensors and a configuration only, and not the code of '
+            f'{", ".join(sorted(own))}; whoever loads it must put these classes back first',
+            stacklevel=3,
+        )
 
 
 def pretrained_file_names(
