@@ -33,10 +33,9 @@ from eva.published_config import (
 # fmt: off
 POSITIVE_FIELDS = [
     'vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'kv_lora_rank',
-    'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'intermediate_size',
-    'moe_intermediate_size', 'n_routed_experts', 'num_experts_per_tok', 'n_group', 'topk_group',
-    'max_position_embeddings',
-]
+    'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'intermediate_size', 'n_routed_experts',
+    'moe_intermediate_size', 'num_experts_per_tok', 'n_group', 'topk_group',
+    'max_position_embeddings']
 COUNT_FIELDS = ['first_k_dense_replace', 'n_shared_experts', 'num_nextn_predict_layers']
 FLOAT_FIELDS = ['routed_scaling_factor', 'rope_theta', 'rms_norm_eps', 'initializer_range']
 FIELD_CHOICES = dict(
@@ -216,6 +215,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1,
         max_position_embeddings=4096, initializer_range=0.03,
     ),
+    'mini-servable': dict(
+        vocab_size=4096, hidden_size=256, num_hidden_layers=3, num_attention_heads=16, n_group=1,
+        q_lora_rank=128, intermediate_size=512, moe_intermediate_size=128, n_routed_experts=8,
+        first_k_dense_replace=1, num_experts_per_tok=2, topk_group=1, max_position_embeddings=4096,
+        initializer_range=0.03),
     'v2-lite': _V2 | dict(
         hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None,
         intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64, n_group=1,
@@ -304,7 +308,7 @@ class Config:
     @classmethod
     def from_preset(
         cls,
-        name: str,  # mini, v2-lite, v2 or v3
+        name: str,  # mini, mini-servable, v2-lite, v2 or v3
         **changes: Any,  # fields to set otherwise
     ) -> 'Config':  # a fresh configuration
         "Return one of the built-in configurations, with any field changed"

@@ -151,6 +151,7 @@ STARTED = dict(
     muon_lr=0.03,
     mtp_batch_ratio=0.5,
     fim=0.5,
+    add_eos_token=True,
     mask_documents=True,
     on_spike='skip',
     on_collapse='stop',
@@ -172,6 +173,7 @@ OTHERS = dict(
     muon_lr=0.04,
     mtp_batch_ratio=0.75,
     fim=0.25,
+    add_eos_token=False,
     mask_documents=True,
     on_spike='stop',
     on_collapse='rewind',
@@ -184,6 +186,7 @@ DEFAULTS = dict(
     recipe='block_pow2',
     text_column='text',
     fim=0.0,
+    add_eos_token=True,
     mtp_batch_ratio=0.25,
     on_spike='rewind',
     on_collapse='log',
@@ -196,7 +199,11 @@ def flags(options):
     return [
         word
         for name, value in options.items()
-        for word in ([f'--{name}'] if value is True else [f'--{name}', str(value)])
+        for word in (
+            [f'--{"" if value else "no-"}{name}']
+            if isinstance(value, bool)
+            else [f'--{name}', str(value)]
+        )
     ]
 
 

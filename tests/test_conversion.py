@@ -248,6 +248,7 @@ def test_an_output_in_or_around_the_source_is_refused(where, tmp_path):
         convert_checkpoint(source, tmp_path / where)
     assert all(p.read_bytes() == raw for p, raw in before.items())
     assert sorted(p.name for p in source.iterdir() if p.name[0] != '.') == [
+        'README.md',
         'config.json',
         'generation_config.json',
         'model.safetensors',

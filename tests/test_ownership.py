@@ -306,7 +306,8 @@ def test_a_conversion_meets_something_of_a_users(started, tmp_path, monkeypatch,
     code, _, err = command(eva_convert, 'run', 'fine')
     assert code == 0, err
     weights = {'config.json', 'generation_config.json', 'model.safetensors'}
-    theirs = weights | {'tokenizer.json', 'tokenizer_config.json'}
+    theirs = weights | {'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'}
+    theirs |= {'README.md'}
     assert {p.name for p in Path('fine').iterdir()} == theirs
 
 

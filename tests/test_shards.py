@@ -266,9 +266,9 @@ def test_generation_config_goes_everywhere_with_the_model(tmp_path):
     tok = train_tokenizer(['def f(x): return x\n' * 20], 300)
     save_pretrained(model, tmp_path / 'fresh', tok)
     file = json.loads((tmp_path / 'fresh' / 'generation_config.json').read_text())
-    assert file == dict(_from_model_config=True, bos_token_id=0, eos_token_id=1, do_sample=False)
+    assert file == dict(bos_token_id=0, eos_token_id=[1, 0], pad_token_id=1, do_sample=False)
     theirs = TheirGenerationConfig.from_pretrained(tmp_path / 'fresh')
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.do_sample) == (0, 1, False)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.do_sample) == (0, [1, 0], False)
 
     published = dict(
         _from_model_config=True,

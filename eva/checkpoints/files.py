@@ -368,8 +368,8 @@ def weight_block_size(
 ) -> tuple | None:  # rows and columns of an FP8 block; None where nothing is quantised
     "Return the size of FP8 blocks that a config names"
     found = config.get('quantization_config')
-    if found is None:
-        return None
+    if found is None:  # DeepSeek's inference code says it in one word
+        return (128, 128) if 'dim' in config and config.get('dtype') == 'fp8' else None
     wanted = dict(quant_method='fp8', fmt='e4m3')
     known = isinstance(found, dict) and 'quant_method' in found
     if not known or any(found.get(k, v) != v for k, v in wanted.items()):

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPEATED', 'published', 'published_views', 'published_state_dict', 'save_pretrained', 'pretrained_file_names',
-           'save_config_and_tokenizer', 'special_tokens', 'load_pretrained', 'stored_dtype']
+           'load_pretrained', 'stored_dtype']
 
 # %% ../../nbs/09_checkpoints/01_pretrained.ipynb #864d618e
-import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,16 +23,13 @@ from eva.checkpoints.files import (
     pretrained_folder,
     weight_block_size,
 )
+from .model_files import TOKENIZER_FILES, save_config_and_tokenizer
 from .safetensors import parse_size, replace_weights, weight_files
 from ..config import Config
 from ..fileio.locks import locked
 from ..fileio.manifest import Manifest
 from ..fileio.reading import read_json
-from eva.model.generation_config import (
-    GenerationConfig,
-    generation_defaults,
-    read_generation_config,
-)
+from ..model.generation_config import read_generation_config
 from ..model.transformer import DeepSeekV3
 from ..published_config import MAX_CONFIG_BYTES
 
@@ -86,6 +82,7 @@ def save_pretrained(
     path = Path(path)
     max_bytes = parse_size(max_shard_size)
     dtype = model.dtype
+    _warn_of_own_classes(model, path)
     with locked(path) as lock:
         manifest = Manifest(path)
         if lock.previous:
@@ -96,95 +93,29 @@ def save_pretrained(
             save_config_and_tokenizer(path, model.cfg, dtype, tokenizer, model.generation_config)
 
 
+def _warn_of_own_classes(model, path):
+    "Warn of parts that no folder can hold: classes that are not Eva's or PyTorch's, and baselines"
+    kinds = {type(part) for part in model.modules()}
+    own = [
+        kind.__name__
+        for kind in kinds
+        if kind.__module__.split('.')[0] not in ('eva', 'torch')
+        or kind.__module__ == 'eva.attention.baselines'
+    ]
+    if own:
+        warnings.warn(
+            f'{path}: holds tensors and a configuration only, and not the code of '
+            f'{", ".join(sorted(own))}; whoever loads it must put these classes back first',
+            stacklevel=3,
+        )
+
+
 def pretrained_file_names(
     tokenizer=None,  # what is put beside the model
 ) -> list[str]:  # names
-    "Return the names of the files that `save_pretrained` writes, with weights in one file"
-    about_tokens = ['tokenizer.json', 'tokenizer_config.json']
+    "Return the names of the files that `save_pretrained` replaces, with weights in one file"
     names = ['model.safetensors', 'config.json', 'generation_config.json']
-    return names + ([] if tokenizer is None else about_tokens)
-
-# %% ../../nbs/09_checkpoints/01_pretrained.ipynb #c1300010
-def save_config_and_tokenizer(
-    path: Path,  # folder
-    cfg: Config,  # of the model
-    dtype: torch.dtype,  # of its weights
-    tokenizer=None,  # a `tokenizers.Tokenizer`
-    said: GenerationConfig | None = None,  # the model's `generation_config`
-):
-    "Write everything but the weights"
-    _warn_of_others(cfg, path)
-    manifest = Manifest(path)
-    config = cfg.to_dict() | dict(dtype=str(dtype).removeprefix('torch.'))
-    with manifest.write('config.json') as t:
-        t.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-    _save_generation_config(manifest, cfg, said)
-    if tokenizer is None:
-        return
-    with manifest.write('tokenizer.json') as t:
-        tokenizer.save(str(t))
-    about = dict(
-        tokenizer_class='PreTrainedTokenizerFast',
-        clean_up_tokenization_spaces=False,
-        model_max_length=cfg.max_position_embeddings,
-    )
-    about |= special_tokens(cfg, tokenizer)
-    with manifest.write('tokenizer_config.json') as t:
-        t.write_text(json.dumps(about, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-
-
-def _save_generation_config(manifest, cfg, said):
-    "Write how the model is meant to generate; a file that says so stays, with what else it says"
-    file = manifest.folder / 'generation_config.json'
-    said_already = said is not None and manifest.owns(file)
-    if said_already and read_generation_config(manifest.folder, cfg.vocab_size) == said:
-        return
-    found = dict(_from_model_config=True) if said is None else {}
-    found |= generation_defaults(cfg, said).to_dict()
-    with manifest.write(file) as t:
-        t.write_text(json.dumps(found, indent=2) + '\n', encoding='utf-8')
-
-# %% ../../nbs/09_checkpoints/01_pretrained.ipynb #c1300001
-def special_tokens(
-    cfg: Config,  # which numbers they have
-    tokenizer,  # a `tokenizers.Tokenizer`, which knows their names
-) -> dict[str, str]:  # bos_token, eos_token and pad_token, those that there are
-    "Return the special tokens of a model as tokenizer_config.json names them"
-    ids = dict(
-        bos_token=cfg.bos_token_id,
-        eos_token=next(iter(cfg.eos_token_ids), None),
-        pad_token=cfg.pad_token_id,
-    )
-    names = {k: tokenizer.id_to_token(i) for k, i in ids.items() if i is not None and i >= 0}
-    missing = [f'{k}_id={ids[k]}' for k, name in names.items() if name is None]
-    if missing:
-        warnings.warn(
-            f'{", ".join(missing)}: not in the tokenizer, which has '
-            f'{tokenizer.get_vocab_size()} entries, and left out of tokenizer_config.json; '
-            'save the tokenizer that belongs to this model',
-            stacklevel=3,
-        )
-    return {k: name for k, name in names.items() if name is not None}
-
-
-def _warn_of_others(cfg, path):
-    "Say once what other software will not follow"
-    ignored = cfg.ignored_by_others()
-    if ignored:
-        ours = ', '.join(f'{k}={getattr(cfg, k)!r}' for k in ignored)
-        theirs = ', '.join(repr(v) for v in ignored.values())
-        warnings.warn(
-            f'{path}: {ours}, where transformers computes {theirs} in {cfg.model_type} '
-            f'whatever the file says; Eva reads the folder back as it is',
-            stacklevel=4,
-        )
-    if cfg.model_type == 'deepseek_v2' and cfg.hidden_size % cfg.num_attention_heads:
-        warnings.warn(
-            f'{path}: hidden_size={cfg.hidden_size} is no multiple '
-            f'of num_attention_heads={cfg.num_attention_heads}, '
-            f'which transformers refuses in deepseek_v2',
-            stacklevel=4,
-        )
+    return names + ([] if tokenizer is None else TOKENIZER_FILES)
 
 # %% ../../nbs/09_checkpoints/01_pretrained.ipynb #3da0830f
 def load_pretrained(

@@ -48,6 +48,16 @@ def convert_parser() -> argparse.ArgumentParser:  # of eva_convert
         action='store_true',
         help='with --to fp8: scales that are powers of two, as in V3.1',
     )
+    p.add_argument(
+        '--no_mtp',
+        action='store_true',
+        help='leave out the modules for multi-token prediction',
+    )
+    p.add_argument(
+        '--max_shard_size',
+        metavar='SIZE',
+        help='of a file of weights, such as 5GB (default: the files of SRC)',
+    )
     return p
 
 # %% ../../nbs/15_cli/11_convert.ipynb #56ba7041
@@ -66,6 +76,8 @@ def _convert_with_bar(
     from tqdm.auto import tqdm
 
     from eva.checkpoints.conversion import convert_checkpoint
+    from eva.checkpoints.portable import portable_report
+    from eva.config import Config
 
     if args.pow2 and args.to != 'fp8':
         raise ValueError(f'--pow2 with --to {args.to}: belongs to --to fp8; leave it out')
@@ -83,12 +95,14 @@ def _convert_with_bar(
         print(f'eva_convert: {text}', file=sys.stderr)
 
     try:
-        convert_checkpoint(args.src, args.dst, args.to, args.pow2, progress, remark)
+        more = dict(no_mtp=args.no_mtp, max_shard_size=args.max_shard_size)
+        convert_checkpoint(args.src, args.dst, args.to, args.pow2, progress, remark, **more)
     except KeyboardInterrupt:
-        pow2 = ' --pow2' if args.pow2 else ''
+        given = [f' --{name}' for name in ('pow2', 'no_mtp') if getattr(args, name)]
+        given += [f' --max_shard_size {size}' for size in [args.max_shard_size] if size]
         print(
             f'interrupted, nothing is lost; go on with: '
-            f'eva_convert {args.src} {args.dst} --to {args.to}{pow2}'
+            f'eva_convert {args.src} {args.dst} --to {args.to}{"".join(given)}'
         )
         return 130
     finally:
@@ -100,4 +114,6 @@ def _convert_with_bar(
         f'{args.dst}: {size / 1e9:.2f} GB read in {seconds:.0f} '
         f's, {size / 1e9 / max(seconds, 1e-9):.2f} GB per second'
     )
+    if report := portable_report(Config.from_pretrained(args.dst)):
+        print(report)
     return 0

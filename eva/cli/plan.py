@@ -12,6 +12,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from ..checkpoints.portable import portable_report
 from ..config import Config
 from ..fileio.manifest import Manifest
 from ..planner.layout import CHOICES, GPUS, Layout
@@ -58,7 +59,8 @@ def plan_parser() -> argparse.ArgumentParser:  # of eva_plan
         ),
     )
     add = parser.add_argument
-    add('--preset', default='v3', help='size of the model: mini, v2-lite, v2 or v3 (default: v3)')
+    text = 'size of the model: mini, mini-servable, v2-lite, v2 or v3 (default: v3)'
+    add('--preset', default='v3', help=text)
     text = 'a published config.json instead, or the folder that holds one'
     add('--config', type=Path, metavar='PATH', help=text)
     add('--gpu', choices=tuple(GPUS), default='h800', help='type of GPU (default: h800)')
@@ -129,6 +131,8 @@ def print_plan(
     cfg = Config.from_pretrained(args.config) if args.config else Config.from_preset(args.preset)
     p = plan(cfg, layout_of(args), args.gpu, assumptions(args.assume))
     print(table(p, args.trillions))
+    if report := portable_report(cfg):
+        print(report)
     if args.out:
         text = json.dumps(p | dict(model=cfg.to_dict()), indent=2) + '\n'
         from eva.training.checkpointing import owned_write

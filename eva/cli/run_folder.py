@@ -184,6 +184,7 @@ RUN_FILES = [
     'chat_template.jinja',
     'tokenizer.json',
     'tokenizer_config.json',
+    'special_tokens_map.json',
     'model.safetensors',
     'model.safetensors.index.json',
     'metrics.jsonl',

@@ -36,6 +36,7 @@ def prepare_trainer(
 
     import torch
 
+    from eva.data.tokenizer import with_bos
     from eva.fileio.manifest import Manifest
     from eva.training.checkpointing import checkpoints
     from eva.training.trainer import Trainer
@@ -61,7 +62,7 @@ def prepare_trainer(
         if about.get('init'):
             copy_tokenizer(Path(about['init']), out)
         with Manifest(out).write('tokenizer.json') as f:
-            tok.save(str(f))
+            with_bos(tok, cfg.bos_token_id).save(str(f))
         with Manifest(out).write('run.json') as f:
             f.write_text(json.dumps(about, indent=2), encoding='utf-8')
     return t, tok, about['baselines']

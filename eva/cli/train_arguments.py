@@ -36,7 +36,11 @@ def _add_sources(
 ) -> None:
     "Add the options for data, for the initial checkpoint and for the output folder"
     add = p.add_argument
-    add('--preset', help='size of the model: mini, v2-lite, v2 or v3 (default: mini)')
+    add(
+        '--preset',
+        help='size of the model: mini, mini-servable (for the fast kernels of vLLM and SGLang), '
+        'v2-lite, v2 or v3 (default: mini)',
+    )
     add(
         '--data',
         nargs='+',
@@ -145,6 +149,11 @@ def _add_rates(
         '--fim',
         type=float,
         help='share of documents with the middle moved to the end (V3: 0.1; default: 0)',
+    )
+    add(
+        '--add_eos_token',
+        action=argparse.BooleanOptionalAction,
+        help='end each document of a text with the end token (default: yes)',
     )
     add(
         '--mask_documents',
@@ -295,9 +304,9 @@ def started_with(
             if 'arguments' in about and from_text
             else about['model']['vocab_size']
         )
-    defaults: dict[str, Any] = {}
+    defaults: dict[str, Any] = dict(add_eos_token=False)  # of an older Eva
     if 'arguments' in about:
-        defaults = dict(fim=0.0, text_column='text', strict=False)
+        defaults |= dict(fim=0.0, text_column='text', strict=False)
     return about.get(name, defaults.get(name))
 
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #7ae3bf2e

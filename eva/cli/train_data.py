@@ -73,13 +73,15 @@ def new_small_run(
     )
     check_memory(cfg, tcfg, device_of(args))
     clear_folder(args.out / 'tokens', manifest)
+    add_eos_token = args.add_eos_token is not False
+    eos = 1 if add_eos_token else None
     train, held = (
-        write_tokens(args.out / 'tokens' / f'{name}.npy', part, tok, manifest=manifest)
+        write_tokens(args.out / 'tokens' / f'{name}.npy', part, tok, 0, manifest, eos)
         for name, part in (('train', to_train), ('held_out', to_test))
     )
     data.save(args.out / 'data.jsonl', manifest)
     bits = compressed_bits_per_byte(to_test) | dict(bigram=bigram_bits_per_byte(train, held))
-    about = _about(data, cfg, tcfg, _worst_first(bits), preset=preset)
+    about = _about(data, cfg, tcfg, _worst_first(bits), preset=preset, add_eos_token=add_eos_token)
     return NewRun(cfg, tcfg, tok, train, held, about)
 
 # %% ../../nbs/15_cli/06_train_data.ipynb #067c744d
@@ -88,7 +90,7 @@ def _about(
     cfg: 'Config',  # of the model to be trained
     tcfg: 'TrainConfig',  # how it is trained
     baselines: dict[str, float],  # name -> bits per byte
-    **origin: str | None,  # preset, init
+    **origin: str | bool | None,  # preset, init, add_eos_token
 ) -> dict[str, Any]:
     "Return the content of run.json"
     from dataclasses import asdict
@@ -161,7 +163,7 @@ def new_corpus_run(
     fim = args.fim or 0.0
     whole = data.sources == ['stdlib']
     cfg, tok = start or _model_of_texts(args, (d.text for d in data.documents(whole)), preset)
-    end = _end_token(cfg, fim)
+    end, add_eos_token = _end_token(args, cfg, fim)
     check_memory(cfg, tcfg, device_of(args))
     clear_folder(args.out / 'tokens', manifest)
     train, held = tokenise(
@@ -174,6 +176,7 @@ def new_corpus_run(
         eos=end,
         ends=_has_few(data),
         manifest=manifest,
+        add_eos_token=add_eos_token,
     )
     data.save(args.out / 'data.jsonl', manifest)
     shards = len(train.tokens.files)
@@ -186,22 +189,29 @@ def new_corpus_run(
         bigram=bigram_bits_per_byte(train, held)
     )
     init = args.init and str(args.init.resolve())
-    about = _about(data, cfg, tcfg, _worst_first(bits), preset=preset, init=init)
+    origin = dict(preset=preset, init=init, add_eos_token=add_eos_token)
+    about = _about(data, cfg, tcfg, _worst_first(bits), **origin)
     return NewRun(cfg, tcfg, tok, train, held, about)
 
 # %% ../../nbs/15_cli/06_train_data.ipynb #834eeab9
 def _end_token(
+    args: argparse.Namespace,  # from train_parser
     cfg: 'Config',  # of the model to be trained
     fim: float,  # share of documents with the middle moved to the end
-) -> int:  # written after such documents; 1 if it is not needed and not set
-    "Return the token that ends a document, or raise an error if FIM lacks one"
+) -> tuple[int, bool]:  # the end token, and whether it ends every document; 1 if there is none
+    "Return the token that ends a document, or raise an error if FIM or an option lacks one"
     end = next(iter(cfg.eos_token_ids), None)
+    if args.add_eos_token and end is None:
+        raise ValueError(
+            '--add_eos_token: eos_token_id is null in config.json; '
+            'write the number of a token that ends a text'
+        )
     if fim and end is None:
         raise ValueError(
             f'--fim {fim}: a document with its middle at the end needs '
             f'an end token, and eos_token_id is null in config.json'
         )
-    return 1 if end is None else end
+    return 1 if end is None else end, end is not None and args.add_eos_token is not False
 
 
 def _model_of_texts(
@@ -358,6 +368,8 @@ def _task_name(
         raise ValueError(
             f'--vocab_size {args.vocab_size}: a task brings its own vocabulary; leave this out'
         )
+    if args.add_eos_token is not None:
+        raise ValueError('--add_eos_token: the documents of a task have one length; leave it out')
     return data[0].removeprefix('synthetic:')
 
 

@@ -89,6 +89,7 @@ def finish_run(
     "Evaluate the model, write a sample and the report, and print the table"
     import math
 
+    from eva.checkpoints.portable import portable_report
     from eva.fileio.manifest import Manifest
     from eva.training.checkpointing import read_metrics
     from eva.training.report import balance_summary, plot_run
@@ -113,8 +114,11 @@ def finish_run(
         | {f'Eva, computed in {how}': final}
         | ({} if optimum is None else dict(optimum=optimum))
     )
+    _save_card(trainer, bits)
     has_experts = model.cfg.first_k_dense_replace < model.cfg.num_hidden_layers
     say(summary_table(trainer, bits, balance_summary(rows) if has_experts else None))
+    if report := portable_report(model.cfg):
+        say(report)
 
 # %% ../../nbs/15_cli/08_train_finish.ipynb #f9d64446
 def _judged(
@@ -141,6 +145,31 @@ def _judged(
         )
         trainer.compute_in('fp32')
     return final
+
+# %% ../../nbs/15_cli/08_train_finish.ipynb #87032d1b
+def _save_card(
+    trainer: 'Trainer',  # after fit
+    bits: dict[str, float],  # name -> bits per byte; per token for a task
+) -> None:
+    "Write the model card of a run: data, steps, tokens, and the held-out loss with its baselines"
+    from eva.checkpoints.model_files import model_card, save_model_card
+    from eva.fileio.reading import read_json
+
+    file = trainer.out / 'run.json'
+    about = read_json(file) if file.exists() else {}
+    named = [str(source) for source in about.get('data', ())]
+    unit = 'bits per byte' if trainer.held_out.optimum is None else 'bits per token'
+    run = dict(
+        data=', '.join(o if ':' in o else Path(o).name for o in named) or 'not recorded',
+        steps=f'{trainer.step:,}',
+        tokens=f'{trainer.tokens:,}',
+        precision=trainer.precision,
+    )
+    run |= {f'held-out {unit}: {name}': f'{value:.3f}' for name, value in bits.items()}
+    if about.get('init'):
+        run['started from'] = Path(about['init']).name
+    card = model_card(trainer.model.cfg, trainer.out.resolve().name, run)
+    save_model_card(trainer.out, card)
 
 # %% ../../nbs/15_cli/08_train_finish.ipynb #cd2d83aa
 def summary_table(

@@ -91,16 +91,28 @@ def copy_tokenizer(
     init: Path,  # a checkpoint
     out: Path,  # the run
 ) -> None:
-    "Copy the files with special tokens and chat templates of a checkpoint"
+    """Copy the files with special tokens and chat templates of a checkpoint
+
+    Where the run has a chat template and the checkpoint none, special tokens are read in texts.
+    """
+    import json
+
     from eva.fileio.manifest import Manifest
 
     manifest = Manifest(out)
+    has_new_template = (out / 'chat_template.jinja').exists()
     for path in tokenizer_files(init):
         name = path.relative_to(init)
         if name.parent != Path():
             manifest.make_folder(name.parent)
+        raw = path.read_bytes()
+        if has_new_template and path.name == 'tokenizer_config.json':
+            about = json.loads(raw)
+            if about.get('split_special_tokens'):
+                about['split_special_tokens'] = False
+                raw = (json.dumps(about, indent=2, ensure_ascii=False) + '\n').encode()
         with manifest.write(name) as f:
-            f.write_bytes(path.read_bytes())
+            f.write_bytes(raw)
 
 
 def tokenizer_to_save(

@@ -58,6 +58,7 @@ def encode_documents(
     fim: float = 0.0,  # share of documents rearranged for fill-in-the-middle
     seed: int = 0,  # of that choice
     eos: int = 1,  # the token that ends rearranged documents
+    add_eos_token: bool = False,  # does it end every other complete document too?
 ) -> list[np.ndarray]:  # tokens of each document
     "Encode documents, each after a start token, some rearranged for fill-in-the-middle"
     cuts = [fim_split(d, fim, seed) if fim else None for d in docs]
@@ -71,9 +72,10 @@ def encode_documents(
         )
     begin, hole, end = marks
     found = []
-    for cut in cuts:
+    for doc, cut in zip(docs, cuts, strict=True):
         if cut is None:
-            found.append(_joined(bos, next(encoded)))
+            last = [eos] if add_eos_token and doc.complete else []
+            found.append(_joined(bos, next(encoded), *last))
         else:
             prefix = next(encoded)
             suffix = next(encoded)
@@ -135,10 +137,11 @@ def _with_split(
             yield doc, False
         elif ends:
             cut = max(1, int(0.95 * len(doc.text)), len(doc.text) - hold_out // 4)
-            yield Document(doc.name, doc.text[:cut]), False
-            if doc.text[cut:]:
-                held += len(doc.text[cut:].encode())
-                yield Document(doc.name, doc.text[cut:]), True
+            rest = doc.text[cut:]
+            yield Document(doc.name, doc.text[:cut], complete=not rest), False
+            if rest:
+                held += len(rest.encode())
+                yield Document(doc.name, rest, doc.complete), True
         else:
             size = len(doc.text.encode())
             is_held = _name_hash(doc.name) % 20 == 0 and size <= LONGEST_HELD * hold_out
@@ -176,6 +179,7 @@ def tokenise(
     eos: int = 1,  # the token that ends rearranged documents
     ends: bool = False,  # hold out the ends of documents; for few documents
     manifest: Manifest | None = None,  # of the run; None: of each of the two folders
+    add_eos_token: bool = False,  # does `eos` end every complete document?
 ) -> tuple[TokenStream, TokenStream]:  # training and held-out streams
     "Split and tokenise a stream of documents, and write it as shards"
     tok.encode_special_tokens = True  # the setting is not in tokenizer.json
@@ -187,7 +191,7 @@ def tokenise(
         # Held-out text is not rearranged.
         for writer, which, rate in ((train, False, fim), (held, True, 0.0)):
             chosen = [doc for doc, is_held in part if is_held == which]
-            encoded = encode_documents(chosen, tok, bos, rate, seed, eos)
+            encoded = encode_documents(chosen, tok, bos, rate, seed, eos, add_eos_token)
             for doc, ids in zip(chosen, encoded, strict=True):
                 writer.add(ids, len(doc.text.encode()))
         if progress:

@@ -26,6 +26,7 @@ class Document(NamedTuple):
 
     name: str  # path relative to the folder it was found in, with forward slashes
     text: str  # the content
+    complete: bool = True  # False: the text goes on after it, in another document
 
 
 # bytes that are read at a time; a long text file is cut into documents of about this size

@@ -65,7 +65,8 @@ def train_val_split(
         raise ValueError(
             f'{_characters(docs)} characters of text: too few to hold any out; give more'
         )
-    return [Document(d.name, d.text[: _cut_at(d.text)]) for d in docs], ends, False
+    begun = [Document(d.name, d.text[: _cut_at(d.text)], complete=False) for d in docs]
+    return begun, ends, False
 
 # %% ../../nbs/06_data/01_text.ipynb #ddf4e01b
 def memory_map(
@@ -242,13 +243,17 @@ def write_tokens(
     tok: Tokenizer,  # to encode with
     bos: int = 0,  # the start token
     manifest: Manifest | None = None,  # of the run; None: of the folder of the file
+    eos: int | None = None,  # the token after each complete document; None: none
 ) -> TokenStream:  # opened
     "Encode documents, each after a start token, and write them as a token stream"
     path = Path(path)
     vocab_size = tok.get_vocab_size()
     tok.encode_special_tokens = True  # the setting is not in tokenizer.json
-    start = np.array([bos], token_dtype(vocab_size))
-    rows = [row for ids in encode_texts(tok, (d.text for d in docs)) for row in (start, ids)]
+    dtype = token_dtype(vocab_size)
+    rows = []
+    for doc, ids in zip(docs, encode_texts(tok, (d.text for d in docs)), strict=True):
+        end = [] if eos is None or not doc.complete else [eos]
+        rows += [np.array([bos], dtype), ids, np.array(end, dtype)]
     tokens = np.concatenate(rows) if rows else np.empty(0, np.uint16)
     size = sum(len(d.text.encode()) for d in docs)
     return _write(path, tokens, manifest, bytes=size, documents=len(docs), vocab_size=vocab_size)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE_CHARS', 'LONGEST_WORD', 'SAMPLE_BYTES', 'SAMPLE_WORDS', 'BATCH_BYTES', 'BATCH_PIECES', 'cut_text',
-           'sample_texts', 'train_tokenizer', 'token_dtype', 'encode_texts', 'word_tokenizer']
+           'sample_texts', 'train_tokenizer', 'token_dtype', 'encode_texts', 'with_bos', 'word_tokenizer']
 
 # %% ../../nbs/06_data/02_tokenizer.ipynb #eca0bc8a
 import hashlib
@@ -12,7 +12,16 @@ import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from .synthetic import BOS, EOS
 
@@ -111,7 +120,7 @@ def train_tokenizer(
     vocab_size: int = 4096,  # entries, special tokens and the 256 bytes included
     marks: tuple[str, ...] = (),  # further special tokens
 ) -> Tokenizer:  # with at most so many entries: a small corpus has fewer merges
-    "Train a byte-level BPE tokenizer; token 0 starts a document, token 1 may end one"
+    "Train a byte-level BPE tokenizer; token 0 starts a document, token 1 ends one"
     smallest = 258 + len(marks)
     if vocab_size < smallest:
         raise ValueError(
@@ -176,6 +185,24 @@ def encode_texts(
                 batch = []
                 size = 0
     yield from _encode_batch(tok, batch, begun)
+
+# %% ../../nbs/06_data/02_tokenizer.ipynb #5692bd71
+def with_bos(
+    tok: Tokenizer,  # stays as it is
+    bos: int | None,  # the start token; None: nothing starts a text
+) -> Tokenizer:  # a copy
+    "Return a tokenizer that puts the start token before a text, unless it adds tokens already"
+    copy = Tokenizer.from_str(tok.to_str())
+    copy.encode_special_tokens = tok.encode_special_tokens  # the setting is not in tokenizer.json
+    mark = None if bos is None else tok.id_to_token(bos)
+    if mark is None or tok.num_special_tokens_to_add(False):
+        return copy
+    template = processors.TemplateProcessing(
+        single=f'{mark} $A', pair=f'{mark} $A {mark}:1 $B:1', special_tokens=[(mark, bos)]
+    )
+    before = [] if tok.post_processor is None else [tok.post_processor]
+    copy.post_processor = processors.Sequence([*before, template]) if before else template
+    return copy
 
 # %% ../../nbs/06_data/02_tokenizer.ipynb #93d5c586
 def word_tokenizer(

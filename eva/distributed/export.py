@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoints.model_files import save_config_and_tokenizer
 from eva.checkpoints.pretrained import (
     load_pretrained,
     pretrained_file_names,
     published,
-    save_config_and_tokenizer,
 )
 from ..checkpoints.safetensors import remove_weights, weight_files
 from ..config import Config

@@ -45,7 +45,7 @@ from .pipeline import Pipeline, stage_to_rank
 from ..model.transformer import DeepSeekV3
 from ..moe.experts import MoE
 from ..moe.router import Router
-from ..training.checkpointing import RunLog, latest_checkpoint, write_manifest
+from ..training.checkpointing import latest_checkpoint, open_log, write_manifest
 from ..training.config import TrainConfig
 from ..training.strategy import SingleProcess
 from ..training.trainer import Trainer
@@ -291,7 +291,7 @@ class Parallel:
 
     def log(self, *args):
         "Return the log of a run, which one rank writes"
-        return RunLog(*args) if self.rank == 0 else NullLogger()
+        return open_log(*args) if self.rank == 0 else NullLogger()
 
     def save(
         self,

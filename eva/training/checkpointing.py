@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGEST', 'MAX_METRICS_BYTES', 'MAX_LINE_BYTES', 'write_manifest', 'owned_write', 'save_checkpoint',
            'load_checkpoint', 'checkpoints', 'latest_checkpoint', 'prune', 'assert_same_config', 'counter',
-           'read_metrics', 'cut_metrics', 'RunLog']
+           'read_metrics', 'cut_metrics', 'last_logged_step', 'RunLog', 'open_log']
 
 # %% ../../nbs/07_training/11_checkpointing.ipynb #0215de99
 import hashlib
@@ -245,6 +245,23 @@ def cut_metrics(
     with owned_write(path) as t:
         t.write_text(text)
 
+# %% ../../nbs/07_training/11_checkpointing.ipynb #e3c16f50
+def last_logged_step(
+    path: Path,  # metrics.jsonl
+) -> int:  # 0 where there is none
+    "Return the last step of a log, from its last complete line"
+    if not path.exists():
+        return 0
+    with open_regular(path) as f:
+        f.seek(max(0, path.stat().st_size - 2 * MAX_LINE_BYTES))
+        lines = f.read().splitlines()
+    for line in reversed(lines):
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get('step'), int):
+                return row['step']
+    return 0
+
 # %% ../../nbs/07_training/11_checkpointing.ipynb #afb1cbf7
 class RunLog:
     """metrics.jsonl and events.jsonl of a run, and TensorBoard's files if it is installed
@@ -356,3 +373,17 @@ class RunLog:
         self._close()
         cut_metrics(self.path, step)
         self._open(step)
+
+# %% ../../nbs/07_training/11_checkpointing.ipynb #03ca6da3
+def open_log(
+    out: Path,  # folder of the run
+    step: int,  # that the trainer has finished
+) -> RunLog:  # which continues after this step
+    "Open the log of a run, or raise a `ValueError` where another run has written it"
+    last = last_logged_step(Path(out) / 'metrics.jsonl')
+    if last > step:
+        raise ValueError(
+            f'{out}: its log has {last} steps, and this trainer has done {step}; '
+            f'call resume() to go on with the run in the folder, or give another folder'
+        )
+    return RunLog(out, step)

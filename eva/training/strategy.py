@@ -15,7 +15,7 @@ from ..data.text import TokenStream
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..model.transformer import DeepSeekV3
 from ..moe.load_balancing import ExpertLoadTracker
-from .checkpointing import RunLog, latest_checkpoint, save_checkpoint
+from .checkpointing import RunLog, latest_checkpoint, open_log, save_checkpoint
 from .config import TrainConfig
 from .evaluation import document_mask_ids
 from .optimizer import MixedPrecisionOptimizer
@@ -232,7 +232,7 @@ class SingleProcess:
 
     def log(self, out: Path, step: int) -> RunLog:
         "Open the log of the run"
-        return RunLog(out, step)
+        return open_log(out, step)
 
     def save(self, path: Path, tensors: dict[str, Tensor], state: dict) -> None:
         "Write the checkpoint"
