@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .files import FLOAT_TYPES, SafetensorsFolder, weight_block_size
 from eva.checkpoints.gguf_layout import (
@@ -101,7 +102,7 @@ def _padding(size: int) -> int:
     return -size % gguf_library().GGUF_DEFAULT_ALIGNMENT
 
 # %% ../../nbs/09_checkpoints/08_gguf.ipynb #13d09e45
-CHUNK_NUMBERS = 2**22  # numbers that are converted at once
+CHUNK_NUMBERS = 2**20  # numbers that are converted at once
 SYNC_BYTES = 2**26  # between two records of progress, at least
 
 
@@ -117,6 +118,7 @@ class _GGUFJob:
         self.quant = quant
         self.progress = progress
         self.tensors = list(gguf_tensors(self.cfg))
+        self.buffer = torch.empty(CHUNK_NUMBERS)
         every = {file for places in self.ck.where.values() for file, _ in places}
         self.sizes = {file.name: file.stat().st_size for file in every if file.is_file()}
         self.units = [(tensor, source) for tensor in self.tensors for source in tensor.sources]
@@ -142,14 +144,21 @@ class _GGUFJob:
         kinds = {t.name: tensor_type(t, self.quant)[0] for t in self.tensors if not t.is_float32}
         return [name for name, kind in kinds.items() if kind != asked]
 
-    def made(self, tensor: GGUFTensor, source: str) -> Iterator[bytes]:
+    def row_chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
+        "Divide a matrix into parts that fit into the buffer"
+        if rows.shape[1] > self.buffer.numel():
+            self.buffer = torch.empty(rows.shape[1])
+        return rows.split(self.buffer.numel() // rows.shape[1])
+
+    def made(self, tensor: GGUFTensor, source: str) -> Iterator[memoryview]:
         "Convert one published tensor, a few rows at a time"
         gguf = gguf_library()
         kind = tensor_type(tensor, self.quant)[0]
         weight = take_part(self.ck.weight(source, self.block, torch.float32), tensor.part, self.cfg)
         rows = weight.reshape(-1, weight.shape[-1])
-        for part in rows.split(max(1, CHUNK_NUMBERS // rows.shape[1])):
-            numbers = part.float().contiguous().numpy()
+        for part in self.row_chunks(rows):
+            # One buffer for all: blocks that are freed and taken again fragment the memory.
+            numbers = self.buffer[: part.numel()].view(part.shape).copy_(part).numpy()
             made = gguf.quantize(numbers, kind)
             half = kind == gguf.GGMLQuantizationType.F16
             if not np.isfinite(made if half else numbers).all():
@@ -157,7 +166,7 @@ class _GGUFJob:
                     f'{source}: holds NaN, infinity or a number too large for {kind.name}; '
                     'repair the checkpoint, or take another --quant'
                 )
-            yield made.tobytes()
+            yield np.ascontiguousarray(made).view(np.uint8).data
 
 # %% ../../nbs/09_checkpoints/08_gguf.ipynb #01dfb3bf
 def _refuse(job: _GGUFJob):
@@ -260,7 +269,7 @@ def _write_tensors(job: _GGUFJob, partial: _Partial, f: IO[bytes], units: int):
             f.write(part)
         if source == tensor.sources[-1]:
             f.write(bytes(_padding(f.tell())))
-        job.ck.files.clear()  # unmap the files that were read
+            job.ck.files.clear()  # unmap the files that were read
         done += _source_bytes(job, source)
         if job.progress:
             job.progress(done, total)
