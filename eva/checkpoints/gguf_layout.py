@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURE', 'INNER_EPSILON', 'YARN_TURNS', 'LITE_LAYERS', 'LITE_SIZES', 'MAX_LAYERS', 'MAX_EXPERTS', 'Value',
-           'GATING_FUNCTIONS', 'PRE_TOKENIZERS', 'NORMAL', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'END_KEYS',
-           'GGUFTensor', 'take_part', 'gguf_tensors', 'has_limited_groups', 'unsupported_reason', 'check_representable',
+           'GATING_FUNCTIONS', 'PRE_TOKENIZERS', 'UNKNOWN_SETTINGS', 'NORMAL', 'CONTROL', 'USER_DEFINED', 'UNUSED',
+           'END_KEYS', 'GGUFTensor', 'take_part', 'gguf_tensors', 'unsupported_reason', 'check_representable',
            'architecture_keys', 'pre_tokenizer_name', 'tokenizer_keys']
 
 # %% ../../nbs/09_checkpoints/07_gguf_layout.ipynb #30a6ac59
@@ -77,10 +77,8 @@ def _attention_tensors(cfg: Config, i: int) -> Iterator[GGUFTensor]:
     yield tensor('kv_a_norm', 'kv_a_layernorm', rank)
     source = (f'model.layers.{i}.self_attn.kv_b_proj.weight',)
     shape = (heads * (content + values), rank)
-    name = f'blk.{i}.attn_k_b.weight'
-    yield GGUFTensor(name, (heads, rank, content), source, shape, 'keys')
-    name = f'blk.{i}.attn_v_b.weight'
-    yield GGUFTensor(name, (heads, values, rank), source, shape, 'values')
+    for part, own in dict(keys=(heads, rank, content), values=(heads, values, rank)).items():
+        yield GGUFTensor(f'blk.{i}.attn_{part[0]}_b.weight', own, source, shape, part)
     yield tensor('output', 'o_proj', cfg.hidden_size, heads * values)
 
 # %% ../../nbs/09_checkpoints/07_gguf_layout.ipynb #afdec0b1
@@ -142,13 +140,6 @@ MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 
 
-def has_limited_groups(
-    cfg: Config,  # of the model
-) -> bool:  # does a token reach some groups of experts only?
-    "Tell whether the choice of experts is limited to the best groups"
-    return cfg.topk_method != 'greedy' and cfg.topk_group < cfg.n_group
-
-
 def _yarn_reason(cfg: Config) -> str | None:
     "Return why llama.cpp cannot scale positions as these settings do"
     scaling = cfg.rope_scaling
@@ -176,48 +167,41 @@ def unsupported_reason(
 ) -> str | None:  # None: llama.cpp computes the same
     "Return why llama.cpp would compute something else than this model"
     layers = cfg.num_hidden_layers
+    experts = cfg.n_routed_experts
     has_experts = cfg.first_k_dense_replace < layers
     is_lite = layers in LITE_LAYERS or (layers, cfg.vocab_size) == LITE_SIZES
     rules = [
         (layers > MAX_LAYERS, f'num_hidden_layers={layers}: it has at most {MAX_LAYERS}'),
-        (
-            cfg.n_routed_experts > MAX_EXPERTS,
-            f'n_routed_experts={cfg.n_routed_experts}: it has at most {MAX_EXPERTS}',
-        ),
+        (experts > MAX_EXPERTS, f'n_routed_experts={experts}: it has at most {MAX_EXPERTS}'),
         (cfg.hidden_act != 'silu', f'hidden_act={cfg.hidden_act!r}: it computes silu'),
         (
             not math.isclose(cfg.rms_norm_eps, INNER_EPSILON),
-            f'rms_norm_eps={cfg.rms_norm_eps:g}: it has one epsilon for all norms, '
-            f'and the inner norms of these models keep {INNER_EPSILON:g}',
+            f'rms_norm_eps={cfg.rms_norm_eps:g}: it has one epsilon for all norms, and '
+            f'the inner norms of these models keep {INNER_EPSILON:g}',
         ),
         (
             is_lite and cfg.q_lora_rank is not None,
             f'q_lora_rank={cfg.q_lora_rank} with {layers} layers: '
             'it takes a model of that many layers for V2-Lite, whose queries have no latent',
         ),
+        (has_experts and cfg.n_shared_experts == 0, 'n_shared_experts=0: it needs shared experts'),
         (
-            has_experts and cfg.n_shared_experts == 0,
-            'n_shared_experts=0: it expects shared experts in each layer with experts',
-        ),
-        (
-            has_experts and has_limited_groups(cfg) and cfg.topk_method != 'noaux_tc',
+            cfg.topk_method == 'group_limited_greedy'
+            and has_experts
+            and cfg.topk_group < cfg.n_group,
             f'topk_method={cfg.topk_method!r} with topk_group={cfg.topk_group} of '
             f'n_group={cfg.n_group}: it ranks a group by its two best experts, as noaux_tc does',
         ),
     ]
-    reasons = [f'{reason}' for is_broken, reason in rules if is_broken]
-    return next(iter(reasons), _yarn_reason(cfg))
+    return next((reason for is_broken, reason in rules if is_broken), _yarn_reason(cfg))
 
 
 def check_representable(
     cfg: Config,  # of the model
 ):
     "Raise a `ValueError` for a model that llama.cpp would compute differently"
-    reason = unsupported_reason(cfg)
-    if reason is not None:
-        raise ValueError(
-            f'{reason}; llama.cpp would run another model, serve this one with other software'
-        )
+    if reason := unsupported_reason(cfg):
+        raise ValueError(f'{reason}; llama.cpp would run another model, use other software')
 
 # %% ../../nbs/09_checkpoints/07_gguf_layout.ipynb #93bf88f6
 Value = str | int | float | bool | list[str] | list[int]  # of a GGUF key
@@ -269,13 +253,13 @@ def architecture_keys(
         'expert_weights_norm': cfg.norm_topk_prob,
         'expert_gating_func': GATING_FUNCTIONS[cfg.scoring_func],
     }
-    if has_limited_groups(cfg):
+    if cfg.topk_method != 'greedy' and cfg.topk_group < cfg.n_group:
         keys |= {'expert_group_count': cfg.n_group, 'expert_group_used_count': cfg.topk_group}
     keys |= _attention_keys(cfg)
     return {f'{ARCHITECTURE}.{key}': value for key, value in keys.items()}
 
 # %% ../../nbs/09_checkpoints/07_gguf_layout.ipynb #0d75b6a4
-_GPT2 = dict(type='ByteLevel', add_prefix_space=False, use_regex=True)
+_GPT2 = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)
 _V3_WORDS = (
     '[!"#$%&\'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?'
     '[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+'
@@ -299,22 +283,18 @@ _DEEPSEEK_V3 = dict(
 # llama.cpp's name -> the pre-tokenizer of a tokenizer.json
 PRE_TOKENIZERS: dict[str, dict[str, Any]] = {'gpt-2': _GPT2, 'deepseek-v3': _DEEPSEEK_V3}
 
-
-def _without_offsets(step: Any) -> Any:
-    "Return a step of a tokenizer without `trim_offsets`, which changes no token"
-    if isinstance(step, list):
-        return [_without_offsets(s) for s in step]
-    if isinstance(step, dict):
-        return {k: _without_offsets(v) for k, v in step.items() if k != 'trim_offsets'}
-    return step
-
 # %% ../../nbs/09_checkpoints/07_gguf_layout.ipynb #0932f62e
 def pre_tokenizer_name(
     found: dict[str, Any],  # what a tokenizer.json holds
 ) -> str | None:  # None: llama.cpp has no such rule, or Eva does not know it
     "Return llama.cpp's name of the rule that cuts a text into words"
-    step = _without_offsets(found.get('pre_tokenizer'))
+    step = found.get('pre_tokenizer')
     return next((name for name, known in PRE_TOKENIZERS.items() if known == step), None)
+
+
+# Settings of a BPE model that llama.cpp does not have
+UNKNOWN_SETTINGS = ['dropout', 'continuing_subword_prefix', 'end_of_word_suffix']
+UNKNOWN_SETTINGS += ['byte_fallback', 'ignore_merges', 'fuse_unk']
 
 
 def _bpe_reason(found: dict[str, Any]) -> str | None:
@@ -323,12 +303,9 @@ def _bpe_reason(found: dict[str, Any]) -> str | None:
     kind = model.get('type')
     if kind != 'BPE' or not isinstance(model.get('vocab'), dict):
         return f'a {kind} model, and only byte-level BPE is written'
-    for name in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
+    for name in UNKNOWN_SETTINGS:
         if model.get(name):
             return f'{name} is {model[name]!r:.40}, which llama.cpp does not have'
-    for name in ('byte_fallback', 'ignore_merges', 'fuse_unk'):
-        if model.get(name):
-            return f'{name} is set, which llama.cpp does not have for this kind'
     if not model.get('merges'):
         return 'no merges, and llama.cpp needs one at least'
     if found.get('normalizer') is not None:
@@ -360,11 +337,9 @@ def _tokens(found: dict[str, Any], path: Path, size: int) -> tuple[list[str], li
             f'{path}: has token {max(names)}, and config.json says vocab_size={size}; '
             'take the tokenizer of this model'
         )
-    known = set(names.values())
     for number in range(size):
         if number not in names:
-            text = f'[PAD{number}]'
-            names[number] = text if text not in known else f'[UNUSED{number}]'
+            names[number] = f'[PAD {number}]'  # no token of a byte-level vocabulary has a space
             kinds[number] = UNUSED
     return [names[i] for i in range(size)], [kinds[i] for i in range(size)]
 
@@ -404,14 +379,12 @@ def tokenizer_keys(
         raise ValueError(f'{path}: no such file; a GGUF file holds its tokenizer, put it there')
     load_tokenizer(path, folder)  # refuses a damaged or hostile file
     found = read_json(path, max_bytes=MAX_TOKENIZER_BYTES, root=folder)
-    reason = _bpe_reason(found)
-    if reason is not None:
+    if reason := _bpe_reason(found):
         raise ValueError(f'{path}: {reason}; llama.cpp would read other tokens, use other software')
     tokens, kinds = _tokens(found, path, cfg.vocab_size)
     merges = [m if isinstance(m, str) else ' '.join(m) for m in found['model']['merges']]
-    about: dict[str, Any] = {}
-    if os.path.lexists(folder / 'tokenizer_config.json'):
-        about = read_json(folder / 'tokenizer_config.json', root=folder)
+    about_file = folder / 'tokenizer_config.json'
+    about = read_json(about_file, root=folder) if os.path.lexists(about_file) else {}
     has_bos, has_eos = _added_around(found, about, cfg)
     ends = _end_tokens(folder, cfg)
     keys: dict[str, Value] = dict(
