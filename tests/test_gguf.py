@@ -385,6 +385,22 @@ def test_a_conversation_is_the_same_prompt(runs):
             assert llama.tokens(theirs, special=True, start=True) == ids
 
 
+def test_a_name_that_ends_texts_elsewhere_ends_them(tmp_path):
+    "llama.cpp knows some names; Eva goes on, as no file of the folder names an end"
+    tok = train_tokenizer(['the cat sat\n'] * 3, 300, ('<|im_end|>', '<|other|>'))
+    model = folder_of(dict(vocab_size=300), tok, tmp_path)
+    for name, count in (('<|im_end|>', 1), ('<|other|>', 6)):
+        token = tok.token_to_id(name)
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[token] = model.hidden(IDS[:, :9])[0, -1]
+        at = tmp_path / name.strip('<|>')
+        save_pretrained(model, at, tok)
+        llama = Llama(convert_to_gguf(at, tmp_path / f'{at.name}.gguf', 'f32', say=quietly))
+        theirs = llama.ask('/completion', prompt=IDS[0, :9].tolist(), n_predict=6, temperature=0)
+        assert theirs['tokens_predicted'] == count, name
+
+
 # ---- large files
 
 SCRIPT = """

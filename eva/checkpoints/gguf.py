@@ -120,16 +120,20 @@ class _GGUFJob:
         self.tensors = list(gguf_tensors(self.cfg))
         self.buffer = torch.empty(CHUNK_NUMBERS)
         every = {file for places in self.ck.where.values() for file, _ in places}
-        self.sizes = {file.name: file.stat().st_size for file in every if file.is_file()}
+        # of the source files, which identify a conversion to resume: bytes and time of change
+        self.files = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in every}
         self.units = [(tensor, source) for tensor in self.tensors for source in tensor.sources]
 
     def keys(self) -> dict[str, Value]:
         "Return all keys of the file but that of the architecture, which the library writes"
         gguf = gguf_library()
-        name = Path(os.path.realpath(self.src)).name
-        keys: dict[str, Value] = {'general.name': name} if name else {}
-        keys['general.file_type'] = FILE_TYPES[self.quant]
-        keys['general.quantization_version'] = gguf.GGML_QUANT_VERSION
+        name = Path(os.path.realpath(self.src)).name.encode(errors='replace').decode()
+        keys: dict[str, Value] = {
+            'general.type': 'model',
+            'general.name': name or 'model',
+            'general.file_type': FILE_TYPES[self.quant],
+            'general.quantization_version': gguf.GGML_QUANT_VERSION,
+        }
         return keys | architecture_keys(self.cfg) | tokenizer_keys(self.src, self.cfg)
 
     def nbytes(self) -> int:
@@ -346,7 +350,7 @@ def convert_to_gguf(
             header = Path(temporary) / 'header'
             write_gguf_header(header, keys, job.tensors, quant)
             digest = hashlib.sha256(header.read_bytes()).hexdigest()
-            source = dict(src=os.path.realpath(src), files=job.sizes, header=digest, rules=1)
+            source = dict(src=os.path.realpath(src), files=job.files, header=digest, rules=1)
             written = partial.data.stat().st_size if partial.data.is_file() else 0
             _check_space(dst, header.stat().st_size + job.nbytes() - written)
             partial.begin(json.dumps(source, sort_keys=True), header)

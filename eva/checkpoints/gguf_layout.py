@@ -21,7 +21,7 @@ from torch import Tensor
 from .tokenizers import MAX_TOKENIZER_BYTES, load_tokenizer
 from ..config import Config
 from ..fileio.reading import read_json
-from ..generation.chat_templates import read_template
+from ..generation.chat_templates import ChatTemplate
 from ..model.generation_config import generation_defaults, read_generation_config
 
 # %% ../../nbs/09_checkpoints/07_gguf_layout.ipynb #4bf6a4f5
@@ -396,5 +396,5 @@ def tokenizer_keys(
         keys['padding_token_id'] = cfg.pad_token_id
     keys |= dict(add_bos_token=has_bos, add_eos_token=has_eos)
     out = {f'tokenizer.ggml.{key}': value for key, value in keys.items()}
-    template = read_template(folder)[0]
-    return out if template is None else out | {'tokenizer.chat_template': template}
+    template = ChatTemplate.of(folder)
+    return out if template is None else out | {'tokenizer.chat_template': template.template}
