@@ -70,7 +70,7 @@ setup(
     python_requires=f'>={cfg["min_python"]}',
     install_requires=requirements(),
     extras_require={
-        extra: requirements(extra) for extra in ('course', 'data', 'te', 'docs', 'dev')
+        extra: requirements(extra) for extra in ('course', 'data', 'gguf', 'te', 'docs', 'dev')
     },
     zip_safe=False,
     entry_points={
