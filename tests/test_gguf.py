@@ -448,7 +448,7 @@ def convert(src, dst, quant):
 
 @pytest.fixture(scope='module')
 def large(words, tmp_path_factory):
-    "A checkpoint of 40 experts, 2 MB for each matrix"
+    "A checkpoint of 24 experts, 2 MB for each matrix"
     at = tmp_path_factory.mktemp('large')
     cfg = Config.from_preset(
         'mini',
@@ -457,7 +457,7 @@ def large(words, tmp_path_factory):
         moe_intermediate_size=1024,
         num_hidden_layers=1,
         first_k_dense_replace=0,
-        n_routed_experts=40,
+        n_routed_experts=24,
         num_nextn_predict_layers=0,
     )
     save_pretrained(DeepSeekV3(cfg).bfloat16(), at / 'model', words, max_shard_size='50MB')
@@ -472,8 +472,8 @@ def test_memory_is_that_of_a_few_matrices(quant, large, tmp_path):
     matrix = 1024 * 1024 * 4  # in float32
     size = (tmp_path / 'a.gguf').stat().st_size
     print(f'{peak / 1e6:.0f} MB for a file of {size / 1e6:.0f} MB')
-    assert peak < 12 * matrix < 40 * matrix / 3  # the experts of a layer are one tensor of the file
-    assert size > 120 * (matrix if quant == 'f32' else matrix / 4)
+    assert peak < 8 * matrix < 24 * matrix / 2  # the experts of a layer are one tensor of the file
+    assert size > 72 * (matrix if quant == 'f32' else matrix / 4)
 
 
 def test_killed_at_any_moment(large, tmp_path):
@@ -481,18 +481,22 @@ def test_killed_at_any_moment(large, tmp_path):
     draw = random.Random(0)
     target = tmp_path / 'a.gguf'
     record = tmp_path / 'a.gguf.partial' / 'progress.json'
+
+    def units():
+        return json.loads(record.read_text())['units'] if record.exists() else 0
+
     recorded = [0]
-    for _ in range(5):
+    for _ in range(3):
         process = convert(large, target, 'f32')
-        while process.poll() is None and not record.exists():
+        while process.poll() is None and units() == recorded[-1]:
             time.sleep(0.001)
-        time.sleep(draw.uniform(0.1, 0.5))
+        time.sleep(draw.uniform(0, 0.1))  # it is writing the next matrices now
         process.send_signal(signal.SIGKILL)
         process.wait()
         if target.exists():
             break
-        recorded.append(json.loads(record.read_text())['units'])
-    assert recorded == sorted(recorded) and recorded[-1] > 0, recorded
+        recorded.append(units())
+    assert len(recorded) > 2 and recorded == sorted(set(recorded)), recorded
     if not target.exists():
         assert convert(large, target, 'f32').wait(timeout=300) == 0
     assert target.read_bytes() == (tmp_path / 'whole.gguf').read_bytes()
