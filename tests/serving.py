@@ -1,30 +1,55 @@
-"A small model that eva_train trained, and servers of it on real sockets, for tests"
+"A small model trained in a moment, and servers of it on real sockets, for tests"
 
-import contextlib
-import io
 import json
 import threading
 import time
 from pathlib import Path
 
-from eva.cli.serve import listen, load_service, make_server, serve_parser
-from eva.cli.train import eva_train
+import torch
 
+from eva.cli.serve import listen, load_service, make_server, serve_parser
+from eva.config import Config
+from eva.data.tokenizer import train_tokenizer
+from eva.model.transformer import DeepSeekV3
+
+SIZES = dict(
+    hidden_size=64,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=4,
+    intermediate_size=128,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    max_position_embeddings=512,
+)
 TEMPLATE = """{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}
 {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
 
 
-def train(folder: Path, chat: bool = False) -> Path:
+def train(folder: Path, steps: int = 60) -> Path:
     "Train a small model on small functions, and return its folder"
-    texts = folder / 'texts'
-    texts.mkdir(parents=True)
-    for i in range(40):
-        (texts / f'{i}.py').write_text(f'def f{i}(x):\n    return x + {i}\n' * 12)
-    small = ['--data', texts, '--out', folder / 'run', '--steps', 30, '--seq_len', 64]
-    small += ['--batch_size', 4, '--vocab_size', 320, '--precision', 'fp32']
-    quiet = io.StringIO()
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        assert eva_train([str(o) for o in small]) == 0, quiet.getvalue()
+    texts = [f'def f{i}(x):\n    return x + {i}\n' * 6 for i in range(40)]
+    tok = train_tokenizer(texts, 320)
+    torch.manual_seed(0)
+    cfg = Config(**SIZES, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1)
+    model = DeepSeekV3(cfg)
+    ids = [t for text in texts for t in (0, *tok.encode(text).ids)]
+    rows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.005)
+    for step in range(steps):
+        batch = rows[(torch.arange(8) * 7 + step) % len(rows)]
+        optimizer.zero_grad()
+        model(batch, labels=batch).backward()
+        optimizer.step()
+    model.eval().save_pretrained(folder / 'run', tokenizer=tok)
     return folder / 'run'
 
 

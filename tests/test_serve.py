@@ -491,11 +491,11 @@ def test_slow_clients_are_given_up(folder, monkeypatch):
         # a client that does not read what it asked for
         with socket.create_connection(('127.0.0.1', server.port), timeout=10) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            most = server.service.model_limits.context - 40
-            asked = json.dumps(
-                body(max_tokens=most // 16, n=16, logprobs=5, stream=True, temperature=1)
-            )
-            s.sendall(head + b'Content-Length: %d\r\n\r\n' % len(asked) + asked.encode())
+            asked = dict(model='run', messages=[dict(role='user', content='x')], n=16)
+            asked |= dict(max_tokens=400, logprobs=True, top_logprobs=20, stream=True)
+            data = json.dumps(asked).encode()
+            chat = head.replace(b'/v1/completions', b'/v1/chat/completions')
+            s.sendall(chat + b'Content-Length: %d\r\n\r\n' % len(data) + data)
             end = time.monotonic() + 60
             while server.engine.stats.steps == 0 or server.service.thread.admitted:
                 assert time.monotonic() < end, 'a client that does not read holds the engine'
