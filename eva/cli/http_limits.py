@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ERROR_TYPES', 'OPEN_PATHS', 'LOCAL_HOSTS', 'SECURITY_HEADERS', 'error_body', 'error_response', 'Limits', 'is_key',
-           'refusal', 'timed_receive', 'timed_send', 'LimitsMiddleware', 'HeadTimeoutProtocol', 'DrainingServer']
+           'refusal', 'BodyReceiver', 'timed_send', 'LimitsMiddleware', 'HeadTimeoutProtocol', 'DrainingServer']
 
 # %% ../../nbs/15_cli/19_http_limits.ipynb #62685d6c
 import asyncio
@@ -70,6 +70,7 @@ class Limits:
 
     api_key: str | None = None  # that requests have to show; None: no key
     hosts: frozenset[str] | None = LOCAL_HOSTS  # names of this server; None: any
+    body_bytes: int = 2**20  # of the body of a request
     receive_seconds: float = 20.0  # for the whole body of a request
     send_seconds: float = 60.0  # for one piece of a response, while the client does not read
 
@@ -99,39 +100,52 @@ def refusal(
             403,
             'unknown_host',
         )
-    if limits.api_key is None or scope['path'] in OPEN_PATHS:
-        return None
-    if is_key(headers.get('authorization', ''), limits.api_key):
-        return None
-    challenge = {'WWW-Authenticate': 'Bearer'}
-    said = 'Authorization: no valid key; send the header "Authorization: Bearer KEY"'
-    return error_response(said, 401, 'invalid_api_key', None, challenge)
+    needs_key = limits.api_key is not None and scope['path'] not in OPEN_PATHS
+    if needs_key and not is_key(headers.get('authorization', ''), limits.api_key or ''):
+        challenge = {'WWW-Authenticate': 'Bearer'}
+        said = 'Authorization: no valid key; send the header "Authorization: Bearer KEY"'
+        return error_response(said, 401, 'invalid_api_key', None, challenge)
+    size = headers.get('content-length', '0')
+    if len(size) > 15 or int(size) > limits.body_bytes:  # the server has checked that it is digits
+        return error_response(
+            f'the body has {size[:20]} bytes: at most {limits.body_bytes:,}; send less at once', 413
+        )
+    return None
 
 # %% ../../nbs/15_cli/19_http_limits.ipynb #ac588538
-def timed_receive(
-    receive: Receive,  # of the server
-    seconds: float,  # for the whole body
-) -> Receive:
-    "Return a function that raises status 408 if a body does not arrive in time"
-    state = dict(complete=False, deadline=0.0)
+class BodyReceiver:
+    "Receives the body of a request, and raises an error if it is too long or too slow"
 
-    async def receive_in_time() -> Message:
-        if state['complete']:
-            return await receive()
-        state['deadline'] = state['deadline'] or time.monotonic() + seconds
+    def __init__(
+        self,
+        receive: Receive,  # of the server
+        limits: Limits,  # of bytes and seconds
+    ):
+        self.receive = receive
+        self.limits = limits
+        self.complete = False  # has the whole body arrived?
+        self.size = 0  # bytes so far
+        self.deadline: float | None = None  # monotonic time, from the first call on
+
+    async def __call__(self) -> Message:
+        "Return the next message of the server"
+        if self.complete:
+            return await self.receive()
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self.limits.receive_seconds
         try:
-            async with asyncio.timeout(state['deadline'] - time.monotonic()):
-                message = await receive()
+            async with asyncio.timeout(self.deadline - time.monotonic()):
+                message = await self.receive()
         except TimeoutError:
-            raise HTTPException(
-                408,
-                f'the body did not arrive within {seconds:g} s; send it faster',
-                {'Connection': 'close'},
-            ) from None
-        state['complete'] = not message.get('more_body', False)
+            seconds = self.limits.receive_seconds
+            said = f'the body did not arrive within {seconds:g} s; send it faster'
+            raise HTTPException(408, said, {'Connection': 'close'}) from None
+        self.size += len(message.get('body', b''))
+        if self.size > self.limits.body_bytes:
+            said = f'the body has more than {self.limits.body_bytes:,} bytes; send less at once'
+            raise HTTPException(413, said, {'Connection': 'close'})
+        self.complete = not message.get('more_body', False)
         return message
-
-    return receive_in_time
 
 
 def timed_send(
@@ -175,9 +189,9 @@ class LimitsMiddleware:
         if refused is not None:
             refused.headers['Connection'] = 'close'  # its body is not read
             return await refused(scope, receive, send)
-        receive = timed_receive(receive, self.limits.receive_seconds)
+        body = BodyReceiver(receive, self.limits)
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, body, send)
         except TimeoutError:
             return  # the client does not read: the server closes the connection
 

@@ -10,7 +10,7 @@ __all__ = ['PAGE_FILES', 'ERRORS', 'Service', 'connection_end', 'unless_gone', '
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from time import time
 from typing import Any
@@ -143,7 +143,10 @@ class Handlers:
                 'model_not_found',
                 404,
             )
-        self.service.thread.check_room(body.choices)
+        try:
+            self.service.thread.check_room(body.choices)
+        except ValueError as e:
+            raise RequestError(str(e), 'n') from None
 
     async def completions(
         self,
@@ -374,7 +377,6 @@ def create_app(
         lifespan=lifespan,
         openapi_url=None,
         redirect_slashes=False,
-        max_body_size=service.body_bytes,
     )
     metrics = ServerMetrics(service.thread)
     handlers = Handlers(service, metrics)
@@ -385,6 +387,7 @@ def create_app(
     for kind in ERRORS:
         app.add_exception_handler(kind, answer_error)
     app.add_exception_handler(Exception, answer_error)
-    app.add_middleware(LimitsMiddleware, limits=service.limits)
+    limits = replace(service.limits, body_bytes=service.body_bytes)
+    app.add_middleware(LimitsMiddleware, limits=limits)
     app.add_middleware(CountingMiddleware, metrics=metrics)
     return app

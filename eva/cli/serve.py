@@ -294,6 +294,8 @@ def _serve(
     "Load, listen, and serve"
     if missing := missing_packages():
         raise ValueError(f'{", ".join(missing)}: not installed; pip install "eva-deepseek[serve]"')
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f'--port {args.port}: must lie in 0..{2**16 - 1}; choose another --port')
     if args.queue < 0 or args.drain < 0:
         raise ValueError(f'--queue {args.queue} --drain {args.drain:g}: must not be negative')
     if args.api_key is not None and not (args.api_key.isascii() and args.api_key.isprintable()):
