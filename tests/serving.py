@@ -47,7 +47,7 @@ def train(folder: Path, steps: int = 60) -> Path:
     for step in range(steps):
         batch = rows[(torch.arange(8) * 7 + step) % len(rows)]
         optimizer.zero_grad()
-        model(batch, labels=batch).backward()
+        model(batch, labels=batch, mtp_weight=0.3).backward()
         optimizer.step()
     model.eval().save_pretrained(folder / 'run', tokenizer=tok)
     return folder / 'run'
