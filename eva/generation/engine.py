@@ -6,7 +6,7 @@
 __all__ = ['MIN_ACCEPTANCE', 'MAX_DRAFTING', 'DRAFTS_TO_JUDGE', 'NOT_FINITE', 'TokenEvent', 'EngineStats', 'tolerate_nonfinite',
            'record_experts', 'choose_tokens', 'token_logprobs', 'check_attention', 'Choice', 'choose', 'Engine']
 
-# %% ../../nbs/08_generation/14_engine.ipynb #15df0ed6
+# %% ../../nbs/08_generation/14_engine.ipynb #762a7e10
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ from ..model.block import TransformerBlock
 from ..model.transformer import DeepSeekV3
 from ..moe.router import Router, Routing
 
-# %% ../../nbs/08_generation/14_engine.ipynb #f1a7f393
+# %% ../../nbs/08_generation/14_engine.ipynb #ba84a6cc
 @dataclass
 class TokenEvent:
     "What one step gave one request"
@@ -68,7 +68,7 @@ class EngineStats:
     kept_pages: int = 0  # that no request uses and that a later one may share
     preempted: int = 0  # times that a request lost its pages and was read again
 
-# %% ../../nbs/08_generation/14_engine.ipynb #da149b3f
+# %% ../../nbs/08_generation/14_engine.ipynb #bd436461
 @contextmanager
 def tolerate_nonfinite(
     routers: Sequence[Router],  # of a model, that refuse numbers that are not finite
@@ -101,7 +101,7 @@ def record_experts(
         for hook in hooks:
             hook.remove()
 
-# %% ../../nbs/08_generation/14_engine.ipynb #7a83619f
+# %% ../../nbs/08_generation/14_engine.ipynb #14753007
 def choose_tokens(
     logits: Tensor,  # finite, of the next token (rows, vocab_size)
     requests: Sequence[Request],  # whose token it is, one for each row
@@ -140,7 +140,7 @@ def token_logprobs(
         result[row] = logprob, list(zip(ids, values))[: counts[row]]
     return result
 
-# %% ../../nbs/08_generation/14_engine.ipynb #a31f1c3f
+# %% ../../nbs/08_generation/14_engine.ipynb #81b4f26a
 def check_attention(
     model: nn.Module,  # to be run over pages
 ):
@@ -150,7 +150,7 @@ def check_attention(
             kind = type(block.self_attn).__name__
             raise ValueError(f'{kind} in a layer: pages hold the latents of MLA; use `generate`')
 
-# %% ../../nbs/08_generation/14_engine.ipynb #3a91974f
+# %% ../../nbs/08_generation/14_engine.ipynb #4e373cdc
 # Where drafts pay on a CPU, as the section on drafts measures for `mini`
 MIN_ACCEPTANCE = 0.7  # share of drafts that are accepted
 MAX_DRAFTING = 16  # requests in the engine up to which a new one drafts
@@ -189,7 +189,7 @@ def choose(
     rows = zip(tokens, sound, about, experts)
     return [Choice(token, fine, *said, chosen) for token, fine, said, chosen in rows]
 
-# %% ../../nbs/08_generation/14_engine.ipynb #17199305
+# %% ../../nbs/08_generation/14_engine.ipynb #5a5ae0e6
 class Engine:
     "Continues many requests at once over one paged cache"
 

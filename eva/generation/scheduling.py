@@ -6,7 +6,7 @@
 __all__ = ['RequestSettings', 'check_count', 'check_ends', 'TextPieces', 'Request', 'check_request', 'Chunk', 'divide',
            'Scheduler']
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #a5aff807
+# %% ../../nbs/08_generation/13_scheduling.ipynb #17653f4a
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from .paged_cache import PagedLatentCache, Span, page_keys
 from .sampling import RowGenerator, SamplingParams
 from .stopping import Decoder, Detokenizer, first_stop, unfinished_stop
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #d710873c
+# %% ../../nbs/08_generation/13_scheduling.ipynb #01e38808
 @dataclass(frozen=True)
 class RequestSettings:
     "How one request wants its text continued, and what ends it"
@@ -45,7 +45,7 @@ class RequestSettings:
         "Temperature and filters, as `eva.generation.sampling` takes them"
         return SamplingParams(self.temperature, self.top_k, self.top_p)
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #14443419
+# %% ../../nbs/08_generation/13_scheduling.ipynb #50fa677b
 def check_count(
     name: str,  # of the setting
     value: object,  # given
@@ -71,7 +71,7 @@ def check_ends(
     if not whole or not all(type(token) is int and token >= 0 for token in eos_token_ids):
         raise ValueError(f'eos_token_ids={eos_token_ids!r}: must be a tuple of token numbers')
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #26ed1a5f
+# %% ../../nbs/08_generation/13_scheduling.ipynb #11e8be3e
 class TextPieces:
     "Turns the tokens of one request into text that is final, up to a stop text"
 
@@ -100,7 +100,7 @@ class TextPieces:
         self.waiting = '' if self.stopped else self.waiting[end:]
         return text
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #e7a81293
+# %% ../../nbs/08_generation/13_scheduling.ipynb #c11eadbb
 @dataclass(eq=False)
 class Request:
     "A prompt to continue, and what has become of it"
@@ -150,7 +150,7 @@ class Request:
         new = self.token_ids[max(0, start - prompt) : max(0, end - prompt)]
         return self.prompt_ids[start:end] + new
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #902d99de
+# %% ../../nbs/08_generation/13_scheduling.ipynb #e597da3a
 def check_request(
     prompt_ids: Sequence[int],  # tokens of the prompt
     settings: RequestSettings,  # how to continue it
@@ -178,7 +178,7 @@ def check_request(
             'shorten the prompt, ask for fewer, or give the engine more pages'
         )
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #7ce60835
+# %% ../../nbs/08_generation/13_scheduling.ipynb #aa7b48f1
 @dataclass(eq=False)
 class Chunk:
     "Tokens of one request that the model reads in a step"
@@ -211,7 +211,7 @@ def divide(
         budget -= shares[i]
     return shares
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #e1d5b561
+# %% ../../nbs/08_generation/13_scheduling.ipynb #44878fa7
 class Scheduler:
     "Chooses the tokens of each step, and gives pages to requests"
 
