@@ -7,7 +7,7 @@ __all__ = ['MAX_GATHERED', 'MIN_PAGES_BUCKET', 'page_keys', 'PagePool', 'page_by
            'AttentionGroup', 'RaggedBatch', 'bucket', 'split_groups', 'make_group', 'make_ragged_batch',
            'paged_attention', 'paged_block', 'paged_states', 'paged_look_ahead']
 
-# %% ../../nbs/08_generation/12_paged_cache.ipynb #55062ce7
+# %% ../../nbs/08_generation/12_paged_cache.ipynb #f7a6b3e9
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from ..model.block import TransformerBlock
 from ..model.mtp import MTPModule
 from ..model.transformer import DeepSeekV3
 
-# %% ../../nbs/08_generation/12_paged_cache.ipynb #5d619777
+# %% ../../nbs/08_generation/12_paged_cache.ipynb #d30b1029
 def page_keys(
     token_ids: Sequence[int],  # of a request
     page_size: int,  # tokens of a page
@@ -40,7 +40,7 @@ def page_keys(
         keys.append(blake2b(before + ids.tobytes(), digest_size=16).digest())
     return keys
 
-# %% ../../nbs/08_generation/12_paged_cache.ipynb #34a43456
+# %% ../../nbs/08_generation/12_paged_cache.ipynb #fdc9265f
 class PagePool:
     "Which pages are free, how many requests hold each, and which can be shared"
 
@@ -123,7 +123,7 @@ class PagePool:
         del self.kept[page], self.page_of[self.key_of.pop(page)]
         self.free.append(page)
 
-# %% ../../nbs/08_generation/12_paged_cache.ipynb #32f785ab
+# %% ../../nbs/08_generation/12_paged_cache.ipynb #153a798f
 def page_bytes(
     cfg: Config,  # of the model
     page_size: int,  # positions of a page
@@ -152,7 +152,7 @@ def pages_in(
         )
     return pages
 
-# %% ../../nbs/08_generation/12_paged_cache.ipynb #a5a97193
+# %% ../../nbs/08_generation/12_paged_cache.ipynb #d23175af
 class PagedLatentCache:
     "Latents and rotated keys of all layers, in pages"
 
@@ -209,7 +209,7 @@ class PagedLatentCache:
         found = stored.index_select(0, tables.flatten())
         return found.view(len(tables), -1, self.rows.shape[-1])
 
-# %% ../../nbs/08_generation/12_paged_cache.ipynb #0601989b
+# %% ../../nbs/08_generation/12_paged_cache.ipynb #0400947d
 MAX_GATHERED = 2**24  # numbers that are copied from pages at once, 64 MB in float32
 MIN_PAGES_BUCKET = 16  # tables of up to so many pages are not told apart
 
@@ -243,7 +243,7 @@ class RaggedBatch:
     groups: list[AttentionGroup]
     ends: list[int]  # behind the last token of each span
 
-# %% ../../nbs/08_generation/12_paged_cache.ipynb #02138e3d
+# %% ../../nbs/08_generation/12_paged_cache.ipynb #271c0971
 def bucket(
     count: int,  # of something
     least: int = 1,  # smallest result
@@ -310,8 +310,8 @@ def make_ragged_batch(
         for p in positions
     ]
     positions = torch.tensor([p for some in places for p in some], device=device)
-    ends = []
-    begins = []
+    ends: list[int] = []
+    begins: list[int] = []
     for span in spans:
         begins.append(ends[-1] if ends else 0)
         ends.append(begins[-1] + len(span.token_ids))
@@ -322,7 +322,7 @@ def make_ragged_batch(
     row = torch.tensor([ids], device=device)
     return RaggedBatch(row, positions[None], torch.tensor(slots, device=device), groups, ends)
 
-# %% ../../nbs/08_generation/12_paged_cache.ipynb #904d174e
+# %% ../../nbs/08_generation/12_paged_cache.ipynb #1c88f705
 def paged_attention(
     attention: MLA,  # of the layer
     h: Tensor,  # hidden states (1, tokens, hidden_size)
@@ -361,7 +361,7 @@ def paged_block(
     h = h + paged_attention(attention, x, rope, batch, cache, block.layer)
     return h + block.mlp(block.post_attention_layernorm(h))
 
-# %% ../../nbs/08_generation/12_paged_cache.ipynb #43c7204c
+# %% ../../nbs/08_generation/12_paged_cache.ipynb #18aaa975
 def paged_states(
     model: DeepSeekV3,  # to run
     batch: RaggedBatch,  # tokens of several requests

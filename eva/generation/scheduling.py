@@ -6,7 +6,7 @@
 __all__ = ['RequestSettings', 'check_count', 'check_ends', 'TextPieces', 'Request', 'check_request', 'Chunk', 'divide',
            'Scheduler']
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #d6a17da5
+# %% ../../nbs/08_generation/13_scheduling.ipynb #17653f4a
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from .paged_cache import PagedLatentCache, Span, page_keys
 from .sampling import RowGenerator, SamplingParams
 from .stopping import Decoder, Detokenizer, first_stop, unfinished_stop
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #f9938643
+# %% ../../nbs/08_generation/13_scheduling.ipynb #01e38808
 @dataclass(frozen=True)
 class RequestSettings:
     "How one request wants its text continued, and what ends it"
@@ -45,7 +45,7 @@ class RequestSettings:
         "Temperature and filters, as `eva.generation.sampling` takes them"
         return SamplingParams(self.temperature, self.top_k, self.top_p)
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #393231c2
+# %% ../../nbs/08_generation/13_scheduling.ipynb #50fa677b
 def check_count(
     name: str,  # of the setting
     value: object,  # given
@@ -71,7 +71,7 @@ def check_ends(
     if not whole or not all(type(token) is int and token >= 0 for token in eos_token_ids):
         raise ValueError(f'eos_token_ids={eos_token_ids!r}: must be a tuple of token numbers')
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #b935e783
+# %% ../../nbs/08_generation/13_scheduling.ipynb #11e8be3e
 class TextPieces:
     "Turns the tokens of one request into text that is final, up to a stop text"
 
@@ -100,7 +100,7 @@ class TextPieces:
         self.waiting = '' if self.stopped else self.waiting[end:]
         return text
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #f3d99dfe
+# %% ../../nbs/08_generation/13_scheduling.ipynb #c11eadbb
 @dataclass(eq=False)
 class Request:
     "A prompt to continue, and what has become of it"
@@ -118,7 +118,10 @@ class Request:
     keys: list[bytes] = field(default_factory=list, repr=False)  # of its full pages
     registered: int = field(default=0, repr=False)  # full pages that others can find
     drafting: bool = field(default=False, repr=False)  # does the MTP module read it too?
+    root: bytes = field(default=b'', repr=False)  # of the keys; tells pages with MTP's latents
     drafts: list[int] = field(default_factory=list, repr=False)  # proposed behind the last token
+    offered: int = field(default=0, repr=False)  # drafts that the model has read
+    accepted: int = field(default=0, repr=False)  # drafts that became tokens
     generator: RowGenerator | None = field(default=None, repr=False)  # its random numbers
     pieces: TextPieces | None = field(default=None, repr=False)  # its text, with a tokenizer
 
@@ -147,7 +150,7 @@ class Request:
         new = self.token_ids[max(0, start - prompt) : max(0, end - prompt)]
         return self.prompt_ids[start:end] + new
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #8f210fe7
+# %% ../../nbs/08_generation/13_scheduling.ipynb #e597da3a
 def check_request(
     prompt_ids: Sequence[int],  # tokens of the prompt
     settings: RequestSettings,  # how to continue it
@@ -175,7 +178,7 @@ def check_request(
             'shorten the prompt, ask for fewer, or give the engine more pages'
         )
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #89925620
+# %% ../../nbs/08_generation/13_scheduling.ipynb #aa7b48f1
 @dataclass(eq=False)
 class Chunk:
     "Tokens of one request that the model reads in a step"
@@ -208,7 +211,7 @@ def divide(
         budget -= shares[i]
     return shares
 
-# %% ../../nbs/08_generation/13_scheduling.ipynb #8a556bae
+# %% ../../nbs/08_generation/13_scheduling.ipynb #44878fa7
 class Scheduler:
     "Chooses the tokens of each step, and gives pages to requests"
 
@@ -276,7 +279,8 @@ class Scheduler:
         request.computed = chunk.start + kept
         size = self.cache.page_size
         full = request.computed // size
-        if not self.share or request.registered == full:
+        latents_missing = bool(request.root) and not request.drafting  # of the MTP module
+        if not self.share or latents_missing or request.registered == full:
             return
         if len(request.keys) < full:
             request.keys = self._keys(request, full * size)
@@ -286,8 +290,8 @@ class Scheduler:
 
     def _keys(self, request, length):
         "Keys of the full pages among the first tokens of a request"
-        root = b'drafting' if request.drafting else b''
-        return page_keys(request.ids(0, length), self.cache.page_size, request.keys, root)
+        size = self.cache.page_size
+        return page_keys(request.ids(0, length), size, request.keys, request.root)
 
     def _missing(self, request, length):
         "Pages that a request lacks for its first `length` tokens"
