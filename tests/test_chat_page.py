@@ -277,9 +277,9 @@ def test_errors_are_shown(browser, folder):
         until(page.page, 'document.title === "run"')
         page.ask('f7')
         assert page.answer().strip()
-        server.service.thread.draining = True
+        server.service.thread.admitted += 1000
         page.ask('f8')
         page.page.wait_for_selector('.turn.failed')
-        assert 'about to end' in page.page.inner_text('#status')
-        server.service.thread.draining = False
+        assert 'queue is full' in page.page.inner_text('#status')
+        server.service.thread.admitted -= 1000
         page.close()
