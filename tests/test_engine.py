@@ -211,7 +211,9 @@ def untold_page_keys(token_ids, page_size, known=(), root=b''):
 def late_mask(spans, begins, positions, page_size):
     "A group whose tokens do not see themselves"
     group = GROUP(spans, begins, positions, page_size)
-    group.mask = group.mask & group.mask.roll(-1, -1)
+    seq = group.index.shape[1]
+    mask = torch.ones(len(group.index), 1, seq, group.length, dtype=torch.bool)
+    group.mask = mask.tril(group.length - seq - 1)
     return group
 
 
@@ -279,14 +281,14 @@ def test_pages_are_cleared_for_their_next_owner():
     model.model['embed_tokens'].weight.data[77] = float('nan')
 
     def run(engine):
-        engine.submit([5, 77, 6, 7], RequestSettings(4))
+        engine.submit([5, 77, *range(9)], RequestSettings(4))
         while engine.busy:
             engine.step()
         assert engine.stats.free_pages == 4
-        request = engine.submit([1, 2], RequestSettings(4))
+        requests = [engine.submit([1] * n, RequestSettings(4)) for n in (2, 9)]  # one group
         while engine.busy:
             engine.step()
-        return request.finish_reason
+        return requests[0].finish_reason
 
     assert run(Engine(model, 4, page_size=16)) == 'length'
     with patch.object(

@@ -203,9 +203,13 @@ class PagedLatentCache:
         self,
         layer: int,  # which layer reads
         tables: Tensor,  # page tables, filled up with 0 (requests, pages)
+        consecutive: bool = False,  # is it one table of pages that lie behind each other?
     ) -> Tensor:  # (requests, pages · page_size, kv_lora_rank + qk_rope_head_dim)
-        "Copy the pages of some requests behind each other"
+        "Copy the pages of some requests behind each other, where they do not lie so"
         stored = self.rows[layer].flatten(1)
+        if consecutive:
+            first = int(tables[0, 0])
+            return stored[first : first + tables.shape[1]].view(1, -1, self.rows.shape[-1])
         found = stored.index_select(0, tables.flatten())
         return found.view(len(tables), -1, self.rows.shape[-1])
 
@@ -230,7 +234,9 @@ class AttentionGroup:
     index: Tensor  # of their tokens in the batch, the last one repeated (requests, seq)
     real: Tensor | None  # False for repeated ones (requests · seq,); None: all are real
     tables: Tensor  # page tables, filled up with 0 (requests, pages)
-    mask: Tensor  # True where a token may look (requests, 1, seq, pages · page_size)
+    length: int  # positions that the longest request has by now
+    mask: Tensor | None  # True where a token may look (requests, 1, seq, length); None: causal
+    consecutive: bool  # is there only one table, of pages that lie behind each other?
 
 
 @dataclass(eq=False)
@@ -282,17 +288,21 @@ def make_group(
     seq = max(sizes)
     pages = max(used)
     last = [[n - 1] * (seq - n) for n in sizes]
-    index = torch.tensor(
-        [[b + i for i in (*range(n), *more)] for b, n, more in zip(begins, sizes, last)]
-    )
-    tables = torch.tensor([[*span.pages[:n], *([0] * (pages - n))] for span, n in zip(spans, used)])
-    index = index.to(positions.device)
+    places = [[b + i for i in (*range(n), *more)] for b, n, more in zip(begins, sizes, last)]
+    index = torch.tensor(places, device=positions.device)
+    filled = [[*span.pages[:n], *([0] * (pages - n))] for span, n in zip(spans, used)]
     real = None
     if min(sizes) < seq:
         real = (torch.arange(seq) < torch.tensor(sizes)[:, None]).flatten().to(positions.device)
-    slots = torch.arange(pages * page_size, device=positions.device)
-    mask = (slots <= positions[index][..., None])[:, None]
-    return AttentionGroup(index, real, tables.to(positions.device), mask)
+    length = max(span.start + n for span, n in zip(spans, sizes))
+    mask = None
+    if len({(span.start, n) for span, n in zip(spans, sizes)}) > 1:
+        slots = torch.arange(length, device=positions.device)
+        mask = (slots <= positions[index][..., None])[:, None]
+    first = spans[0].pages[0]
+    consecutive = len(spans) == 1 and list(spans[0].pages[:pages]) == [*range(first, first + pages)]
+    tables = torch.tensor(filled, device=positions.device)
+    return AttentionGroup(index, real, tables, length, mask, consecutive)
 
 
 def make_ragged_batch(
@@ -337,7 +347,7 @@ def paged_attention(
     cache.write(layer, batch.slots, attention.latents(h, rope)[0])
     mixed = h.new_empty(len(q_C), cfg.num_attention_heads * cfg.v_head_dim)
     for group in batch.groups:
-        rows = cache.gather(layer, group.tables).to(h.dtype)
+        rows = cache.gather(layer, group.tables, group.consecutive)[:, : group.length].to(h.dtype)
         absorb = use_absorbed(cfg, group.index.shape[1], rows.shape[1])
         attend = attention.absorbed if absorb else attention.expanded
         out = attend(q_C[group.index], q_R[group.index], rows, group.mask).flatten(2).flatten(0, 1)

@@ -91,6 +91,8 @@ class TextPieces:
         last: bool = False,  # does no other follow?
     ) -> str:  # what they make final
         "Add tokens, and return the text that no later token can take back"
+        if self.stopped:
+            return ''
         self.waiting += self.detokenizer.push(token_ids, last)
         end = first_stop(self.waiting, self.stop)
         self.stopped = end is not None
