@@ -66,11 +66,12 @@ setup(
         *(f'Programming Language :: Python :: {v}' for v in ('3.11', '3.12', '3.13')),
     ],
     packages=find_packages(include=[package, f'{package}.*']),
-    package_data={package: ['py.typed', 'results/*.json']},
+    package_data={package: ['py.typed', 'results/*.json', 'web/*']},
     python_requires=f'>={cfg["min_python"]}',
     install_requires=requirements(),
     extras_require={
-        extra: requirements(extra) for extra in ('course', 'data', 'gguf', 'te', 'docs', 'dev')
+        extra: requirements(extra)
+        for extra in ('course', 'serve', 'gguf', 'data', 'te', 'docs', 'dev')
     },
     zip_safe=False,
     entry_points={

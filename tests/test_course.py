@@ -18,6 +18,7 @@ from eva.cli.bench import bench_parser
 from eva.cli.convert import convert_parser
 from eva.cli.generate import generate_parser
 from eva.cli.plan import plan_parser
+from eva.cli.serve import serve_parser
 from eva.cli.train_arguments import train_parser
 
 nbs = Path(__file__).parents[1] / 'nbs'
@@ -440,6 +441,7 @@ PARSERS = dict(
     convert=convert_parser,
     bench=bench_parser,
     plan=plan_parser,
+    serve=serve_parser,
 )
 TORCHRUN = {'--standalone', '--nproc-per-node', '--max-restarts', '--no-python'}
 

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = 'eva-deepseek'
-COMMANDS = ('eva_train', 'eva_generate', 'eva_convert', 'eva_bench', 'eva_plan')
+COMMANDS = ('eva_train', 'eva_generate', 'eva_convert', 'eva_bench', 'eva_plan', 'eva_serve')
 # One compares with transformers, one writes files of weights, one reads the results inside the
 # package.
 CHAPTERS = ('02_attention/01_rope', '09_checkpoints/03_files', '14_findings/04_when')
@@ -139,7 +139,8 @@ def check_contents(python: Path, away: Path) -> None:
     code = """
 import eva, importlib.util, json
 from importlib.resources import files
-names = ('py.typed', 'results/bench_cpu.json', 'results/claims.json')
+names = ('py.typed', 'web/chat.html', 'web/chat.css', 'web/chat.js',
+         'results/bench_cpu.json', 'results/claims.json')
 print(json.dumps([eva.__file__, importlib.util.find_spec('nbdev') is None,
                   [n for n in names if not (files('eva')/n).is_file()]]))
 """

@@ -14,6 +14,7 @@ COMMANDS = dict(
     eva_convert=('eva.cli.convert', 'convert_parser'),
     eva_bench=('eva.cli.bench', 'bench_parser'),
     eva_plan=('eva.cli.plan', 'plan_parser'),
+    eva_serve=('eva.cli.serve', 'serve_parser'),
 )  # command -> module and function of its parser
 EXAMPLE_LINES = 14  # an example is a shown cell of at most so many lines
 

@@ -143,10 +143,17 @@ def _speak(
     how = SamplingParams(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
     )  # invalid values raise an error before anything is loaded
-    from eva.generation.chat import ChatSession, chat_loop
+    from eva.generation.chat import ChatSession, EngineChatSession, chat_loop, suits_engine
 
-    speaker = ChatSession(
-        args.dir, how, args.speculate, args.seed, tuple(args.stop), device_of(args), args.plain
+    kind = EngineChatSession if suits_engine(how, args.speculate) else ChatSession
+    speaker = kind(
+        args.dir,
+        how,
+        speculate=args.speculate,
+        seed=args.seed,
+        stop_strings=tuple(args.stop),
+        device=device_of(args),
+        plain=args.plain,
     )
     terminal = sys.stdin is not None and sys.stdin.isatty()
     if args.prompt is None and terminal:
