@@ -477,7 +477,7 @@ def test_memory_is_that_of_a_few_matrices(quant, large, tmp_path):
 
 
 def test_killed_at_any_moment(large, tmp_path):
-    assert convert(large, tmp_path / 'whole.gguf', 'f32').wait(timeout=300) == 0
+    assert convert(large, tmp_path / 'whole.gguf', 'q8_0').wait(timeout=300) == 0
     draw = random.Random(0)
     target = tmp_path / 'a.gguf'
     record = tmp_path / 'a.gguf.partial' / 'progress.json'
@@ -487,7 +487,7 @@ def test_killed_at_any_moment(large, tmp_path):
 
     recorded = [0]
     for _ in range(3):
-        process = convert(large, target, 'f32')
+        process = convert(large, target, 'q8_0')
         while process.poll() is None and units() == recorded[-1]:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.1))  # it is writing the next matrices now
@@ -498,7 +498,7 @@ def test_killed_at_any_moment(large, tmp_path):
         recorded.append(units())
     assert len(recorded) > 2 and recorded == sorted(set(recorded)), recorded
     if not target.exists():
-        assert convert(large, target, 'f32').wait(timeout=300) == 0
+        assert convert(large, target, 'q8_0').wait(timeout=300) == 0
     assert target.read_bytes() == (tmp_path / 'whole.gguf').read_bytes()
     left = sorted(path.name for path in tmp_path.iterdir() if path.name[0] != '.')
     assert left == ['a.gguf', 'whole.gguf']
