@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def server(folder, browser):
-    with Running(folder, '--speculate', '1') as running:
+    with Running(folder, '--speculate') as running:
         yield running
 
 

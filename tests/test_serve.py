@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,8 @@ from eva.checkpoints.tokenizers import load_tokenizer
 from eva.cli import http_limits, serve
 from eva.cli.openai_requests import ModelLimits
 from eva.cli.serve import byte_size, eva_serve
+from eva.generation.paged_cache import page_bytes
+from eva.model.transformer import DeepSeekV3
 
 
 @pytest.fixture(scope='module')
@@ -305,6 +308,16 @@ def test_health_and_metrics(client, running):
     assert 'some/path' not in get(running, '/metrics')[2].decode()
 
 
+def test_a_cache_smaller_than_the_context(folder):
+    "The context is what the pages hold, also for a chat without a limit"
+    with Running(folder, '--pages', 4) as server:
+        asked = dict(model='run', messages=[dict(role='user', content='f7')], temperature=0)
+        status, _, answer = post(server, '/v1/chat/completions', asked)
+        assert status == 200 and answer['usage']['total_tokens'] <= 64
+        status, _, answer = post(server, '/v1/completions', body(max_tokens=64))
+        assert status == 400 and 'at most 64 together' in answer['error']['message']
+
+
 # Faults: wrong requests
 
 WRONG = [
@@ -422,8 +435,6 @@ def test_chat_faults(running):
 
 
 def test_no_template_no_chat(folder, tmp_path):
-    import shutil
-
     plain = tmp_path / 'plain'
     shutil.copytree(folder, plain)
     about = json.loads((plain / 'tokenizer_config.json').read_text())
@@ -813,14 +824,18 @@ def test_arguments(folder, tmp_path, capsys, monkeypatch):
             code = e.code
         return code, capsys.readouterr().err
 
+    without_mtp = tmp_path / 'without'
+    shutil.copytree(folder, without_mtp)
+    small = load_pretrained(folder).cfg.replace(num_nextn_predict_layers=0)
+    DeepSeekV3(small).save_pretrained(without_mtp)
     for argv, said in [
         (('nowhere',), 'nowhere: no such folder'),
         ((tmp_path,), 'no tokenizer.json'),
-        ((folder, '--cache_memory', '1'), 'one page takes'),
+        ((folder, '--cache_memory', '1'), 'two pages take'),
         ((folder, '--cache_memory', 'much'), 'is no size'),
         ((folder, '--pages', 0), 'above zero'),
         ((folder, '--queue', -1), 'negative'),
-        ((folder, '--speculate', 9), 'MTP modules'),
+        ((without_mtp, '--speculate'), 'no MTP module'),
         ((folder, '--api_key', 'ключ'), 'printable ASCII'),
         ((folder, '--pages', 5, '--cache_memory', '1GB'), 'not allowed with'),
         ((folder, '--host', 'no.such.host.invalid'), 'choose another'),
@@ -857,7 +872,7 @@ def resident():
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads Linux /proc')
-def test_a_thousand_requests_stay_within_the_memory(folder):
+def test_a_thousand_requests_stay_within_the_memory(folder, model):
     "The cache has the pages it was given, and the process does not grow by more than a little"
     with Running(folder, '--pages', 64, '--max_running', 8, '--queue', 2000) as server:
 
@@ -876,4 +891,5 @@ def test_a_thousand_requests_stay_within_the_memory(folder):
         done = asyncio.run(ask(1000))
         assert len(done) == 1000 and server.idle()
         assert server.engine.stats.pages == 64
+        assert server.engine.cache.nbytes == 65 * page_bytes(model.cfg, 16, torch.float32)
         assert resident() - before < 150 * 2**20, 'grows with requests'

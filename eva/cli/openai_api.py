@@ -358,7 +358,7 @@ def add_state(
 
     app.add_api_route('/health', health, methods=['GET'])
     app.add_api_route('/v1/models', models, methods=['GET'])
-    app.add_api_route('/v1/models/{name}', model, methods=['GET'])
+    app.add_api_route('/v1/models/{name:path}', model, methods=['GET'])
     app.add_api_route('/metrics', show_metrics, methods=['GET'])
 
 
