@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -210,8 +211,7 @@ class PagedLatentCache:
         if consecutive:
             first = int(tables[0, 0])
             return stored[first : first + tables.shape[1]].view(1, -1, self.rows.shape[-1])
-        found = stored.index_select(0, tables.flatten())
-        return found.view(len(tables), -1, self.rows.shape[-1])
+        return stored.index_select(0, tables.flatten()).view(len(tables), -1, self.rows.shape[-1])
 
 # %% ../../nbs/08_generation/12_paged_cache.ipynb #0400947d
 MAX_GATHERED = 2**24  # numbers that are copied from pages at once, 64 MB in float32
@@ -312,7 +312,7 @@ def make_ragged_batch(
     "Put the new tokens of several requests into one row"
     size = cache.page_size
     device = cache.rows.device
-    ids = [token for span in spans for token in span.token_ids]
+    ids = torch.tensor([[t for span in spans for t in span.token_ids]], device=device)
     places = [range(span.start, span.start + len(span.token_ids)) for span in spans]
     slots = [
         span.pages[p // size] * size + p % size
@@ -320,17 +320,13 @@ def make_ragged_batch(
         for p in positions
     ]
     positions = torch.tensor([p for some in places for p in some], device=device)
-    ends: list[int] = []
-    begins: list[int] = []
-    for span in spans:
-        begins.append(ends[-1] if ends else 0)
-        ends.append(begins[-1] + len(span.token_ids))
+    ends = list(accumulate(len(span.token_ids) for span in spans))
+    begins = [0, *ends]
     groups = [
         make_group([spans[i] for i in some], [begins[i] for i in some], positions, size)
         for some in split_groups(spans, cache.rows.shape[-1], size)
     ]
-    row = torch.tensor([ids], device=device)
-    return RaggedBatch(row, positions[None], torch.tensor(slots, device=device), groups, ends)
+    return RaggedBatch(ids, positions[None], torch.tensor(slots, device=device), groups, ends)
 
 # %% ../../nbs/08_generation/12_paged_cache.ipynb #1c88f705
 def paged_attention(
@@ -346,12 +342,17 @@ def paged_attention(
     q_C, q_R = (q[0] for q in attention.queries(h, rope))
     cache.write(layer, batch.slots, attention.latents(h, rope)[0])
     mixed = h.new_empty(len(q_C), cfg.num_attention_heads * cfg.v_head_dim)
+    whole = len(batch.groups) == 1 and batch.groups[0].real is None  # all tokens, in order
     for group in batch.groups:
         rows = cache.gather(layer, group.tables, group.consecutive)[:, : group.length].to(h.dtype)
         absorb = use_absorbed(cfg, group.index.shape[1], rows.shape[1])
         attend = attention.absorbed if absorb else attention.expanded
-        out = attend(q_C[group.index], q_R[group.index], rows, group.mask).flatten(2).flatten(0, 1)
-        index = group.index.flatten()
+        at = group.index
+        content, rotated = (q.unflatten(0, at.shape) if whole else q[at] for q in (q_C, q_R))
+        out = attend(content, rotated, rows, group.mask).flatten(2).flatten(0, 1)
+        if whole:
+            return attention.o_proj(out[None])
+        index = at.flatten()
         if group.real is not None:
             out, index = out[group.real], index[group.real]
         mixed.index_copy_(0, index, out.to(mixed.dtype))

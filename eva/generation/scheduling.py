@@ -306,7 +306,9 @@ class Scheduler:
             self._preempt(last)
             if last is request:
                 return
-        request.pages += self.cache.allocate(max(0, self._missing(request, request.length)))
+        missing = self._missing(request, request.length)
+        if missing > 0:
+            request.pages += self.cache.allocate(missing)
 
     def _decode(self, request, spare):
         "Read the last token, and drafts where there are tokens and pages for them"
