@@ -118,7 +118,7 @@ async def run_clients(
     load = Load(name, clients)
     waiting = list(texts)
     async with openai.AsyncOpenAI(
-        base_url=address + '/v1', api_key='none', max_retries=0, timeout=1200
+        base_url=address + '/v1', api_key='none', max_retries=2, timeout=1200
     ) as client:
 
         async def ask_on() -> None:
