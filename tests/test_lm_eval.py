@@ -74,7 +74,7 @@ def own_bits_per_byte(folder, model, tokenizer):
 
 @torch.no_grad()
 def log_likelihoods(model, tokenizer):
-    "Log-likelihood of each answer by Eva, after the start token and the question"
+    "Log-likelihood of each answer by Eva, after the start token and the question; is it greedy?"
     found = []
     for o in QUESTIONS:
         row = []
@@ -83,8 +83,9 @@ def log_likelihoods(model, tokenizer):
             ids = tokenizer.encode(o['question'] + choice, add_special_tokens=False).ids
             tokens = torch.tensor([[model.cfg.bos_token_id, *ids]])
             log_probs = model(tokens[:, :-1])[0].log_softmax(-1)
-            scored = log_probs.gather(-1, tokens[0, 1:, None])[start:]
-            row.append(scored.sum().item())
+            scored = log_probs.gather(-1, tokens[0, 1:, None])[start:, 0]
+            likeliest = scored == log_probs.max(-1).values[start:]
+            row.append((scored.sum().item(), likeliest.all().item()))
         found.append(row)
     return found
 
@@ -97,7 +98,7 @@ class Trained:
     model: DeepSeekV3
     tokenizer: Tokenizer
     bits: float  # per byte, by Eva
-    scores: list[list[float]]  # log-likelihoods of answers, by Eva
+    answers: list[list[tuple[float, bool]]]  # log-likelihoods, and are they greedy? by Eva
 
     def measure(self, runs):
         "What lm_eval finds, in a process of its own, for some calls"
@@ -116,9 +117,10 @@ class Trained:
         "Compare the results of both tasks with those of Eva"
         assert abs(text['results']['bits_per_byte,none'] - self.bits) < 1e-4
         assert abs(math.log2(text['results']['byte_perplexity,none']) - self.bits) < 1e-4
-        likely = [[score for score, _ in row] for row in choice['answers']]
-        assert_close(torch.tensor(likely), torch.tensor(self.scores), atol=1e-4, rtol=1e-4)
-        best = [max(range(4), key=row.__getitem__) for row in self.scores]
+        likely, own = torch.tensor(choice['answers']), torch.tensor(self.answers)
+        assert_close(likely[..., 0], own[..., 0], atol=1e-4, rtol=1e-4)
+        assert likely[..., 1].equal(own[..., 1])
+        best = own[..., 0].argmax(-1).tolist()
         right = [place == o['answer'] for place, o in zip(best, QUESTIONS)]
         assert choice['results']['acc,none'] == pytest.approx(sum(right) / len(right))
 
@@ -191,10 +193,13 @@ def test_lm_eval_gives_the_same_figures_from_a_server(trained):
             *tasks_of('local-completions', shared),
             *tasks_of('local-completions', together, batch_size=4),
         ]
-        found = trained.measure(runs)
+        shorter = tasks_of('local-completions', shared | dict(max_length=WINDOW + 1))
+        found = trained.measure([*runs, shorter[0]])
         assert server.idle()
     trained.check(*found[:2])
-    trained.check(*found[2:])
+    trained.check(*found[2:4])
+    # A window that is one token shorter would be seen.
+    assert abs(found[4]['results']['bits_per_byte,none'] - trained.bits) > 1e-3
 
 
 def test_the_guide_shows_the_tasks_that_are_tested():
