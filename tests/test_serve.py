@@ -426,7 +426,8 @@ def test_other_types_methods_and_paths(running):
     # what a browser sends to another origin without asking it first
     for kind in ('text/plain', 'application/x-www-form-urlencoded', 'multipart/form-data'):
         status, _, answer = post(running, '/v1/completions', data, {'Content-Type': kind}, raw=True)
-        assert 400 <= status < 500 and answer['error']['message'], answer
+        assert 400 <= status < 500, answer
+        assert 'send Content-Type: application/json' in answer['error']['message']
     for path in ('/v1/completions', '/v1/embeddings', '/docs', '/openapi.json', '/v1'):
         status, _, said = get(running, path)
         assert status in (404, 405) and json.loads(said)['error']['message'], path
@@ -851,7 +852,7 @@ def test_arguments(folder, tmp_path, capsys, monkeypatch):
         ((folder, '--cache_memory', 'much'), 'is no size'),
         ((folder, '--pages', 0), 'above zero'),
         ((folder, '--queue', -1), 'negative'),
-        ((folder, '--speculate', 9), 'MTP modules'),
+        ((folder, '--speculate', 9), 'MTP modules; give at most'),
         ((folder, '--api_key', 'ключ'), 'printable ASCII'),
         ((folder, '--pages', 5, '--cache_memory', '1GB'), 'not allowed with'),
         ((folder, '--host', 'no.such.host.invalid'), 'choose another'),

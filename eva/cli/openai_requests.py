@@ -217,6 +217,8 @@ def first_error(
         return RequestError(f'{place or "body"}: is missing; send it', place or None)
     if found['type'] == 'extra_forbidden':
         return RequestError(f'{place}: is no field of this request; leave it out', place)
+    if isinstance(found.get('input'), bytes):  # FastAPI reads JSON only where the header says so
+        return RequestError('body: is not called JSON; send Content-Type: application/json')
     given = ascii(found.get('input'))[:80]
     return RequestError(f'{place or "body"}={given}: {said}', place or None)
 

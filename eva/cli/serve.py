@@ -190,7 +190,8 @@ def load_service(
     model = load_pretrained(args.dir, dtypes.get(args.dtype), device_of(args))
     if args.speculate > len(model.mtp):
         raise ValueError(
-            f'--speculate {args.speculate}: {args.dir} has {len(model.mtp)} MTP modules'
+            f'--speculate {args.speculate}: {args.dir} has {len(model.mtp)} MTP modules; '
+            'give at most so many'
         )
     encoder = PromptEncoder(args.dir, model.cfg)
     engine = Engine(
