@@ -115,7 +115,10 @@ def _convert(
         return
     from eva.checkpoints.conversion import convert_checkpoint
 
-    more = dict(no_mtp=args.no_mtp, max_shard_size=args.max_shard_size)
+    size = args.max_shard_size
+    if size is not None and size.isascii() and size.isdigit():
+        size = int(size)  # bytes
+    more = dict(no_mtp=args.no_mtp, max_shard_size=size)
     convert_checkpoint(args.src, args.dst, args.to, args.pow2, progress, remark, **more)
 
 # %% ../../nbs/15_cli/11_convert.ipynb #484e1289

@@ -208,7 +208,7 @@ class Answer:
     def first_chunks(self) -> list[dict[str, Any]]:
         "Return the chunks that a stream begins with: the prompts, if they are echoed"
         return [
-            self.chunk(index, self.piece(choice.echo), choice.echo_scored)
+            self.chunk(index, self.piece(choice.echo), choice.echo_scored, choice.finish_reason)
             for index, choice in enumerate(self.choices)
             if choice.echo or choice.echo_scored
         ]

@@ -181,16 +181,16 @@ class Handlers:
         body: CompletionRequest | ChatRequest,  # of a client
         prompts: list[list[int]],  # tokens of each prompt
     ) -> list:
-        "Return the settings of each text, or refuse prompts that are too long"
+        "Return the settings of each text that gets new tokens, or refuse prompts that are too long"
         limits = self.service.model_limits
+        asked = [token_limit(body, len(ids), limits) for ids in prompts]
         try:
             return [
-                engine_settings(body, token_limit(body, len(ids), limits), limits, choice)
-                for ids in prompts
+                engine_settings(body, new, limits, choice)
+                for new in asked
                 for choice in range(body.choices)
+                if new
             ]
-        except RequestError:
-            raise
         except ValueError as e:  # of the engine's own checks
             raise RequestError(str(e)) from None
 
@@ -215,6 +215,7 @@ class Handlers:
             for choice in answer.choices[place * body.choices : (place + 1) * body.choices]:
                 choice.echo = text
                 choice.echo_scored = scored
+                choice.finish_reason = 'length' if body.max_tokens == 0 else None
 
     async def answer(
         self,
@@ -224,7 +225,8 @@ class Handlers:
         settings: list,  # of each text
     ) -> Response:
         "Submit the texts, and return the response"
-        repeated = [ids for ids in prompts for _ in range(answer.body.choices)]
+        choices = answer.body.choices if settings else 0  # no new token may be asked for
+        repeated = [ids for ids in prompts for _ in range(choices)]
         try:
             group = await self.service.thread.submit(repeated, settings)
         except ValueError as e:
