@@ -26,7 +26,7 @@ from eva.checkpoints.files import (
     quantize_blocks,
     weight_block_size,
 )
-from .model_files import files_beside_weights
+from .model_files import converted_card, files_beside_weights
 from .pretrained import stored_dtype
 from .safetensors import parse_size, split_shards, write_safetensors
 from .tokenizers import MAX_TOKENIZER_BYTES
@@ -265,6 +265,18 @@ def _begin(part, about, dst, job):
         job_file.write_text(about)
 
 
+def _describe(job: _Conversion, part: Path, name: str, config: dict):
+    "Let a model card that Eva wrote describe the converted model"
+    card = part / 'README.md'
+    if not card.exists():
+        return
+    text = card.read_text(encoding='utf-8', errors='replace')
+    described = converted_card(text, config, job.config(config), name)
+    if described != text:
+        with job.manifest.write(card.name) as t:
+            t.write_text(described, encoding='utf-8')
+
+
 def _finish(job: _Conversion, part: Path, dst: Path, src: Path, others: list[Path], config: dict):
     "Write the files beside the weights, and rename the folder"
     manifest = job.manifest
@@ -278,6 +290,7 @@ def _finish(job: _Conversion, part: Path, dst: Path, src: Path, others: list[Pat
             open(t, 'wb') as copy,
         ):
             shutil.copyfileobj(source, copy)
+    _describe(job, part, dst.name, config)
     with manifest.write('config.json') as t:
         t.write_text(json.dumps(job.config(config), indent=2) + '\n', encoding='utf-8')
     os.replace(part, dst)

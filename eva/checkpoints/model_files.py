@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'COPIED_FILES', 'REPLACED_FILES', 'special_tokens', 'tokenizer_config', 'save_tokenizer',
-           'default_generation_config', 'save_generation_config', 'model_card', 'save_model_card',
+           'default_generation_config', 'save_generation_config', 'model_card', 'converted_card', 'save_model_card',
            'save_config_and_tokenizer', 'files_beside_weights']
 
 # %% ../../nbs/09_checkpoints/09_model_files.ipynb #7de16191
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,22 @@ def model_card(
         training=training,
         others=others,
     )
+
+
+def converted_card(
+    text: str,  # README.md of the source
+    source: dict[str, Any],  # config.json of the source
+    converted: dict[str, Any],  # config.json of the converted folder
+    name: str,  # of the converted folder
+) -> str:  # the same text if it is not as Eva wrote it
+    "Return the card of a converted folder, with the training table of the source"
+    heading = re.search(r'^# (.+)$', text, flags=re.M)
+    if heading is None or '\n- eva\n' not in text:
+        return text
+    rows = dict(re.findall(r'^\| ([^|\n]+) \| ([^\n]*) \|$', text, flags=re.M))
+    if text != model_card(Config.from_dict(source), heading[1], rows):
+        return text
+    return model_card(Config.from_dict(converted), name, rows)
 
 
 def save_model_card(
