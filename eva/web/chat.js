@@ -155,6 +155,7 @@ function showToken(span) {
   $('likely').replaceChildren();
   const rows = token ? token.top.slice() : [];
   if (token && !rows.some(([name]) => name === token.name)) rows.push([token.name, token.logprob]);
+  rows.sort((a, b) => b[1] - a[1]); // an object's keys that are numbers come first, whatever their place
   for (const [name, logprob] of rows) {
     const row = element('tr', token && name === token.name ? 'chosen' : '');
     row.append(element('td', '', visible(name)), element('td', '', percent(logprob)));
