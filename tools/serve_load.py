@@ -1,12 +1,13 @@
 """Measure `eva_serve` under load with OpenAI's client, and llama.cpp's server beside it
 
-`python tools/serve_load.py DIR [--gguf FILE] [--out TABLE.md]`: DIR is a folder of `eva_train`,
-FILE the same weights as GGUF. Each server runs in a process of its own with the same number of
-threads; both get the same prompts, one server after the other at each number of clients.
+`python tools/serve_load.py DIR [--gguf FILE] [--out FIGURES.json]`: DIR is a folder of `eva_train`,
+FILE the same weights as GGUF. Each server runs in a process of its own, with each number of
+threads; all get the same prompts, one server after the other at each number of clients.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import re
 import statistics
@@ -16,9 +17,12 @@ import sysconfig
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import openai
+
+from eva.benchmarks.harness import machine
 
 LLAMA_SERVER = """
 import sys, threading, xllamacpp
@@ -44,6 +48,7 @@ class Load:
     "What one run of clients measured"
 
     server: str  # its name
+    threads: int  # of the server
     clients: int  # that ask at once
     requests: int = 0  # answered
     tokens: int = 0  # generated
@@ -55,6 +60,7 @@ class Load:
         "The figures of the table"
         return dict(
             server=self.server,
+            threads=self.threads,
             clients=self.clients,
             requests=self.requests,
             tokens=self.tokens,
@@ -111,11 +117,8 @@ async def one_request(
     load.requests += 1
 
 
-async def run_clients(
-    name: str, address: str, model: str, texts: list[str], clients: int, new: int
-) -> Load:
+async def run_clients(load: Load, address: str, model: str, texts: list[str], new: int) -> None:
     "Let so many clients ask until all prompts are answered"
-    load = Load(name, clients)
     waiting = list(texts)
     async with openai.AsyncOpenAI(
         base_url=address + '/v1', api_key='none', max_retries=2, timeout=1200
@@ -125,11 +128,11 @@ async def run_clients(
             while waiting:
                 await one_request(client, model, waiting.pop(), new, load)
 
-        await one_request(client, model, 'import', 2, Load(name, 1))  # opens what opens once
+        # Opens what is opened once.
+        await one_request(client, model, 'import', 2, Load(load.server, load.threads, 1))
         start = time.perf_counter()
-        await asyncio.gather(*(ask_on() for _ in range(clients)))
+        await asyncio.gather(*(ask_on() for _ in range(load.clients)))
         load.seconds = time.perf_counter() - start
-    return load
 
 
 @contextmanager
@@ -148,14 +151,14 @@ def process(command: list[str]):
         server.wait(60)
 
 
-def eva_command(args: argparse.Namespace, most: int) -> list[str]:
+def eva_command(args: argparse.Namespace, most: int, threads: int) -> list[str]:
     "Command that starts eva_serve"
     program = str(Path(sys.executable).with_name('eva_serve'))
-    sizes = ['--max_running', str(most), '--queue', str(most), '--threads', str(args.threads)]
+    sizes = ['--max_running', str(most), '--queue', str(most), '--threads', str(threads)]
     return [program, str(args.dir), '--port', '0', '--name', 'model', *sizes, *args.serve]
 
 
-def llama_command(args: argparse.Namespace, most: int) -> list[str]:
+def llama_command(args: argparse.Namespace, most: int, threads: int) -> list[str]:
     "Command that starts llama.cpp's server"
     context = json.loads((args.dir / 'config.json').read_text())['max_position_embeddings']
     context = min(context, args.characters + args.new + 16)
@@ -166,7 +169,7 @@ def llama_command(args: argparse.Namespace, most: int) -> list[str]:
         str(args.gguf),
         str(most),
         str(context),
-        str(args.threads),
+        str(threads),
     ]
 
 
@@ -174,6 +177,7 @@ def table(rows: list[dict]) -> str:
     "The figures as a table"
     head = (
         'server',
+        'threads',
         'clients',
         'requests',
         'tokens',
@@ -188,6 +192,18 @@ def table(rows: list[dict]) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def measured(args: argparse.Namespace, rows: list[dict]) -> dict:
+    "The figures with what they were measured on and with"
+    packages = ('torch', 'xllamacpp', 'openai')
+    return dict(
+        machine=machine('cpu'),
+        versions={name: metadata.version(name) for name in packages},
+        new_tokens=args.new,
+        prompt_characters=args.characters,
+        rows=rows,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('dir', type=Path, help='a folder of eva_train')
@@ -198,26 +214,24 @@ def main() -> None:
     )
     parser.add_argument('--new', type=int, default=64, help='tokens of an answer')
     parser.add_argument('--characters', type=int, default=400, help='of a prompt')
-    parser.add_argument('--threads', type=int, default=1, help='of each server')
+    parser.add_argument('--threads', type=int, nargs='+', default=[1, 2], help='of each server')
     parser.add_argument('--serve', nargs=argparse.REMAINDER, default=[], help='for eva_serve')
-    parser.add_argument('--out', type=Path, help='file for the table; figures beside it as JSON')
+    parser.add_argument('--out', type=Path, help='file for the figures, JSON')
     args = parser.parse_args()
     most = max(args.clients)
-    commands = dict(eva_serve=eva_command(args, most))
-    if args.gguf:
-        commands['llama.cpp'] = llama_command(args, most)
+    kinds = {'eva_serve': eva_command} | ({'llama.cpp': llama_command} if args.gguf else {})
     rows = []
     for clients in args.clients:
         texts = prompts(max(8, args.requests * clients), args.characters)
-        for name, command in commands.items():
-            with process(command) as address:
-                load = asyncio.run(run_clients(name, address, 'model', texts, clients, args.new))
+        for threads, name in itertools.product(args.threads, kinds):
+            load = Load(name, threads, clients)
+            with process(kinds[name](args, most, threads)) as address:
+                asyncio.run(run_clients(load, address, 'model', texts, args.new))
             rows.append(load.row())
             print(rows[-1], flush=True)
     print(table(rows))
     if args.out:
-        args.out.write_text(table(rows), encoding='utf-8')
-        args.out.with_suffix('.json').write_text(json.dumps(rows, indent=1), encoding='utf-8')
+        args.out.write_text(json.dumps(measured(args, rows), indent=1) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -123,7 +123,12 @@ def _add_computing(
         choices=('fp32', 'bf16', 'fp16'),
         help='of weights and cache (default: as the folder stores them)',
     )
-    p.add_argument('--threads', type=count, help='of the processor (default: as PyTorch chooses)')
+    p.add_argument(
+        '--threads',
+        type=count,
+        help='of the processor (default: one less than there are cores, and at least one: '
+        'a core is left to answer)',
+    )
     p.add_argument(
         '--speculate',
         action='store_true',
@@ -172,8 +177,8 @@ def load_service(
     from eva.generation.chat import tokenizer_file
     from eva.generation.engine import Engine
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    # With as many threads as cores they wait for each other and for what answers the clients.
+    torch.set_num_threads(args.threads or max(1, torch.get_num_threads() - 1))
     tokenizer_file(args.dir)  # raises an error before the weights are read
     dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
     model = load_pretrained(args.dir, dtypes.get(args.dtype), device_of(args))
