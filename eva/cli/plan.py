@@ -12,7 +12,6 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from ..checkpoints.portable import portable_report
 from ..config import Config
 from ..fileio.manifest import Manifest
 from ..planner.layout import CHOICES, GPUS, Layout
@@ -128,6 +127,8 @@ def print_plan(
         raise ValueError(
             f'--trillions {args.trillions}: must be a positive number of trillions of tokens'
         )
+    from eva.checkpoints.portable import portable_report  # which imports PyTorch
+
     cfg = Config.from_pretrained(args.config) if args.config else Config.from_preset(args.preset)
     p = plan(cfg, layout_of(args), args.gpu, assumptions(args.assume))
     print(table(p, args.trillions))
