@@ -256,6 +256,37 @@ def test_echo_scores_the_prompt(client, model, tok):
     assert next(iter(stream)).choices[0].text == PROMPT
 
 
+def test_echo_without_a_new_token(client, running, model, tok):
+    "The prompt alone, up to a full context, and nothing is generated"
+    start = [model.cfg.bos_token_id, *tok.encode(PROMPT, add_special_tokens=False).ids]
+    context = model.cfg.max_position_embeddings
+    full = (start * context)[:context]
+    how = dict(model='run', max_tokens=0, logprobs=1, echo=True)
+    before = running.engine.stats.new_tokens
+    done = client.completions.create(**how, prompt=[full, start], n=2)
+    assert [c.finish_reason for c in done.choices] == ['length'] * 4
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (context + len(start), 0)
+    for choice, ids in zip(done.choices, (full, full, start, start)):
+        _, expected = log_probabilities(model, ids)
+        assert choice.logprobs.token_logprobs[0] is None
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+    chunks = list(client.completions.create(**how, prompt=PROMPT, stream=True))
+    (only,) = [c.choices[0] for c in chunks]
+    assert (only.text, only.finish_reason) == (PROMPT, 'length')
+    assert running.engine.stats.new_tokens == before and running.idle()
+    with pytest.raises(openai.BadRequestError, match='together'):
+        client.completions.create(**how, prompt=[full + [5]])
+
+
+def test_the_stop_texts_of_evaluation_software(client):
+    "More than the four of the API: the ends of a task, and the name of the end token"
+    how = dict(model='run', prompt=PROMPT, max_tokens=40, temperature=0)
+    text = client.completions.create(**how).choices[0].text
+    stop = ['never', 'said', '\n\n\n', 'Question:', text[9:11], '<end>']
+    done = client.completions.create(**how, stop=stop).choices[0]
+    assert (done.text, done.finish_reason) == (text[: text.index(text[9:11])], 'stop')
+
+
 def test_experts(client, model):
     how = dict(model='run', prompt=PROMPT, max_tokens=6, temperature=0)
     chunks = list(client.completions.create(**how, stream=True, extra_body=dict(eva_experts=True)))
@@ -344,7 +375,7 @@ WRONG = [
     (dict(seed=2**64), 'seed'),
     (dict(seed=0.5), 'seed'),
     (dict(stop=''), 'stop'),
-    (dict(stop=['a'] * 5), 'stop'),
+    (dict(stop=['a'] * 17), 'stop'),
     (dict(stop=[1]), 'stop'),
     (dict(logprobs=6), 'logprobs'),
     (dict(logprobs=True), 'logprobs'),
@@ -408,7 +439,8 @@ def test_other_types_methods_and_paths(running):
     # what a browser sends to another origin without asking it first
     for kind in ('text/plain', 'application/x-www-form-urlencoded', 'multipart/form-data'):
         status, _, answer = post(running, '/v1/completions', data, {'Content-Type': kind}, raw=True)
-        assert 400 <= status < 500 and answer['error']['message'], answer
+        assert 400 <= status < 500, answer
+        assert 'send Content-Type: application/json' in answer['error']['message']
     for path in ('/v1/completions', '/v1/embeddings', '/docs', '/openapi.json', '/v1'):
         status, _, said = get(running, path)
         assert status in (404, 405) and json.loads(said)['error']['message'], path

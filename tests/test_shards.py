@@ -409,7 +409,7 @@ def test_the_cache_of_the_real_library_is_read(tmp_path):
         text=True,
     )
     first, second, third = run.stdout.splitlines() or [run.stderr] * 3
-    assert first == second == f'{commit} 1 269', run.stdout + run.stderr
+    assert first == second == f'{commit} (1, 0) 269', run.stdout + run.stderr
     assert third.startswith('eva/none: no such folder, and it could not be fetched from the Hub')
     assert same(load_pretrained(snapshot), model_of(0))
     outside = tmp_path / 'secret.json'

@@ -206,7 +206,7 @@ def save_model_card(
     if os.path.lexists(path / 'README.md') and not manifest.owns('README.md'):
         return
     with manifest.write('README.md') as t:
-        t.write_text(text, encoding='utf-8')
+        t.write_text(text, encoding='utf-8', errors='replace')  # a name may be no Unicode
 
 # %% ../../nbs/09_checkpoints/09_model_files.ipynb #d2448226
 def save_config_and_tokenizer(
