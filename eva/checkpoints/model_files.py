@@ -192,9 +192,11 @@ def converted_card(
     if heading is None or '\n- eva\n' not in text:
         return text
     rows = dict(re.findall(r'^\| ([^|\n]+) \| ([^\n]*) \|$', text, flags=re.M))
-    if text != model_card(Config.from_dict(source), heading[1], rows):
+    try:
+        before, after = (Config.from_dict(config) for config in (source, converted))
+    except ValueError:  # a type of model that Eva converts and does not run
         return text
-    return model_card(Config.from_dict(converted), name, rows)
+    return model_card(after, name, rows) if text == model_card(before, heading[1], rows) else text
 
 
 def save_model_card(

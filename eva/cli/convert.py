@@ -102,6 +102,21 @@ def _repeated_options(
     return ''.join(given)
 
 
+def _print_readers(
+    folder: Path,  # converted
+) -> None:
+    "Print what other software would compute differently, for a model that Eva can run"
+    from eva.checkpoints.portable import portable_report
+    from eva.config import Config
+
+    try:
+        report = portable_report(Config.from_pretrained(folder))
+    except ValueError:
+        return
+    if report:
+        print(report)
+
+
 def _convert(
     args: argparse.Namespace,  # from convert_parser
     progress: Callable[[int, int], None],  # called with the bytes read so far and the total
@@ -127,9 +142,6 @@ def _convert_with_bar(
 ) -> int:  # exit code
     "Convert, with a progress bar"
     from tqdm.auto import tqdm
-
-    from eva.checkpoints.portable import portable_report
-    from eva.config import Config
 
     _refuse_options(args)
     start = time.time()
@@ -162,6 +174,6 @@ def _convert_with_bar(
         f'{args.dst}: {size / 1e9:.2f} GB read in {seconds:.0f} '
         f's, {size / 1e9 / max(seconds, 1e-9):.2f} GB per second'
     )
-    if args.to != 'gguf' and (report := portable_report(Config.from_pretrained(args.dst))):
-        print(report)
+    if args.to != 'gguf':
+        _print_readers(args.dst)
     return 0
