@@ -108,7 +108,7 @@ class _Conversion:
         self.done = 0
         self.files = self._layout(options['max_bytes'])  # name -> its tensors
         self.sources = sorted({file for name in self.names for file, _ in ck.where[name]})
-        self.total = sum(file.stat().st_size for file in self.sources if file.is_file())
+        self.total = sum(_nbytes({name: ck.shape(name)}) for name in self.names)
 
     def _layout(self, max_bytes: int | None) -> dict[str, list[str]]:
         "Divide the tensors among files: as in the source, or by size"
