@@ -14,6 +14,8 @@ import eva.generation.engine as engine_module
 import eva.generation.paged_cache as paged_cache
 import eva.generation.scheduling as scheduling
 from eva.config import Config
+from eva.fp8.linear import convert
+from eva.fp8.recipes import RECIPES
 from eva.generation.engine import Engine
 from eva.generation.scheduling import RequestSettings
 from eva.model.transformer import DeepSeekV3
@@ -365,6 +367,8 @@ import resource, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 from test_engine import model_of
+from eva.fp8.linear import convert
+from eva.fp8.recipes import RECIPES
 from eva.generation.engine import Engine
 from eva.generation.paged_cache import pages_in
 from eva.generation.scheduling import RequestSettings
@@ -404,3 +408,40 @@ def test_a_thousand_requests_stay_within_the_stated_memory():
     grown, cap = map(int, done.stdout.split())
     # 900 further requests hold lists of their tokens: a few kilobytes each, and no cache of theirs
     assert grown < 2 * cap, (grown, cap)
+
+
+def submitted(model, count=6):
+    "Requests that ran together"
+    engine = Engine(model, 64, 4, tokens_per_step=17)
+    prompts = random_prompts(random.Random(0), count)
+    requests = [engine.submit(prompt, RequestSettings(12)) for prompt in prompts]
+    while engine.busy:
+        engine.step()
+    return requests
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_fp8_recipes(recipe):
+    "Scales of single rows leave each request its text; one scale for all rows is refused"
+    model = convert(model_of(), recipe).eval()
+    if RECIPES[recipe].x is None:
+        with pytest.raises(ValueError, match='one scale for all rows'):
+            Engine(model, 64)
+        with patch.object(engine_module, 'check_model', lambda model: None):
+            requests = submitted(model)
+        assert any(r.token_ids != alone(model, r) for r in requests)  # why it is refused
+    else:
+        requests = submitted(model)
+        assert [r.token_ids for r in requests] == [alone(model, r) for r in requests]
+
+
+@pytest.mark.parametrize('part', ['model', 'blocks'])
+def test_a_compiled_model(part):
+    "The engine runs the layers of a compiled model, with the same text"
+    model = model_of()
+    compiled = torch.compile(model, backend='aot_eager') if part == 'model' else model
+    for block in model.blocks if part == 'blocks' else []:
+        block.compile(backend='aot_eager')
+    requests = submitted(compiled)
+    plain = model_of()
+    assert [r.token_ids for r in requests] == [alone(plain, r) for r in requests]
