@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_ACCEPTANCE', 'MAX_DRAFTING', 'DRAFTS_TO_JUDGE', 'NOT_FINITE', 'SCALED_TOGETHER', 'TokenEvent', 'EngineStats',
-           'tolerate_nonfinite', 'record_experts', 'choose_tokens', 'token_logprobs', 'check_model', 'Choice', 'choose',
-           'Engine']
+           'tolerate_nonfinite', 'record_experts', 'choose_tokens', 'token_logprobs', 'Choice', 'choose', 'Engine']
 
 # %% ../../nbs/08_generation/14_engine.ipynb #762a7e10
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..attention.mla import MLA
 from eva.generation.paged_cache import (
     PagedLatentCache,
     Span,
@@ -30,10 +28,10 @@ from eva.generation.scheduling import (
     Scheduler,
     TextPieces,
     check_count,
+    check_model,
     check_request,
 )
 from .stopping import Decoder
-from ..model.block import TransformerBlock
 from ..model.transformer import DeepSeekV3
 from ..moe.router import Router, Routing
 
@@ -140,18 +138,6 @@ def token_logprobs(
     for row, logprob, values, ids in zip(rows, own, best.tolist(), which.tolist()):
         result[row] = logprob, list(zip(ids, values))[: counts[row]]
     return result
-
-# %% ../../nbs/08_generation/14_engine.ipynb #81b4f26a
-def check_model(
-    model: nn.Module,  # to be run over pages
-):
-    "Raise a `ValueError` for a model without MLA in every layer, or whose rows are scaled together"
-    for part in model.modules():
-        if isinstance(part, TransformerBlock) and not isinstance(part.self_attn, MLA):
-            kind = type(part.self_attn).__name__
-            raise ValueError(f'{kind} in a layer: pages hold the latents of MLA; use `generate`')
-        if getattr(part, 'recipe', None) is not None and part.recipe.x is None:
-            raise ValueError(SCALED_TOGETHER)
 
 # %% ../../nbs/08_generation/14_engine.ipynb #4e373cdc
 # Where drafts pay on a CPU, as the section on drafts measures for `mini`
