@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -260,7 +261,12 @@ class _Partial:
         "Give the complete file its name"
         os.replace(self.data, dst)
         fsync_entry(dst.parent)
-        shutil.rmtree(self.folder)
+        for path in (self.about, self.record):
+            for half_written in self.folder.glob(f'.{path.name}.tmp*'):  # by a call that was killed
+                half_written.unlink()
+            path.unlink()
+        with suppress(OSError):  # it holds a file of somebody else, and stays
+            self.folder.rmdir()
 
 # %% ../../nbs/09_checkpoints/07_gguf.ipynb #212cd64f
 def _write_tensors(job: _GGUFJob, partial: _Partial, f: IO[bytes], units: int):

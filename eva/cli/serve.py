@@ -8,6 +8,7 @@ __all__ = ['SIZE_UNITS', 'PAGE_SIZE', 'DEFAULT_CACHE', 'byte_size', 'count', 'se
 
 # %% ../../nbs/15_cli/14_serve.ipynb #7375939e
 import argparse
+import math
 import os
 import re
 import signal
@@ -290,8 +291,10 @@ def _serve(
         raise ValueError(f'{", ".join(missing)}: not installed; pip install "eva-deepseek[serve]"')
     if not 0 <= args.port < 2**16:
         raise ValueError(f'--port {args.port}: must lie in 0..{2**16 - 1}; choose another --port')
-    if args.queue < 0 or args.drain < 0:
-        raise ValueError(f'--queue {args.queue} --drain {args.drain:g}: must not be negative')
+    if args.queue < 0 or not 0 <= args.drain < math.inf:
+        raise ValueError(
+            f'--queue {args.queue} --drain {args.drain:g}: must be finite and not negative'
+        )
     if args.api_key is not None and not (args.api_key.isascii() and args.api_key.isprintable()):
         raise ValueError('--api_key: must be printable ASCII characters, as headers of HTTP are')
     service = load_service(args)
