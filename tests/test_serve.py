@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import openai
@@ -24,9 +25,11 @@ from serving import Running, train, with_template
 
 from eva.checkpoints.pretrained import load_pretrained
 from eva.checkpoints.tokenizers import load_tokenizer
-from eva.cli import http_limits, serve
+from eva.cli import engine_thread, http_limits, serve
+from eva.cli.engine_thread import EngineLoop, PromptScores
 from eva.cli.openai_requests import ModelLimits
 from eva.cli.serve import byte_size, eva_serve
+from eva.generation.engine import Engine
 from eva.generation.paged_cache import page_bytes
 from eva.model.transformer import DeepSeekV3
 
@@ -603,6 +606,49 @@ def leave(running, stream):
     steps = running.engine.stats.steps
     time.sleep(0.2)
     assert running.engine.stats.steps == steps
+
+
+def test_prompts_are_scored_one_after_the_other(model):
+    "Each has a cache of its own while it is read, so one is read to its end before the next"
+    loop = EngineLoop(Engine(model, 8))
+    alive = []
+
+    def turns(name):
+        alive.append(name)
+        for _ in range(3):
+            yield
+        alive.remove(name)
+        return PromptScores([], [])
+
+    futures = [Future() for _ in range(5)]
+    for i, future in enumerate(futures):
+        loop.add_turns(turns(i), future)
+    most = 0
+    while loop.turns:
+        loop.take_turn()
+        most = max(most, len(alive))
+    assert most == 1 and all(future.done() for future in futures)
+
+
+def test_a_client_that_leaves_while_its_prompt_is_scored(folder, monkeypatch):
+    read = []
+
+    def endless_turns(*args):
+        while True:
+            read.append(time.monotonic())
+            time.sleep(0.01)
+            yield
+
+    monkeypatch.setattr(engine_thread, 'score_prompt', endless_turns)
+    with Running(folder) as running:
+        client = openai.OpenAI(base_url=running.url + '/v1', api_key='-', max_retries=0)
+        how = body(max_tokens=1, echo=True, logprobs=1)
+        for stream in (False, True):
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=0.5).completions.create(**how, stream=stream)
+            thread = running.service.thread
+            wait_for(lambda: not thread.admitted and not thread.inside.turns, 5)
+        assert read
 
 
 def test_a_client_that_leaves_the_queue(folder):

@@ -227,7 +227,7 @@ class EngineLoop:
             return
         try:
             next(turns)
-            self.turns.append((turns, future))
+            self.turns.appendleft((turns, future))  # one cache at a time
         except StopIteration as ended:
             scores = ended.value
             _fulfil(future, lambda: scores)

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from .engine_thread import EngineThread, Group, QueueFullError, UnavailableError
+from .engine_thread import EngineThread, Group, QueueFullError, Result, UnavailableError
 from .http_limits import Limits, LimitsMiddleware, error_body, error_response
 from .openai_answers import Answer, ChatAnswer, TokenTexts, scored_prompt, server_sent
 from eva.cli.openai_requests import (
@@ -82,9 +82,9 @@ async def connection_end(
 
 async def unless_gone(
     request: Request,  # whose body has been read
-    work: Awaitable[Response],  # makes the response
-) -> Response:
-    "Await a response, and stop if the client leaves"
+    work: Awaitable[Result],  # makes what the response needs
+) -> Result | Response:  # a response that nobody reads, if the client has left
+    "Await some work, and stop it if the client leaves"
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(connection_end(request))
     try:
@@ -162,7 +162,9 @@ class Handlers:
         answer = Answer(body, self.service.name, self.service.texts, prompts)
         settings = self.settings(body, prompts)
         if body.echo:
-            await self.echo(body, prompts, answer)
+            gone = await unless_gone(request, self.echo(body, prompts, answer))
+            if gone is not None:
+                return gone
         return await self.answer(request, answer, prompts, settings)
 
     async def chat(
