@@ -165,7 +165,8 @@ def check_model(
         if isinstance(part, TransformerBlock) and not isinstance(part.self_attn, MLA):
             kind = type(part.self_attn).__name__
             raise ValueError(f'{kind} in a layer: pages hold the latents of MLA; use `generate`')
-        if getattr(part, 'recipe', None) is not None and part.recipe.x is None:
+        recipe = getattr(part, 'recipe', None)
+        if recipe is not None and recipe.x is None:
             raise ValueError(
                 'FP8 with one scale for all rows: texts would depend on the other requests; '
                 "convert the model with recipe='block' or None"
