@@ -7,6 +7,7 @@ import pytest
 
 parser = ConfigParser(delimiters=['='])
 parser.read(Path(__file__).parents[1] / 'settings.ini', encoding='utf-8')
+LONG = ('test_distributed.py', 'test_composition.py', 'test_survival.py')  # minutes in few tests
 FLAGS = set(parser['DEFAULT']['tst_flags'].split())
 
 
@@ -15,11 +16,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # pytest-xdist would begin with the files of most tests; those of few and long tests go first
+    config.option.loadscopereorder = False
     for f in FLAGS:
         config.addinivalue_line('markers', f'{f}: runs only when named in --flags')
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONG)
     off = FLAGS - set(config.getoption('--flags').split())
     for item in items:
         for f in off & {m.name for m in item.iter_markers()}:
