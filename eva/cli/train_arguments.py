@@ -83,7 +83,7 @@ def _add_sizes(
     add(
         '--steps',
         type=int,
-        help='optimizer steps (default: 320, about six minutes for mini on two cores)',
+        help='optimizer steps (default: 320, 6 to 20 minutes for mini on two cores)',
     )
     add(
         '--precision',
