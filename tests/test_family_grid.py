@@ -235,6 +235,7 @@ def test_counts_are_exact(name, mtp):
     assert planned == cfg.num_params(mtp=True)[0]
 
 
+@pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', SETTINGS)
 def test_what_cannot_carry_a_setting_refuses_before_it_begins(name, tmp_path):
     cfg = config_of(name, num_nextn_predict_layers=0)
