@@ -16,7 +16,7 @@ from transformers.utils import logging
 from eva.checkpoints.pretrained import load_pretrained, save_pretrained
 from eva.config import YARN_V3, Config
 from eva.model.transformer import DeepSeekV3
-from eva.published_config import FAMILY_DEFAULTS, IGNORED_FIELDS
+from eva.published_families import FAMILIES
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -78,7 +78,7 @@ def peer_config(found):
     kind = rope.pop('rope_type')
     rope.pop('type', None)
     out['rope_scaling'] = None if kind == 'default' else rope
-    for name, value in IGNORED_FIELDS[found['model_type']].items():
+    for name, value in FAMILIES[found['model_type']].ignored.items():
         out[name] = value
     out.pop('mlp_bias', None)
     return out
@@ -116,19 +116,6 @@ def test_a_field_left_out_means_what_the_peer_means(family):
                 Config.from_dict(found)
         else:
             assert_same_reading(found)
-
-
-@pytest.mark.parametrize('family', FAMILY_DEFAULTS)
-def test_the_defaults_are_those_of_the_peers_class(family):
-    peer = peer_config(dict(model_type=family))
-    for name, value in FAMILY_DEFAULTS[family].items():
-        assert peer.get(name, value) == value, name
-    missing = {'num_experts_per_tok'} if family == 'deepseek_v2' else set()
-    assert peer.keys() - {'rope_scaling'} - FAMILY_DEFAULTS[family].keys() == missing
-    assert all(peer[name] is None for name in missing)
-    assert FAMILY_DEFAULTS['deepseek_v3'].keys() - FAMILY_DEFAULTS['deepseek_v2'].keys() == {
-        'num_experts_per_tok'
-    }
 
 
 YARN = YARN_V3 | dict(factor=8.0, original_max_position_embeddings=32)
@@ -247,8 +234,10 @@ def test_what_the_peer_ignores_is_ignored_and_said(family, tmp_path):
         scoring_func=('sigmoid', 'softmax'),
         topk_method=('noaux_tc', 'greedy'),
         norm_topk_prob=(True, False),
+        rope_interleave=(True, False),
+        post_mlp_layernorm=(True, False),
     )
-    for name, value in IGNORED_FIELDS[family].items():
+    for name, value in FAMILIES[family].ignored.items():
         lie = next(o for o in other[name] if o != value)
         with pytest.warns(
             UserWarning, match=f'{name}={lie!r}: transformers ignores this in {family}'
@@ -266,19 +255,29 @@ def test_what_the_peer_ignores_is_ignored_and_said(family, tmp_path):
             save_pretrained(DeepSeekV3(cfg), tmp_path / 'plain')
 
 
+def test_a_bias_of_the_feed_forward_network_is_refused_by_its_name(tmp_path):
+    with pytest.raises(ValueError, match='mlp_bias=True'):
+        Config.from_dict(FILES['deepseek_v2'] | dict(mlp_bias=True))
+    found = FILES['deepseek_v2'] | dict(mlp_bias=True)
+    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**found))
+    peer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='mlp_bias=True'):
+        load_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize('key', ['mlp_bias', 'attention_bias'])
-def test_a_bias_is_refused_by_its_name(key, tmp_path):
-    with pytest.raises(ValueError, match=f'{key}=True'):
-        Config.from_dict(FILES['deepseek_v2'] | {key: True})
+def test_biases_that_the_file_does_not_promise_are_refused(key, tmp_path):
     found = FILES['deepseek_v2'] | {key: True}
     peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**found))
     peer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f'{key}=True'):
-        load_pretrained(tmp_path)
     path = tmp_path / 'config.json'
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
     with pytest.raises(ValueError, match=r'\.bias: .*no biases.*attention_bias and mlp_bias'):
         load_pretrained(tmp_path)
+    if key == 'attention_bias':  # and the other way round: promised, and not there
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: True, 'q_lora_rank': None}))
+        with pytest.raises(ValueError, match='missing'):
+            load_pretrained(tmp_path)
 
 
 def odd_file(seed):

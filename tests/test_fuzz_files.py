@@ -45,9 +45,22 @@ FILES = (
 )  # fmt: skip
 
 
+OTHER_TYPES = dict(
+    axk1=dict(model_type='axk1', post_mlp_layernorm=True, attention_bias=True),
+    youtu=dict(model_type='youtu', tie_word_embeddings=True, rope_interleave=False),
+    mistral4=dict(
+        model_type='mistral4', topk_method='group_limited_top2', scoring_func='softmax',
+        rope_scaling=dict(
+            type='yarn', factor=4.0, original_max_position_embeddings=16, mscale=1.0,
+            mscale_all_dim=1.0, llama_4_scaling_beta=0.1,
+        ),
+    ),
+)  # fmt: skip
+
+
 @pytest.fixture(scope='module')
 def sources(tmp_path_factory):
-    "A plain folder, one in FP8, and one of two files with an index"
+    "A plain folder, one in FP8, one of two files with an index, and one of each other kind of type"
     root = tmp_path_factory.mktemp('sources')
     torch.manual_seed(0)
     cfg = Config.from_preset(
@@ -72,7 +85,12 @@ def sources(tmp_path_factory):
     (root / 'sharded' / 'model.safetensors.index.json').write_text(
         json.dumps(dict(weight_map=where))
     )
-    return [root / n for n in ('plain', 'fp8', 'sharded')]
+    for name, changes in OTHER_TYPES.items():
+        model = DeepSeekV3(cfg.replace(**changes, num_nextn_predict_layers=0))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            save_pretrained(model, root / name, tokenizer)
+    return [root / n for n in ('plain', 'fp8', 'sharded', *OTHER_TYPES)]
 
 
 def places(value, path=()):

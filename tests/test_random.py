@@ -51,10 +51,21 @@ def configs(draw):
         tie_word_embeddings=draw(st.booleans()),
         initializer_range=0.4,
         max_position_embeddings=64,
+        attention_bias=draw(st.booleans()),
+        rope_interleave=draw(st.booleans()),
+        post_mlp_layernorm=draw(st.booleans()),
         rope_scaling=draw(
             st.sampled_from(
                 [
                     None,
+                    dict(type='linear', factor=2.5),
+                    dict(
+                        type='llama3',
+                        factor=8,
+                        low_freq_factor=1,
+                        high_freq_factor=4,
+                        original_max_position_embeddings=16,
+                    ),
                     dict(
                         type='yarn',
                         factor=4,

@@ -20,10 +20,10 @@ from ..kernels.causal_attention import causal_attention
 # %% ../../nbs/02_attention/04_baselines.ipynb #f0d48249
 def turn(
     x: Tensor,  # queries or keys (batch, seq, heads, head_dim)
-    rope: tuple[Tensor, Tensor],  # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
+    rope: tuple[Tensor, ...],  # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
 ) -> Tensor:  # same shape
     "Rotate the first features of each head, as many as the tables have, and leave the others"
-    cos, sin = (table[:, :, None] for table in rope)
+    cos, sin = (table[:, :, None] for table in rope[:2])
     width = 2 * cos.shape[-1]
     return torch.cat((apply_rotary_emb(x[..., :width], cos, sin), x[..., width:]), -1)
 
@@ -73,7 +73,7 @@ class GroupedQueryAttention(nn.Module):
         self,
         h: Tensor,  # hidden states (batch, seq, hidden_size)
         # cosines and sines of these positions (batch or 1, seq, qk_rope_head_dim/2)
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, ...],
         # True where a query may attend (batch, 1, seq, cached + seq); None for causal
         mask: Tensor | None = None,
         cache: LatentCache

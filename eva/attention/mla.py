@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .kv_cache import LatentCache
 from .masks import check_mask
-from .rope import apply_rotary_emb, softmax_scale
+from .rope import apply_rotary_emb, rotary_layout, softmax_scale
 from ..config import Config
 from ..kernels.causal_attention import causal_attention, project_heads
 from ..kernels.linear import Linear, bmm_nt, linear_operands
@@ -23,13 +23,16 @@ from ..kernels.linear import Linear, bmm_nt, linear_operands
 def queries_of_heads(
     q: Tensor,  # of all heads side by side (batch, seq, heads · (content + rotated features))
     cfg: Config,  # head widths
-    rope: tuple[Tensor, Tensor],  # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
+    # cosines and sines (batch or 1, seq, qk_rope_head_dim/2), then factors on the queries, if any
+    rope: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor]:  # q_C, q_R (batch, seq, heads, qk_nope_head_dim or qk_rope_head_dim)
     "Content queries and rotated queries of every head"
     q = q.unflatten(-1, (cfg.num_attention_heads, -1))
+    cos, sin, *factors = (table[:, :, None] for table in rope)
+    for factor in factors:
+        q = q * factor
     q_C, q_R = q.split((cfg.qk_nope_head_dim, cfg.qk_rope_head_dim), -1)
-    cos, sin = rope
-    return q_C, apply_rotary_emb(q_R, cos[:, :, None], sin[:, :, None])
+    return q_C, apply_rotary_emb(q_R, cos, sin, rotary_layout(cfg))
 
 # %% ../../nbs/02_attention/03_mla.ipynb #6f020bd1
 def expanded_attention(
@@ -99,7 +102,7 @@ def use_absorbed(
 def check_sizes(
     cfg: Config,  # of the layer
     h: Tensor,  # hidden states
-    rope: tuple[Tensor, Tensor],  # cosines and sines
+    rope: tuple[Tensor, ...],  # cosines, sines, and factors on the queries
     mask: Tensor | None,  # what may be looked at
     past: int,  # cached positions
 ):
@@ -115,6 +118,12 @@ def check_sizes(
             f'rotary tables of shape {tuple(cos.shape)} for {h.shape[1]} '
             f'positions: must be (batch or 1, seq, qk_rope_head_dim/2); '
             'pass rope_cos_sin(cfg, positions) of exactly these positions'
+        )
+    scaled = cfg.rope_scaling is not None and bool(cfg.rope_scaling.get('llama_4_scaling_beta'))
+    if len(rope) != 2 + scaled:
+        raise ValueError(
+            f'{len(rope)} rotary tables: this model has {2 + scaled}; pass all that '
+            'rope_cos_sin(cfg, positions) returns'
         )
     if mask is not None:
         check_mask(mask, (len(h), 1, h.shape[1], past + h.shape[1]))
@@ -134,23 +143,24 @@ class MLA(nn.Module):
         q_features = heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
         kv_features = heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
         linear = partial(Linear, bias=False)
+        biased = partial(Linear, bias=cfg.attention_bias)  # to and from the residual stream
         norm = partial(nn.RMSNorm, eps=1e-6)  # the inner norms keep 1e-6 in every model
         if cfg.q_lora_rank is None:
             self.q_proj = linear(cfg.hidden_size, q_features)
         else:
-            self.q_a_proj = linear(cfg.hidden_size, cfg.q_lora_rank)
+            self.q_a_proj = biased(cfg.hidden_size, cfg.q_lora_rank)
             self.q_a_layernorm = norm(cfg.q_lora_rank)
             self.q_b_proj = linear(cfg.q_lora_rank, q_features)
-        self.kv_a_proj_with_mqa = linear(cfg.hidden_size, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+        self.kv_a_proj_with_mqa = biased(cfg.hidden_size, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
         self.kv_a_layernorm = norm(cfg.kv_lora_rank)
         self.kv_b_proj = linear(cfg.kv_lora_rank, kv_features)
-        self.o_proj = linear(heads * cfg.v_head_dim, cfg.hidden_size)
+        self.o_proj = biased(heads * cfg.v_head_dim, cfg.hidden_size)
 
     def forward(
         self,
         h: Tensor,  # hidden states (batch, seq, hidden_size)
         # cosines and sines of these positions (batch or 1, seq, qk_rope_head_dim/2)
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, ...],
         # True where a query may look (batch, 1, seq, cached + seq); None for causal
         mask: Tensor | None = None,
         cache: LatentCache | None = None,  # where the past is, and where this goes
@@ -172,7 +182,7 @@ class MLA(nn.Module):
     def queries(
         self,
         h: Tensor,  # hidden states (batch, seq, hidden_size)
-        rope: tuple[Tensor, Tensor],  # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
+        rope: tuple[Tensor, ...],  # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
     ) -> tuple[Tensor, Tensor]:  # q_C, q_R (batch, seq, heads, their features)
         "Content queries and rotated queries of every head"
         if self.cfg.q_lora_rank is None:
@@ -183,12 +193,14 @@ class MLA(nn.Module):
     def latents(
         self,
         h: Tensor,  # hidden states (batch, seq, hidden_size)
-        rope: tuple[Tensor, Tensor],  # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
+        rope: tuple[Tensor, ...],  # cosines and sines (batch or 1, seq, qk_rope_head_dim/2)
     ) -> Tensor:  # c_KV and k_R side by side (batch, seq, kv_lora_rank + qk_rope_head_dim)
         "All that is kept of each position, normalised and rotated"
         widths = self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim
         c_KV, k_R = self.kv_a_proj_with_mqa(h).split(widths, -1)
-        return torch.cat((self.kv_a_layernorm(c_KV), apply_rotary_emb(k_R, *rope)), -1)
+        cos, sin = rope[:2]
+        k_R = apply_rotary_emb(k_R, cos, sin, rotary_layout(self.cfg))
+        return torch.cat((self.kv_a_layernorm(c_KV), k_R), -1)
 
     def expanded(
         self,

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from ..checkpoints.files import INFERENCE_NAMES
 from ..checkpoints.pretrained import published_state_dict
 from ..config import YARN_V3, Config
 from ..model.transformer import DeepSeekV3
+from ..published_families import beyond_v3
+from ..rope_settings import rope_kind
 
 # %% ../../nbs/14_findings/08_others.ipynb #b89212b8
 ATTENTION_MODES = ('naive', 'absorb')  # keys and values cached, or the latent
@@ -76,8 +79,9 @@ def refuse_unlike(
         'a choice among groups': (limited and cfg.topk_method == 'greedy', False),
         'an odd kv_lora_rank': (cfg.kv_lora_rank % 2 == 1, False),
         'no shared experts': (cfg.n_shared_experts == 0, False),
+        'settings of other model types': (beyond_v3(asdict(cfg)), []),
     }
-    if yarn is not None:
+    if rope_kind(yarn) == 'yarn' and yarn is not None:
         wanted['mscale'] = (yarn.get('mscale'), yarn.get('mscale_all_dim'))
         longer = positions > yarn['original_max_position_embeddings']
         wanted['YaRN at this length'] = (True, longer)

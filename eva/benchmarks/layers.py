@@ -123,7 +123,7 @@ def step_of(
 def check_attention(
     mla: MLA,  # the layer
     h: Tensor,  # hidden states (batch, positions, hidden_size)
-    rope: tuple[Tensor, Tensor],  # cosines and sines of these positions
+    rope: tuple[Tensor, ...],  # cosines and sines of these positions
     far: float,  # relative difference allowed
 ):
     "Compare MLA with its absorbed form on the first 512 positions"

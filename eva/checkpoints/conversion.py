@@ -36,7 +36,8 @@ from ..fileio.locks import FolderLock
 from ..fileio.manifest import Manifest
 from ..fileio.reading import open_regular, read_json
 from ..fp8.formats import scale_shape
-from ..published_config import MAX_CONFIG_BYTES, from_inference_config
+from ..published_config import MAX_CONFIG_BYTES
+from ..published_forms import from_inference_config
 
 # %% ../../nbs/09_checkpoints/05_conversion.ipynb #2b28cefc
 FP8_WEIGHTS = re.compile(
@@ -218,6 +219,12 @@ def _refuse(job: _Conversion):
                 f'{name}: {str(kind).removeprefix("torch.")} in {job.ck.where[name][0][0].name}; '
                 f'Eva converts fp32, bf16, fp16 and FP8 E4M3 in blocks'
             )
+    packed = [name for name in job.names if re.search(r'mlp\.experts\.\w+_proj$', name)]
+    if packed and job.to == 'fp8':
+        raise ValueError(
+            f'{packed[0]}: holds all experts of a layer, and an FP8 block is a part of one matrix; '
+            'convert to bf16 or fp32'
+        )
     if eight and job.block is None:
         raise ValueError(
             f'{eight[0]}: FP8 in {job.ck.where[eight[0]][0][0].name}, but config.json '

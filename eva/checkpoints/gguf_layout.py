@@ -12,7 +12,7 @@ __all__ = ['ARCHITECTURE', 'INNER_EPSILON', 'YARN_TURNS', 'LITE_LAYERS', 'LITE_S
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..config import Config
 from ..fileio.reading import read_json
 from ..generation.chat_templates import ChatTemplate
 from ..model.generation_config import generation_defaults, read_generation_config
+from ..published_families import beyond_v3
 
 # %% ../../nbs/09_checkpoints/06_gguf_layout.ipynb #4bf6a4f5
 ARCHITECTURE = 'deepseek2'  # llama.cpp's name of DeepSeek-V2 and V3
@@ -149,16 +150,10 @@ def _yarn_reason(cfg: Config) -> str | None:
         return f'rope_scaling factor={scaling["factor"]}: llama.cpp extends contexts only'
     pair = scaling.get('mscale'), scaling.get('mscale_all_dim')
     if not pair[0] or pair[0] != pair[1]:
-        return (
-            f'rope_scaling mscale={pair[0]}, mscale_all_dim={pair[1]}: llama.cpp assumes that '
-            'both are there and equal'
-        )
+        return f'rope_scaling mscale={pair[0]}, mscale_all_dim={pair[1]}: llama.cpp has one number'
     turns = scaling.get('beta_fast', YARN_TURNS[0]), scaling.get('beta_slow', YARN_TURNS[1])
     if turns != YARN_TURNS:
-        return (
-            f'rope_scaling beta_fast={turns[0]}, beta_slow={turns[1]}: llama.cpp computes with '
-            f'{YARN_TURNS[0]} and {YARN_TURNS[1]}'
-        )
+        return f'rope_scaling beta_fast={turns[0]}, beta_slow={turns[1]}: llama.cpp has 32 and 1'
     return None
 
 # %% ../../nbs/09_checkpoints/06_gguf_layout.ipynb #db0d8b9a
@@ -170,7 +165,9 @@ def unsupported_reason(
     experts = cfg.n_routed_experts
     has_experts = cfg.first_k_dense_replace < layers
     is_lite = layers in LITE_LAYERS or (layers, cfg.vocab_size) == LITE_SIZES
+    extra = ', '.join(beyond_v3(asdict(cfg)))
     rules = [
+        (bool(extra), f'{extra}: its code for DeepSeek models has no such setting'),
         (layers > MAX_LAYERS, f'num_hidden_layers={layers}: it has at most {MAX_LAYERS}'),
         (experts > MAX_EXPERTS, f'n_routed_experts={experts}: it has at most {MAX_EXPERTS}'),
         (cfg.hidden_act != 'silu', f'hidden_act={cfg.hidden_act!r}: it computes silu'),

@@ -29,6 +29,7 @@ from eva.model.generation_config import (
     generation_defaults,
     read_generation_config,
 )
+from ..published_families import FAMILIES
 
 # %% ../../nbs/09_checkpoints/09_model_files.ipynb #6085f489
 TOKENIZER_FILES = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json']
@@ -168,7 +169,7 @@ def model_card(
     others = f'\n## In other software\n\n{lines}' if lines else ''
     return _CARD.format(
         family=cfg.model_type,
-        kind='DeepSeek-V3' if cfg.model_type == 'deepseek_v3' else 'DeepSeek-V2',
+        kind=FAMILIES[cfg.model_type].name,
         name=name,
         total=total,
         active=active,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint import dtensor_like, load_safetensors, save_safetensors
 from .expert_parallel import parallelize_experts, shutdown
-from .export import export_together, single_process_trainer
+from .export import check_layout, export_together, single_process_trainer
 from eva.distributed.fsdp import (
     apply_fsdp,
     blocks_of,
@@ -160,6 +160,7 @@ class Parallel:
     ):
         "Divide a model among the ranks"
         self.check_precision(cfg.precision)
+        check_layout(model.cfg)
         check_batches(cfg, len(model.mtp), self.ranks, self.pp)
         self.gates = {n: len(m.weight) for n, m in model.named_modules() if isinstance(m, Router)}
         let_nan_pass(model)

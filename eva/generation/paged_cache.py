@@ -332,7 +332,7 @@ def make_ragged_batch(
 def paged_attention(
     attention: MLA,  # of the layer
     h: Tensor,  # hidden states (1, tokens, hidden_size)
-    rope: tuple[Tensor, Tensor],  # cosines and sines of the positions
+    rope: tuple[Tensor, ...],  # cosines and sines of the positions
     batch: RaggedBatch,  # who attends to what
     cache: PagedLatentCache,  # where the past is, and where this goes
     layer: int,  # our place in the cache
@@ -362,7 +362,7 @@ def paged_attention(
 def paged_block(
     block: TransformerBlock,  # a layer of the model
     h: Tensor,  # hidden states (1, tokens, hidden_size)
-    rope: tuple[Tensor, Tensor],  # cosines and sines of the positions
+    rope: tuple[Tensor, ...],  # cosines and sines of the positions
     batch: RaggedBatch,  # who attends to what
     cache: PagedLatentCache,  # where the past is, and where this goes
 ) -> Tensor:  # (1, tokens, hidden_size)
@@ -370,7 +370,7 @@ def paged_block(
     attention = block.self_attn
     x = block.input_layernorm(h)
     h = h + paged_attention(attention, x, rope, batch, cache, block.layer)
-    return h + block.mlp(block.post_attention_layernorm(h))
+    return h + block.post_mlp_layernorm(block.mlp(block.post_attention_layernorm(h)))
 
 # %% ../../nbs/08_generation/12_paged_cache.ipynb #18aaa975
 def paged_states(

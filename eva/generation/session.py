@@ -65,7 +65,7 @@ class MTPWindow:
 # %% ../../nbs/08_generation/03_session.ipynb #0ba2a6f9
 def mtp_inputs(
     window: MTPWindow,  # to be read
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     "Return positions (batch or 1, width), rotary tables and mask (None: causal) of a window"
     states = window.known_states()
     width = states.shape[1]

@@ -6,6 +6,8 @@
 __all__ = ['TransformerBlock']
 
 # %% ../../nbs/05_model/03_block.ipynb #7577a728
+from functools import partial
+
 from torch import Tensor, nn
 
 from ..attention.kv_cache import LatentCache
@@ -30,17 +32,20 @@ class TransformerBlock(nn.Module):
             self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_act)
         else:
             self.mlp = MoE(cfg)
-        self.input_layernorm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        norm = partial(nn.RMSNorm, cfg.hidden_size, eps=cfg.rms_norm_eps)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        has_third = cfg.post_mlp_layernorm and isinstance(self.mlp, MoE)
+        self.post_mlp_layernorm = norm() if has_third else nn.Identity()
 
     def forward(
         self,
         h: Tensor,  # hidden states (batch, seq, hidden_size)
-        rope: tuple[Tensor, Tensor],  # cosines and sines of these positions
+        rope: tuple[Tensor, ...],  # cosines and sines of these positions
         # True where a query may attend (batch, 1, seq, cached + seq), None for causal
         mask: Tensor | None = None,
         cache: LatentCache | None = None,  # of earlier positions
     ) -> Tensor:  # same shape as h
         "Add attention and then the feed-forward network to the hidden states"
         h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, self.layer)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        return h + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(h)))

@@ -126,7 +126,7 @@ class MTPModule(TransformerBlock):
         self,
         h: Tensor,  # states of the depth before, normalised (batch, seq, hidden_size)
         emb: Tensor,  # embeddings of the tokens `depth` places on (batch, seq, hidden_size)
-        rope: tuple[Tensor, Tensor],  # cosines and sines of these positions
+        rope: tuple[Tensor, ...],  # cosines and sines of these positions
         # True where a query may look (batch, 1, seq, cached + seq), None for causal
         mask: Tensor | None = None,
         cache: LatentCache | None = None,  # where the past is, with a place for this layer
@@ -172,7 +172,7 @@ def mtp_losses(
     head: nn.Module,  # the main model's output layer
     h: Tensor,  # normalised states of the main model (batch, seq, hidden_size)
     windows: TrainingWindows,  # with as many rows
-    rope: tuple[Tensor, Tensor],  # cosines and sines of these positions
+    rope: tuple[Tensor, ...],  # cosines and sines of these positions
     mask: Tensor | None = None,  # True where a query may look (batch, 1, seq, seq), None for causal
 ) -> list[Tensor]:  # nats per token, one for each depth
     "Return the mean loss of each MTP module"

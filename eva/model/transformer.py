@@ -70,9 +70,11 @@ class DeepSeekV3(nn.Module):
         self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         if cfg.tie_word_embeddings:
             self.lm_head.weight = cast(nn.Embedding, self.model['embed_tokens']).weight
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=cfg.initializer_range)
+            elif name.endswith('.bias'):
+                nn.init.zeros_(parameter)
 
     @property
     def device(self) -> torch.device:

@@ -57,7 +57,7 @@ def mask_groups(
 ) -> Tensor:  # the same, minus infinity outside the best groups
     "Keep the scores of the best groups"
     groups = scores.unflatten(-1, (cfg.n_group, -1))
-    if cfg.topk_method == 'noaux_tc':
+    if cfg.topk_method in ('noaux_tc', 'group_limited_top2'):
         group_scores = groups.topk(2, -1)[0].sum(-1)
     else:
         group_scores = groups.amax(-1)

@@ -68,12 +68,13 @@ def layer_counts(
     router = one_of(cfg, 'router')
     routed = one_of(cfg, 'routed')
     used = one_of(cfg, 'routed', 2)
+    third_norm = cfg.hidden_size if cfg.post_mlp_layernorm else 0
     out = dict(
         dense=add_counts(attention, split=dense, low=dense, products=dense, low_products=dense),
         moe=add_counts(
             attention,
             split=shared,
-            whole=router,
+            whole=router + third_norm,
             routed=routed,
             low=shared + routed,
             products=shared + router + used,
