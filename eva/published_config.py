@@ -12,6 +12,8 @@ import math
 import warnings
 from typing import Any
 
+from .text_config import text_config
+
 # %% ../nbs/01_foundations/04_published_config.ipynb #127c9026
 MAX_CONFIG_BYTES = 2**22  # of a config.json; published ones have 2 to 60 kB
 _BOTH: dict[str, Any] = dict(
@@ -37,11 +39,10 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = dict(
         bos_token_id=1, eos_token_id=2,
     ),
 )  # fmt: skip
-IGNORED_FIELDS: dict[str, dict[str, Any]] = (
-    dict(  # what `transformers` computes whatever the file says
-        deepseek_v3=dict(scoring_func='sigmoid', topk_method='noaux_tc'),
-        deepseek_v2=dict(scoring_func='softmax', norm_topk_prob=False),
-    )
+# what `transformers` computes whatever the file says
+IGNORED_FIELDS: dict[str, dict[str, Any]] = dict(
+    deepseek_v3=dict(scoring_func='sigmoid', topk_method='noaux_tc'),
+    deepseek_v2=dict(scoring_func='softmax', norm_topk_prob=False),
 )
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #78b8fa31
@@ -84,10 +85,9 @@ def family_of(
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #45e0ca68
 _ALIASES = dict(
-    num_local_experts='n_routed_experts',
-    num_experts='n_routed_experts',
+    num_local_experts='n_routed_experts', num_experts='n_routed_experts',
     num_mtp_layers='num_nextn_predict_layers',
-)
+)  # fmt: skip
 # key -> the one value that Eva computes, families in which `transformers` reads the key
 _ONLY: dict[str, tuple[Any, tuple[str, ...]]] = dict(
     attention_bias=(False, ('deepseek_v2', 'deepseek_v3')),
@@ -342,7 +342,7 @@ def read_published(
     found: dict[str, Any],  # what a config.json holds, published or of DeepSeek's inference code
 ) -> dict[str, Any]:  # field of a `Config` -> value, all of them but those that have no default
     "Return all fields of a published configuration, with the defaults of its family"
-    found = from_inference_config(found)
+    found = from_inference_config(text_config(found))
     family = family_of(found)
     _check_fixed_keys(found, family)
     given = found | _without_aliases(found) | _rope_fields(found)
