@@ -19,6 +19,7 @@ from eva.published_families import (
     ignored_settings,
 )
 from .published_forms import from_inference_config
+from .text_config import text_config
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #127c9026
 MAX_CONFIG_BYTES = 2**22  # of a config.json; published ones have 2 to 60 kB
@@ -305,7 +306,7 @@ def read_published(
     found: dict[str, Any],  # what a config.json holds, published or of DeepSeek's inference code
 ) -> dict[str, Any]:  # field of a `Config` -> value, all of them but those that have no default
     "Return all fields of a published configuration, with the defaults of its family"
-    found = from_inference_config(found)
+    found = from_inference_config(text_config(found))
     family = family_of(found)
     record = FAMILIES[family]
     _check_fixed_keys(found, family)

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from eva.checkpoints.conversion import convert_checkpoint
+from eva.checkpoints.int4 import quantize_int4
 from eva.checkpoints.pretrained import save_pretrained
 from eva.config import Config
 from eva.data.tokenizer import train_tokenizer
@@ -91,6 +92,39 @@ def sources(tmp_path_factory):
             warnings.simplefilter('ignore')
             save_pretrained(model, root / name, tokenizer)
     return [root / n for n in ('plain', 'fp8', 'sharded', *OTHER_TYPES)]
+
+
+@pytest.fixture(scope='module')
+def packed(sources):
+    "The plain folder in the form of Kimi K2.5's: a prefix, experts of four bits, a vision tower"
+    from safetensors.torch import load_file, save_file
+
+    plain = sources[0]
+    folder = plain.parent / 'packed'
+    shutil.copytree(plain, folder)
+    tensors = {'vision_tower.norm.weight': torch.ones(3)}
+    for name, tensor in load_file(plain / 'model.safetensors').items():
+        stored = {f'language_model.{name}': tensor}
+        if '.experts.' in name:
+            values, scale = quantize_int4(tensor, 8)
+            parts = dict(packed=values, scale=scale, shape=torch.tensor(tensor.shape))
+            stored = {f'language_model.{name}_{part}': t for part, t in parts.items()}
+        tensors |= stored
+    save_file(tensors, folder / 'model.safetensors')
+    weights = dict(
+        num_bits=4, type='int', strategy='group', group_size=8, symmetric=True, dynamic=False,
+        actorder=None, block_structure=None,
+    )  # fmt: skip
+    group = dict(weights=weights, input_activations=None, output_activations=None)
+    quantization = dict(
+        quant_method='compressed-tensors', format='pack-quantized', kv_cache_scheme=None,
+        quantization_status='compressed', ignore=['lm_head'], config_groups=dict(group_0=group),
+    )  # fmt: skip
+    text = json.loads((plain / 'config.json').read_text())
+    text |= dict(quantization_config=quantization)
+    config = dict(model_type='kimi_k25', text_config=text, vision_config={}, dtype='float32')
+    (folder / 'config.json').write_text(json.dumps(config))
+    return folder
 
 
 def places(value, path=()):
@@ -210,6 +244,55 @@ def mutate_header(rng, raw):
     return struct.pack('<Q', len(text)) + text + data
 
 
+def mutate_quantization(rng, raw):
+    "Put something else in the configuration of the language model, mostly in that of its weights"
+    found = json.loads(raw)
+    text = found['text_config']
+    about = text if rng.random() < 0.2 else text['quantization_config']
+    for _ in range(rng.choice((1, 1, 2))):
+        spot = rng.choice([p for p in places(about) if p])
+        if rng.random() < 0.2:
+            holder = about
+            for key in spot[:-1]:
+                holder = holder[key]
+            del holder[spot[-1]]
+        else:
+            more = 'channel', 'group', 'float', 'pack-quantized', 'static', 4, 16, json.loads(raw)
+            put(about, spot, rng.choice((*ODD, *more)))
+    return json.dumps(found).encode()
+
+
+def mutate_packed(rng, raw):
+    "Another number, type, name or place for one of the three tensors of a weight"
+    header, data = header_of(raw)
+    data = bytearray(data)
+    name = rng.choice([n for n in header if n.rpartition('_')[2] in ('packed', 'scale', 'shape')])
+    stem, _, part = name.rpartition('_')
+    start, end = header[name]['data_offsets']
+    what = rng.choice(('bytes', 'bytes', 'gone', 'renamed', 'twice', 'swapped', 'size'))
+    if what == 'bytes':
+        values = struct.pack('<q', rng.choice((-1, 0, 1, 8, 17, 2**31, 2**62, -(2**63))))
+        odd = rng.choice((b'\xff' * 8, b'\x80\x7f' * 4, b'\0' * 8, values, rng.randbytes(8)))
+        at = rng.randrange(start, end, 8) if rng.random() < 0.5 else start
+        data[at : min(at + 8, end)] = odd[: end - at]
+    elif what == 'gone':
+        header['language_model.other'] = header.pop(name)
+    elif what == 'renamed':
+        other = rng.choice(('zero_point', 'g_idx', 'global_scale', 'packed', 'scale', 'shape'))
+        header[f'{stem}_{other}'] = header.pop(name)
+    elif what == 'twice':
+        header[rng.choice((stem, f'{stem}_zero_point', f'{stem}_g_idx'))] = header[name]
+    elif what == 'swapped':
+        other = rng.choice([n for n in header if n.endswith(('_packed', '_scale', '_shape'))])
+        header[name], header[other] = header[other], header[name]
+    else:
+        header[name]['shape'] = rng.choice(
+            (header[name]['shape'][::-1], [1, *header[name]['shape']], [end - start], [])
+        )
+    text = json.dumps(header).encode()
+    return struct.pack('<Q', len(text)) + text + bytes(data)
+
+
 def content_damage(change, names):
     def damage(rng, folder):
         there = [n for n in names if (folder / n).exists()]
@@ -271,6 +354,10 @@ KINDS = dict(
     header=content_damage(mutate_header, ['model.safetensors']),
     kind=not_a_file,
     large=too_large,
+)  # fmt: skip
+OF_INT4 = dict(
+    quantization=content_damage(mutate_quantization, ['config.json']),
+    packed=content_damage(mutate_packed, ['model.safetensors']),
 )  # fmt: skip
 
 CHILD = """
@@ -337,9 +424,9 @@ class Child:
 
 
 @pytest.fixture(scope='module')
-def child(sources):
+def child(sources, packed):
     c = Child()
-    c.whole = {s: c.load(s, s)['loaded'] for s in sources}
+    c.whole = {s: c.load(s, s)['loaded'] for s in (*sources, packed)}
     c.peak = c.load(sources[0], 'again')['peak']
     yield c
     c.close()
@@ -368,7 +455,7 @@ def run_cases(kind, rounds, sources, child, tmp_path):
         case = tmp_path / 'case'
         copy_of(source, case)
         try:
-            name = KINDS[kind](rng, case)
+            name = (KINDS | OF_INT4)[kind](rng, case)
         except (json.JSONDecodeError, IndexError):
             continue
         what = f'{kind} case {i}: {name} of {source.name}'
@@ -400,30 +487,55 @@ def test_ten_thousand_damaged_folders(kind, sources, child, tmp_path):
     run_cases(kind, SLOW_ROUNDS, sources, child, tmp_path)
 
 
-def test_conversion_of_damaged_folders(sources, tmp_path):
+@pytest.mark.parametrize('kind', [*KINDS, *OF_INT4])
+def test_damaged_int4_folders(kind, packed, child, tmp_path):
+    seen = run_cases(kind, ROUNDS // (4 if kind == 'nested' else 1), [packed], child, tmp_path)
+    assert seen['refused'] > 0, seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', [*KINDS, *OF_INT4])
+def test_ten_thousand_damaged_int4_folders(kind, packed, child, tmp_path):
+    run_cases(kind, SLOW_ROUNDS, [packed], child, tmp_path)
+
+
+def test_conversion_of_damaged_folders(sources, packed, tmp_path):
     "Converted, or refused in a sentence; the output is there whole or not at all"
     for i in range(ROUNDS // 2):
-        rng = random.Random(f'convert {i}')
-        source = rng.choice(sources)
-        case = tmp_path / 'case'
-        out = tmp_path / 'out'
-        copy_of(source, case)
-        kind = rng.choice([k for k in KINDS if k != 'nested'])
-        name = KINDS[kind](rng, case)
-        to = rng.choice(('bf16', 'fp32', 'fp8'))
-        start = time.process_time()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                convert_checkpoint(case, out, to)
-        except ValueError as e:
-            one_sentence(str(e), case, name)
-            assert not out.exists()
-        else:
-            assert (out / 'config.json').exists() and not list(out.glob('.*'))
-        assert time.process_time() - start < SECONDS_OF_A_CASE, (kind, i)
-        for left in (out, tmp_path / 'out.partial'):
-            shutil.rmtree(left, ignore_errors=True)
+        convert_damaged(f'convert {i}', sources, KINDS, tmp_path)
+    for i in range(ROUNDS):
+        convert_damaged(f'convert int4 {i}', [packed], KINDS | OF_INT4, tmp_path)
+
+
+@pytest.mark.slow
+def test_conversion_of_a_thousand_damaged_int4_folders(packed, tmp_path):
+    for i in range(SLOW_ROUNDS):
+        convert_damaged(f'convert int4 {i}', [packed], KINDS | OF_INT4, tmp_path)
+
+
+def convert_damaged(what, sources, kinds, tmp_path):
+    "Damage a folder, convert it, judge"
+    rng = random.Random(what)
+    source = rng.choice(sources)
+    case = tmp_path / 'case'
+    out = tmp_path / 'out'
+    copy_of(source, case)
+    kind = rng.choice([k for k in kinds if k != 'nested'])
+    name = kinds[kind](rng, case)
+    to = rng.choice(('bf16', 'fp32', 'fp8'))
+    start = time.process_time()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            convert_checkpoint(case, out, to)
+    except ValueError as e:
+        one_sentence(str(e), case, name)
+        assert not out.exists()
+    else:
+        assert (out / 'config.json').exists() and not list(out.glob('.*'))
+    assert time.process_time() - start < SECONDS_OF_A_CASE, what
+    for left in (out, tmp_path / 'out.partial'):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 HARMFUL = CHILD.replace(

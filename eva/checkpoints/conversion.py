@@ -26,6 +26,7 @@ from eva.checkpoints.files import (
     quantize_blocks,
     weight_block_size,
 )
+from .int4 import left_out_notice
 from .model_files import converted_card, files_beside_weights
 from .pretrained import stored_dtype
 from .safetensors import parse_size, split_shards, write_safetensors
@@ -38,6 +39,7 @@ from ..fileio.reading import open_regular, read_json
 from ..fp8.formats import scale_shape
 from ..published_config import MAX_CONFIG_BYTES
 from ..published_forms import from_inference_config
+from ..text_config import text_config
 
 # %% ../../nbs/09_checkpoints/05_conversion.ipynb #2b28cefc
 FP8_WEIGHTS = re.compile(
@@ -109,7 +111,7 @@ class _Conversion:
         self.done = 0
         self.files = self._layout(options['max_bytes'])  # name -> its tensors
         self.sources = sorted({file for name in self.names for file, _ in ck.where[name]})
-        self.total = sum(_nbytes({name: ck.shape(name)}) for name in self.names)
+        self.total = sum(map(ck.nbytes, self.names))
 
     def _layout(self, max_bytes: int | None) -> dict[str, list[str]]:
         "Divide the tensors among files: as in the source, or by size"
@@ -159,7 +161,7 @@ class _Conversion:
 
     def read(self, *names: str):
         "Count the bytes that were converted, and report progress"
-        self.done += sum(_nbytes({name: self.ck.shape(name)}) for name in names)
+        self.done += sum(map(self.ck.nbytes, names))
         if self.progress:
             self.progress(self.done, self.total)
 
@@ -318,8 +320,9 @@ def _kept_names(ck: SafetensorsFolder, config: dict, no_mtp: bool) -> list[str]:
 
 def _job(src: Path, progress: Any, notices: list[str], **options: Any) -> tuple[_Conversion, dict]:
     "Plan a conversion: read the headers, refuse what is impossible, and note what is special"
-    config = read_json(src / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=src)
+    config = text_config(read_json(src / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=src))
     ck = SafetensorsFolder(src)
+    notices += left_out_notice(ck.left_out, src)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of several types, which is said below
         rest = stored_dtype(ck, config)
@@ -330,6 +333,8 @@ def _job(src: Path, progress: Any, notices: list[str], **options: Any) -> tuple[
     plan = dict(to=to, pow2=options['pow2'], rest=rest, names=names, max_bytes=max_bytes)
     job = _Conversion(ck, weight_block_size(config, src / 'config.json'), progress, **plan)
     _refuse(job)
+    if ck.packed:  # none is packed any more
+        config = {key: value for key, value in config.items() if key != 'quantization_config'}
     if from_inference_config(config) is not config:
         config = Config.from_dict(config).to_dict()
     eight = sum(ck.shape(name)[0] == torch.float8_e4m3fn for name in names)

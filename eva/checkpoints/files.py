@@ -21,33 +21,22 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
+from . import int4
 from .safetensors import DTYPES_BY_NAME, INDEX_NAME, open_safetensors
 from ..fileio.reading import read_json
 from ..fp8.formats import quantize, scale_shape
+from ..text_config import text_name
 
 # %% ../../nbs/09_checkpoints/03_files.ipynb #b0a9ae01
 # Short names of DeepSeek's inference code -> published names.
 INFERENCE_NAMES = dict(
-    embed='embed_tokens',
-    attn='self_attn',
-    ffn='mlp',
-    attn_norm='input_layernorm',
-    ffn_norm='post_attention_layernorm',
-    wq='q_proj',
-    wq_a='q_a_proj',
-    q_norm='q_a_layernorm',
-    wq_b='q_b_proj',
-    wkv_a='kv_a_proj_with_mqa',
-    kv_norm='kv_a_layernorm',
-    wkv_b='kv_b_proj',
-    wo='o_proj',
-    w1='gate_proj',
-    w2='down_proj',
-    w3='up_proj',
-    head='lm_head',
-    scale='weight_scale_inv',
-    bias='e_score_correction_bias',
-)
+    embed='embed_tokens', head='lm_head', attn='self_attn', ffn='mlp',
+    attn_norm='input_layernorm', ffn_norm='post_attention_layernorm',
+    wq='q_proj', wq_a='q_a_proj', q_norm='q_a_layernorm', wq_b='q_b_proj',
+    wkv_a='kv_a_proj_with_mqa', kv_norm='kv_a_layernorm', wkv_b='kv_b_proj', wo='o_proj',
+    w1='gate_proj', w2='down_proj', w3='up_proj',
+    scale='weight_scale_inv', bias='e_score_correction_bias',
+)  # fmt: skip
 # Names of Mistral's own files -> published names, beside those that both have.
 MISTRAL_NAMES = dict(
     tok_embeddings='embed_tokens', output='lm_head', attention='self_attn', feed_forward='mlp',
@@ -62,6 +51,7 @@ def published_name(
     name: str,  # in a file, short or published
 ) -> str:  # published name
     "Return the published name of a tensor"
+    name = text_name(name)
     if name.startswith('model.') or name.startswith('lm_head.'):
         return name
     known = INFERENCE_NAMES | MISTRAL_NAMES
@@ -231,13 +221,16 @@ class SafetensorsFolder:
     ):
         self.path = Path(path)
         self.files: dict[Path, Any] = {}
-        self.where = _index(self.path) or _scan(self.path, self.open)
-        for name, places in self.where.items():
+        found = _index(self.path) or _scan(self.path, self.open)
+        for name, places in found.items():
             if len(name) > MAX_NAME_LENGTH:
                 raise ValueError(
                     f'{places[0][0]}: {name:.80}… has {len(name):,} '
                     f'characters; a tensor name has at most {MAX_NAME_LENGTH}'
                 )
+        found, self.left_out = int4.text_tensors(found)
+        self.where, self.packed = int4.join_packed(found)  # packed: names of INT4 weights
+        self.group_size = int4.folder_group_size(self.path, self.packed) if self.packed else 0
 
     def open(self, file: Path) -> Any:
         "Open a file, or return it where it is open already"
@@ -251,17 +244,34 @@ class SafetensorsFolder:
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
 
+    def _parts(self, name: str) -> list[Tensor]:
+        "Read what is stored for a tensor: in one place, in several, or packed"
+        where = self.where[name]
+        return [_get(self.open(file).get_tensor, file, stored, name) for file, stored in where]
+
+    def nbytes(
+        self,
+        name: str,  # published
+    ) -> int:  # bytes
+        "Return the bytes of a tensor in the files"
+        if name in self.packed:
+            return sum(part.nbytes for part in self._parts(name))
+        dtype, shape = self.shape(name)
+        return math.prod(shape) * dtype.itemsize
+
     def read(
         self,
         name: str,  # published
-    ) -> Tensor:  # as stored
+    ) -> Tensor:  # as stored; INT4 unpacked, in float32
         "Read a tensor, concatenated where it is divided among files"
         if name not in self.where:
             raise ValueError(
                 f'{name}: missing; the folder {self.path} does not hold it, fetch the files again'
             )
         places = self.where[name]
-        parts = [_get(self.open(file).get_tensor, file, stored, name) for file, stored in places]
+        parts = self._parts(name)
+        if name in self.packed:
+            return int4.unpack_weight(parts, self.group_size, name, places[0][0].name)
         dim = _split_dim(places[-1][1])
         if len(parts) == 1 or dim is None:
             return parts[0]
@@ -273,6 +283,10 @@ class SafetensorsFolder:
     ) -> tuple[torch.dtype, tuple]:  # its type and shape
         "Return type and shape of a tensor, from the headers alone"
         places = self.where[name]
+        if name in self.packed:
+            parts = self._parts(name)
+            shape = int4.packed_shape(parts, self.group_size, name, places[0][0].name)
+            return torch.float32, shape
         views = [_get(self.open(file).get_slice, file, stored, name) for file, stored in places]
         kind = views[0].get_dtype()
         if kind not in DTYPES_BY_NAME:
@@ -363,12 +377,8 @@ def pretrained_folder(
     return Path(fetched)
 
 # %% ../../nbs/09_checkpoints/03_files.ipynb #d4c0c7d2
-FLOAT_TYPES = {
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-}  # of weights without blocks
+# of weights without blocks
+FLOAT_TYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 FLOAT32_SUFFIXES = ('e_score_correction_bias', 'rotary_emb.inv_freq')  # float32 in every model
 
 
@@ -380,6 +390,9 @@ def weight_block_size(
     found = config.get('quantization_config')
     if found is None:  # DeepSeek's inference code says it in one word
         return (128, 128) if 'dim' in config and config.get('dtype') == 'fp8' else None
+    if int4.is_int4(found):
+        int4.int4_group_size(found, file)  # or refused
+        return None
     wanted = dict(quant_method='fp8', fmt='e4m3')
     known = isinstance(found, dict) and 'quant_method' in found
     if not known or any(found.get(k, v) != v for k, v in wanted.items()):

@@ -33,12 +33,14 @@ from eva.checkpoints.gguf_layout import (
     take_part,
     tokenizer_keys,
 )
+from .int4 import left_out_notice
 from .pretrained import REPEATED
 from ..config import Config
 from ..fileio.atomic import atomic_write, fsync_entry, fsync_path
 from ..fileio.locks import FolderLock
 from ..fileio.reading import read_json
 from ..published_config import MAX_CONFIG_BYTES
+from ..text_config import text_config
 
 # %% ../../nbs/09_checkpoints/07_gguf.ipynb #872ee4a5
 # --quant -> `general.file_type`, llama.cpp's number of what most tensors are
@@ -111,7 +113,7 @@ class _GGUFJob:
     "A conversion to GGUF: its options, its source and its progress"
 
     def __init__(self, src: Path, quant: str, progress: Callable | None):
-        about = read_json(src / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=src)
+        about = text_config(read_json(src / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=src))
         self.cfg = Config.from_pretrained(src)
         self.block = weight_block_size(about, src / 'config.json')
         self.src = src
@@ -319,6 +321,7 @@ def _check_space(dst: Path, need: int):
 
 def _notices(job: _GGUFJob) -> Iterator[str]:
     "Yield what the file will not hold as it was asked for"
+    yield from left_out_notice(job.ck.left_out, job.src)
     mtp = sum(_is_mtp(name, job.cfg) for name in job.ck)
     if mtp:
         yield f'{job.src}: {mtp} tensors of MTP modules left out, which llama.cpp need not have'

@@ -23,6 +23,7 @@ from eva.checkpoints.files import (
     pretrained_folder,
     weight_block_size,
 )
+from .int4 import left_out_notice
 from .model_files import TOKENIZER_FILES, save_config_and_tokenizer
 from .safetensors import parse_size, replace_weights, weight_files
 from ..config import Config
@@ -33,6 +34,7 @@ from ..model.generation_config import read_generation_config
 from ..model.transformer import DeepSeekV3
 from ..published_config import MAX_CONFIG_BYTES
 from ..published_families import FAMILIES
+from ..text_config import text_config
 
 # %% ../../nbs/09_checkpoints/01_pretrained.ipynb #d307f717
 def published(
@@ -126,14 +128,16 @@ def load_pretrained(
     # a folder with config.json and safetensors, or a model on the Hub: 'owner/name', or
     # 'owner/name@revision', where no such folder is there
     path: str | Path,
-    dtype: torch.dtype | None = None,  # of the weights; None as they are stored, FP8 as the others
+    dtype: torch.dtype | None = None,  # of the weights; None: as stored, FP8 and INT4 as the others
     device: torch.device | str | None = None,  # each tensor is moved there as it is read; None: CPU
 ) -> DeepSeekV3:  # in eval mode
     "Build a model from a folder that `save_pretrained` or other software wrote"
     path = pretrained_folder(path)
     cfg = Config.from_pretrained(path)
     ck = SafetensorsFolder(path)
-    about = read_json(path / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=path)
+    about = text_config(read_json(path / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=path))
+    for notice in left_out_notice(ck.left_out, path):
+        warnings.warn(notice, stacklevel=2)
     block = weight_block_size(about, path / 'config.json')
     cfg = _without_missing_mtp(cfg, ck)
     _plausible(cfg, ck, path / 'config.json')
@@ -195,13 +199,13 @@ def stored_dtype(
     ck: SafetensorsFolder,  # the tensors
     about: dict,  # what config.json holds
 ) -> torch.dtype:  # of a model that is made of them
-    """Return the one type of the tensors that are not FP8
+    """Return the one type of the tensors that are neither FP8 nor INT4
 
     Where there are several, it is the one that config.json names, or the widest.
     """
     counts: dict[torch.dtype, int] = {}
     for name in ck:
-        kind = ck.shape(name)[0]
+        kind = torch.int32 if name in ck.packed else ck.shape(name)[0]
         if kind in FLOAT_TYPES and not name.endswith((*FLOAT32_SUFFIXES, '_scale_inv')):
             counts[kind] = counts.get(kind, 0) + 1
     if len(counts) < 2:
