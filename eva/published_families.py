@@ -190,7 +190,6 @@ OTHER_TYPES: dict[str, str] = dict(
     minicpm3='factors on the embeddings, the residual branches and the logits',
     glm4_moe='grouped-query attention, without latents',
     dots1='grouped-query attention, without latents',
-    kimi_k25='images; its text part is a kimi_k2 in the field text_config',
     mistral3='images; its text part is in the field text_config',
 )
 
