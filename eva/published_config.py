@@ -12,13 +12,14 @@ import math
 import warnings
 from typing import Any
 
+from .sparse_fields import SPARSE_FAMILIES, read_index, write_index
+
 # %% ../nbs/01_foundations/04_published_config.ipynb #127c9026
 MAX_CONFIG_BYTES = 2**22  # of a config.json; published ones have 2 to 60 kB
 _BOTH: dict[str, Any] = dict(
     qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, q_lora_rank=1536, kv_lora_rank=512,
     hidden_act='silu', initializer_range=0.02, rms_norm_eps=1e-6, rope_theta=10000.0,
-    tie_word_embeddings=False, pad_token_id=None,
-)  # fmt: skip
+    tie_word_embeddings=False, pad_token_id=None)  # fmt: skip
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = dict(
     deepseek_v3=_BOTH | dict(
         vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128,
@@ -26,22 +27,21 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = dict(
         n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, n_group=8, topk_group=4,
         topk_method='noaux_tc', scoring_func='sigmoid', norm_topk_prob=True,
         routed_scaling_factor=2.5, num_nextn_predict_layers=1, max_position_embeddings=4096,
-        bos_token_id=0, eos_token_id=1,
-    ),
+        bos_token_id=0, eos_token_id=1),
     deepseek_v2=_BOTH | dict(
         vocab_size=102400, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
         intermediate_size=11008, moe_intermediate_size=1407, first_k_dense_replace=0,
         n_routed_experts=64, n_shared_experts=2, n_group=None, topk_group=None,
         topk_method='greedy', scoring_func='softmax', norm_topk_prob=False,
         routed_scaling_factor=1.0, num_nextn_predict_layers=0, max_position_embeddings=2048,
-        bos_token_id=1, eos_token_id=2,
-    ),
-)  # fmt: skip
-IGNORED_FIELDS: dict[str, dict[str, Any]] = (
-    dict(  # what `transformers` computes whatever the file says
-        deepseek_v3=dict(scoring_func='sigmoid', topk_method='noaux_tc'),
-        deepseek_v2=dict(scoring_func='softmax', norm_topk_prob=False),
-    )
+        bos_token_id=1, eos_token_id=2))  # fmt: skip
+FAMILY_DEFAULTS |= {k: FAMILY_DEFAULTS['deepseek_v3'] | v for k, v in SPARSE_FAMILIES.items()}
+_ROUTER = dict(scoring_func='sigmoid', topk_method='noaux_tc')
+IGNORED_FIELDS: dict[str, dict[str, Any]] = dict(  # what `transformers` computes in any case
+    deepseek_v3=_ROUTER,
+    deepseek_v2=dict(scoring_func='softmax', norm_topk_prob=False),
+    deepseek_v32=_ROUTER | dict(index_rope_interleave=False),
+    glm_moe_dsa=_ROUTER | dict(index_rope_interleave=True),
 )
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #78b8fa31
@@ -60,11 +60,11 @@ def _agree(values: dict[str, Any]):
 
 def family_of(
     found: dict[str, Any],  # what a config.json holds
-) -> str:  # deepseek_v3 or deepseek_v2
+) -> str:  # a key of FAMILY_DEFAULTS
     "Return the model type that a file names, or raise a `ValueError`"
     named = found.get('model_type')
     architectures = found.get('architectures')
-    built = {f'Deepseek{family[-2:].upper()}ForCausalLM': family for family in FAMILY_DEFAULTS}
+    built = {f'{name.title()}ForCausalLM'.replace('_', ''): name for name in FAMILY_DEFAULTS}
     listed = []
     if isinstance(architectures, (list, tuple)):
         listed = [built[a] for a in architectures if isinstance(a, str) and a in built]
@@ -90,7 +90,7 @@ _ALIASES = dict(
 )
 # key -> the one value that Eva computes, families in which `transformers` reads the key
 _ONLY: dict[str, tuple[Any, tuple[str, ...]]] = dict(
-    attention_bias=(False, ('deepseek_v2', 'deepseek_v3')),
+    attention_bias=(False, ('deepseek_v2', 'deepseek_v3', *SPARSE_FAMILIES)),
     mlp_bias=(False, ('deepseek_v2',)),
     rope_interleave=(True, ('deepseek_v3',)),
     moe_layer_freq=(1, ('deepseek_v2', 'deepseek_v3')),
@@ -292,8 +292,7 @@ INFERENCE_FIELDS = dict(
     n_layers='num_hidden_layers', n_dense_layers='first_k_dense_replace',
     n_heads='num_attention_heads', n_activated_experts='num_experts_per_tok',
     n_expert_groups='n_group', n_limited_groups='topk_group', score_func='scoring_func',
-    route_scale='routed_scaling_factor',
-)  # fmt: skip
+    route_scale='routed_scaling_factor')  # fmt: skip
 _INFERENCE_DEFAULTS: dict[str, Any] = dict(
     vocab_size=102400, dim=2048, inter_dim=10944, moe_inter_dim=1408, n_layers=27,
     n_dense_layers=1, n_heads=16, n_routed_experts=64, n_shared_experts=2, n_activated_experts=6,
@@ -345,8 +344,8 @@ def read_published(
     found = from_inference_config(found)
     family = family_of(found)
     _check_fixed_keys(found, family)
-    given = found | _without_aliases(found) | _rope_fields(found)
-    names = [*FAMILY_DEFAULTS['deepseek_v3'], 'rope_scaling']
+    given = found | _without_aliases(found) | _rope_fields(found) | read_index(found, family)
+    names = [*FAMILY_DEFAULTS['deepseek_v3'], *FAMILY_DEFAULTS[family], 'rope_scaling']
     out = FAMILY_DEFAULTS[family] | {name: given[name] for name in names if name in given}
     out['model_type'] = family
     _as_the_peer(out, found, family)
@@ -361,7 +360,7 @@ def read_published(
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #c7b27a21
 def ignored_settings(
-    model_type: str,  # deepseek_v3 or deepseek_v2
+    model_type: str,  # a key of FAMILY_DEFAULTS
     topk_method: str,  # of the model
 ) -> dict[str, Any]:  # field -> what `transformers` computes instead
     """Return what `transformers` computes whatever the file says
@@ -380,8 +379,9 @@ def to_published(
     given: dict[str, Any],  # every field of a `Config`
 ) -> dict[str, Any]:  # what a config.json holds
     "Return a configuration as other software reads it"
-    kind = 'DeepseekV3' if given['model_type'] == 'deepseek_v3' else 'DeepseekV2'
+    kind = given['model_type'].title().replace('_', '')
     found = dict(architectures=[f'{kind}ForCausalLM']) | given
+    write_index(found)
     if found['rope_scaling'] is not None:
         found['rope_scaling'] = dict(found['rope_scaling'])
     if isinstance(found['eos_token_id'], tuple):

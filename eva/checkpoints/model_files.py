@@ -122,6 +122,12 @@ def save_generation_config(
         t.write_text(json.dumps(found.to_dict(), indent=2) + '\n', encoding='utf-8')
 
 # %% ../../nbs/09_checkpoints/09_model_files.ipynb #c7371701
+_KINDS = dict(
+    deepseek_v3='DeepSeek-V3',
+    deepseek_v2='DeepSeek-V2',
+    deepseek_v32='DeepSeek-V3.2',
+    glm_moe_dsa='GLM-5',
+)
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -168,7 +174,7 @@ def model_card(
     others = f'\n## In other software\n\n{lines}' if lines else ''
     return _CARD.format(
         family=cfg.model_type,
-        kind='DeepSeek-V3' if cfg.model_type == 'deepseek_v3' else 'DeepSeek-V2',
+        kind=_KINDS[cfg.model_type],
         name=name,
         total=total,
         active=active,

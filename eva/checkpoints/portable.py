@@ -43,7 +43,16 @@ class Finding:
 
 # %% ../../nbs/09_checkpoints/08_portable.ipynb #6bc0bbbf
 def _is_v3(cfg: Config) -> bool:
-    return cfg.model_type == 'deepseek_v3'
+    return cfg.model_type != 'deepseek_v2'
+
+
+def _is_sparse(cfg: Config) -> bool:
+    return cfg.index_topk is not None
+
+
+def _rotates_otherwise(cfg: Config) -> bool:
+    "Is the indexer's order of pairs another one than that of the model type?"
+    return _is_sparse(cfg) and cfg.index_rope_interleave != (cfg.model_type == 'glm_moe_dsa')
 
 
 def _limits_groups(cfg: Config) -> bool:
@@ -68,13 +77,13 @@ ROUTING = [
         ('transformers',),
         'differs',
         lambda c: _is_v3(c) and c.scoring_func != 'sigmoid',
-        'computes sigmoid scores in deepseek_v3, and not {scoring_func}',
+        'computes sigmoid scores in {model_type}, and not {scoring_func}',
     ),
     Rule(
         ('transformers',),
         'differs',
         lambda c: _is_v3(c) and (_ignores_groups(c) or _scores_group_by_best(c)),
-        'chooses experts by noaux_tc in deepseek_v3, and not by {topk_method}',
+        'chooses experts by noaux_tc in {model_type}, and not by {topk_method}',
     ),
     Rule(
         ('transformers',),
@@ -212,6 +221,18 @@ ATTENTION = [
         'refuses',
         lambda c: not _is_v3(c) and c.hidden_size % c.num_attention_heads != 0,
         'needs hidden_size to be a multiple of num_attention_heads in deepseek_v2',
+    ),
+    Rule(
+        ('transformers',),
+        'differs',
+        _rotates_otherwise,
+        'rotates the indexer of {model_type} in the other order (index_rope_interleave)',
+    ),
+    Rule(
+        ('DeepSeek', 'torchtitan'),
+        'refuses',
+        _is_sparse,
+        'has dense attention in its code for V3, and no indexer (index_topk)',
     ),
 ]
 
