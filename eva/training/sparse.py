@@ -20,6 +20,7 @@ from ..attention.sparse import Indexer, SparseMLA, select_topk, visible_position
 from ..config import Config
 from ..data.text import TokenStream
 from ..model.transformer import DeepSeekV3
+from .evaluation import document_mask_ids
 
 # %% ../../nbs/07_training/16_sparse_attention.ipynb #91bcab72
 def sparse_config(
@@ -200,7 +201,7 @@ def warm_up(
     seq_len: int = 512,  # tokens of each
     lr: float = 1e-2,  # at first; it falls linearly to zero
     seed: int = 0,  # of the order of the text
-    watch: Callable[[int, float], object] | None = None,  # called with step and loss
+    mask_documents: bool = False,  # True: tokens do not attend to other documents
 ) -> list[float]:  # the loss of each step, nats, mean over layers
     "Train the indexers to score as dense attention looks, with the model frozen"
     layers = sparse_layers(model)
@@ -212,15 +213,15 @@ def warm_up(
         for step in range(steps):
             extra = 1 + len(model.mtp)
             tokens = train.batch(step * batch_size, batch_size, seq_len, extra, seed)
+            tokens = tokens.to(model.device)
+            documents = document_mask_ids(model, tokens, mask_documents)
             with torch.no_grad():
-                model.losses(tokens.to(model.device))
+                model.losses(tokens, document_ids=documents, mask_documents=mask_documents)
             optimizer.zero_grad()
             index.take().backward()
             optimizer.step()
             schedule.step()
             losses.append(index.figures()['index_loss'])
-            if watch is not None:
-                watch(step + 1, losses[-1])
     optimizer.zero_grad()
     return losses
 
