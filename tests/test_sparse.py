@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,8 +18,11 @@ from transformers.utils import logging
 from eva.attention.kv_cache import LatentCache
 from eva.attention.rope import rope_cos_sin
 from eva.attention.sparse import SparseMLA, select_topk
+from eva.checkpoints.conversion import convert_checkpoint
+from eva.checkpoints.gguf import convert_to_gguf
 from eva.checkpoints.pretrained import load_pretrained, save_pretrained
 from eva.config import Config
+from eva.generation.engine import Engine
 from eva.generation.generate import generate
 from eva.generation.session import DecodingSession
 from eva.model.transformer import DeepSeekV3
@@ -299,7 +303,7 @@ def test_a_prefix_is_seen_both_ways(name):
     other[:, 19] = 59
     seen = [model(o, prefix_mask=prefix)[:, :19] for o in (ids, other)]
     assert not torch.allclose(*seen)
-    assert torch.equal(model(ids)[:, :19], model(other)[:, :19])
+    assert_close(model(ids)[:, :19], model(other)[:, :19])
 
 
 @pytest.mark.parametrize('name', FILES)
@@ -373,8 +377,6 @@ def test_other_caches_are_refused():
 
 def change_tensors(folder, change):
     "Write a folder's tensors anew"
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / 'model.safetensors')
     save_file(change(tensors), folder / 'model.safetensors', metadata=dict(format='pt'))
 
@@ -408,3 +410,35 @@ def test_weights_know_their_places():
     assert len(found) == 3 * 5
     shared = [m for m in model.modules() if isinstance(m, SparseMLA) and m.indexer is None]
     assert len(shared) == 3
+
+
+# ---- what cannot carry an indexer ----
+
+
+def test_the_engine_refuses_before_it_begins():
+    with pytest.raises(ValueError, match='sparse attention .*use `generate`'):
+        Engine(make_model('v32'), pages=8)
+
+
+def test_gguf_is_refused_before_anything_is_written(tmp_path):
+    save_pretrained(make_model('v32', num_nextn_predict_layers=0).float(), tmp_path / 'model')
+    with pytest.raises(ValueError, match='index_topk=7: its attention here is dense'):
+        convert_to_gguf(tmp_path / 'model', tmp_path / 'model.gguf')
+    assert not (tmp_path / 'model.gguf').exists()
+
+
+def test_fp8_folders_keep_the_choices_of_the_rounded_weights(tmp_path):
+    "The queries and keys of an indexer are stored in blocks, its weights and norm are not"
+    model = make_model('v32', num_nextn_predict_layers=0, index_head_dim=32).float()
+    save_pretrained(model, tmp_path / 'model')
+    convert_checkpoint(tmp_path / 'model', tmp_path / 'fp8', to='fp8')
+    stored = load_file(tmp_path / 'fp8' / 'model.safetensors')
+    indexer = 'model.layers.1.self_attn.indexer'
+    kinds = {n: stored[f'{indexer}.{n}.weight'].dtype for n in ('wq_b', 'wk', 'weights_proj')}
+    assert kinds['wq_b'] == kinds['wk'] == torch.float8_e4m3fn
+    assert kinds['weights_proj'] != torch.float8_e4m3fn
+    convert_checkpoint(tmp_path / 'fp8', tmp_path / 'back', to='fp32')
+    back = load_pretrained(tmp_path / 'back')
+    eight = load_pretrained(tmp_path / 'fp8', dtype=torch.float32)
+    ids = make_ids()
+    assert_close(back(ids), eight(ids))
