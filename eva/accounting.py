@@ -8,6 +8,7 @@ __all__ = ['attention_params', 'bias_params', 'param_parts', 'num_params', 'flop
 
 # %% ../nbs/01_foundations/05_accounting.ipynb #0a0ef552
 from .config import Config
+from .sparse_fields import indexer_layers
 
 # %% ../nbs/01_foundations/05_accounting.ipynb #25f3a63e
 def attention_params(
@@ -38,6 +39,14 @@ def _mtp_params(cfg: Config) -> tuple[int, int, int]:
     projection = cfg.num_nextn_predict_layers * 2 * cfg.hidden_size**2
     norms = cfg.num_nextn_predict_layers * 3 * cfg.hidden_size
     return projection + norms, projection + norms, projection
+
+
+def _indexer_params(cfg: Config, layers: int) -> tuple[int, int, int]:
+    "Count the indexers of sparse attention: queries, keys, weights, and a norm with a bias"
+    queries = (cfg.q_lora_rank or 0) * cfg.index_n_heads * cfg.index_head_dim
+    products = layers * (queries + cfg.hidden_size * (cfg.index_head_dim + cfg.index_n_heads))
+    norms = layers * 2 * cfg.index_head_dim
+    return products + norms, products + norms, products
 
 # %% ../nbs/01_foundations/05_accounting.ipynb #5d78e50d
 def param_parts(
@@ -73,6 +82,8 @@ def param_parts(
         parts['mtp'] = _mtp_params(cfg)
     if cfg.post_mlp_layernorm:
         parts['post_mlp_norms'] = (moe_layers * d, moe_layers * d, 0)
+    if cfg.index_topk is not None:
+        parts['indexer'] = _indexer_params(cfg, len(indexer_layers(cfg, mtp)))
     return parts
 
 # %% ../nbs/01_foundations/05_accounting.ipynb #6384b938
@@ -92,7 +103,11 @@ def flops_per_token(
     "Count two FLOPs for each multiply-add of one token's forward pass"
     head = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
     products = sum(part[2] for part in param_parts(cfg).values())
-    return 2 * products + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * context * head
+    attended = context if cfg.index_topk is None else min(context, cfg.index_topk)
+    pairs = cfg.num_hidden_layers * cfg.num_attention_heads * attended
+    # An indexer compares each of its heads with every position, and sums over the heads.
+    scored = len(indexer_layers(cfg)) * context * cfg.index_n_heads * (cfg.index_head_dim + 1)
+    return 2 * (products + pairs * head + scored)
 
 # %% ../nbs/01_foundations/05_accounting.ipynb #d8d9d590
 def moe_speedup(
@@ -113,8 +128,9 @@ def kv_bytes_per_token(
     cfg: Config,  # the model
     bytes_per_value: int = 2,  # 2 for bf16, 4 for fp32
 ) -> int:  # bytes, summed over all layers
-    "Return the cache bytes of one token: a latent and one rotated key per layer"
-    return cfg.num_hidden_layers * (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * bytes_per_value
+    "Return the cache bytes of one token: a latent, a rotated key and an index key per layer"
+    values = cfg.num_hidden_layers * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+    return (values + len(indexer_layers(cfg)) * cfg.index_head_dim) * bytes_per_value
 
 
 def standard_kv_bytes_per_token(

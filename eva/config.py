@@ -28,13 +28,13 @@ from eva.published_config import (
 )
 from .published_families import FAMILIES, NO_EXPERTS, ignored_settings
 from .rope_settings import rope_problem
+from .sparse_fields import check_index
 
 # %% ../nbs/01_foundations/03_config.ipynb #b8a2df54
 # fmt: off
-POSITIVE_FIELDS = [
-    'vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'kv_lora_rank',
-    'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'intermediate_size', 'n_routed_experts',
-    'moe_intermediate_size', 'num_experts_per_tok', 'n_group', 'topk_group',
+POSITIVE_FIELDS = ['vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads',
+    'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim', 'intermediate_size',
+    'n_routed_experts', 'moe_intermediate_size', 'num_experts_per_tok', 'n_group', 'topk_group',
     'max_position_embeddings']
 COUNT_FIELDS = ['first_k_dense_replace', 'n_shared_experts', 'num_nextn_predict_layers']
 FLOAT_FIELDS = ['routed_scaling_factor', 'rope_theta', 'rms_norm_eps', 'initializer_range']
@@ -49,8 +49,7 @@ FIELD_CHOICES: dict[str, tuple[str, ...]] = dict(
 )
 YARN_V3: dict[str, Any] = dict(
     type='yarn', factor=40, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
-    original_max_position_embeddings=4096,
-)
+    original_max_position_embeddings=4096)
 # fmt: on
 
 
@@ -173,16 +172,14 @@ _V2: dict[str, Any] = dict(
     model_type='deepseek_v2', vocab_size=102400, num_attention_heads=128,
     num_nextn_predict_layers=0, first_k_dense_replace=1, n_shared_experts=2,
     num_experts_per_tok=6, scoring_func='softmax', norm_topk_prob=False, bos_token_id=100000,
-    eos_token_id=100001, rope_scaling=YARN_V3 | dict(mscale=0.707, mscale_all_dim=0.707),
-)
+    eos_token_id=100001, rope_scaling=YARN_V3 | dict(mscale=0.707, mscale_all_dim=0.707))
 PRESETS: dict[str, dict[str, Any]] = {
     'mini': dict(
         vocab_size=4096, hidden_size=256, num_hidden_layers=4, num_attention_heads=8,
         q_lora_rank=128, kv_lora_rank=48, qk_nope_head_dim=64, qk_rope_head_dim=16, v_head_dim=64,
         intermediate_size=512, moe_intermediate_size=96, first_k_dense_replace=1,
         n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1,
-        max_position_embeddings=4096, initializer_range=0.03,
-    ),
+        max_position_embeddings=4096, initializer_range=0.03),
     'mini-servable': dict(
         vocab_size=4096, hidden_size=256, num_hidden_layers=3, num_attention_heads=16, n_group=1,
         q_lora_rank=128, intermediate_size=512, moe_intermediate_size=128, n_routed_experts=8,
@@ -191,13 +188,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     'v2-lite': _V2 | dict(
         hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None,
         intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64, n_group=1,
-        topk_group=1, topk_method='greedy', routed_scaling_factor=1.0,
-    ),
+        topk_group=1, topk_method='greedy', routed_scaling_factor=1.0),
     'v2': _V2 | dict(
         hidden_size=5120, num_hidden_layers=60, intermediate_size=12288,
         moe_intermediate_size=1536, n_routed_experts=160, n_group=8, topk_group=3,
-        topk_method='group_limited_greedy', routed_scaling_factor=16.0,
-    ),
+        topk_method='group_limited_greedy', routed_scaling_factor=16.0),
     'v3': dict(rope_scaling=YARN_V3),
 }
 # fmt: on
@@ -248,6 +243,11 @@ class Config:
     bos_token_id: int | None = 0  # starts a document; None: nothing does
     eos_token_id: int | tuple[int, ...] | None = 1  # ends a document: a token, any of several, none
     pad_token_id: int | None = None  # fills up a batch; nothing is computed from it
+    index_topk: int | None = None  # positions a query attends to; None for dense attention
+    index_n_heads: int = 64  # heads of the indexer that chooses these positions
+    index_head_dim: int = 128  # features of each of its heads and of its keys
+    index_rope_interleave: bool = False  # does it rotate neighbours (GLM), or half a vector apart?
+    indexer_types: tuple[str, ...] | None = None  # of each layer, full or shared; None: all full
     model_type: str = 'deepseek_v3'  # one of `eva.published_families.FAMILIES`
 
     def __post_init__(self):
@@ -256,8 +256,9 @@ class Config:
             fixed = NO_EXPERTS | dict(first_k_dense_replace=self.num_hidden_layers)
             for name, value in fixed.items():
                 object.__setattr__(self, name, value)
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, 'eos_token_id', tuple(self.eos_token_id))
+        for name in ('eos_token_id', 'indexer_types'):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.rope_scaling, dict):
             settings = plain_rope(self.rope_scaling)
             frozen = None if settings is None else FrozenDict(settings)
@@ -281,6 +282,7 @@ class Config:
         _check_sizes(self, need)
         _check_tokens(self, need)
         _check_rope(self, need)
+        check_index(self, need)
 
     @classmethod
     def from_preset(

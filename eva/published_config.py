@@ -19,6 +19,7 @@ from eva.published_families import (
     ignored_settings,
 )
 from .published_forms import from_inference_config
+from .sparse_fields import read_index, write_index
 from .text_config import text_config
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #127c9026
@@ -311,7 +312,7 @@ def read_published(
     record = FAMILIES[family]
     _check_fixed_keys(found, family)
     given = found | _without_aliases(found, family) | _rope_fields(found, family)
-    given |= _dense_layers(found, family)
+    given |= _dense_layers(found, family) | read_index(found, family)
     names = [*record.defaults, 'rope_scaling']
     out = record.defaults | {name: given[name] for name in names if name in given}
     out['model_type'] = family
@@ -354,6 +355,7 @@ def to_published(
     "Return a configuration as other software reads it"
     family = FAMILIES[given['model_type']]
     found = dict(architectures=[family.architecture]) | given
+    write_index(found)
     if found['rope_scaling'] is not None:
         found['rope_scaling'] = dict(found['rope_scaling'])
     if isinstance(found['eos_token_id'], tuple):

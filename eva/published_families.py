@@ -10,6 +10,8 @@ __all__ = ['V3_FIELDS', 'NO_EXPERTS', 'FAMILIES', 'OTHER_TYPES', 'Family', 'igno
 from dataclasses import dataclass, field
 from typing import Any
 
+from .sparse_fields import SPARSE_FAMILIES
+
 # %% ../nbs/01_foundations/12_published_families.ipynb #a89696b5
 @dataclass(frozen=True)
 class Family:
@@ -135,6 +137,16 @@ FAMILIES: dict[str, Family] = dict(
         dict(scoring_func='softmax', topk_method='group_limited_top2', post_mlp_layernorm=False),
         head_dim=('together',), rope=_YARN_MISTRAL, has_mtp=False, packs_experts=True,
     ),
+    deepseek_v32=Family(
+        'DeepseekV32ForCausalLM', V3_FIELDS | SPARSE_FAMILIES['deepseek_v32'],
+        _V3_ROUTER | dict(rope_interleave=True, index_rope_interleave=False),
+        has_mtp=False, lists_layers='too', name='DeepSeek-V3.2',
+    ),
+    glm_moe_dsa=Family(
+        'GlmMoeDsaForCausalLM', V3_FIELDS | SPARSE_FAMILIES['glm_moe_dsa'],
+        _V3_ROUTER | dict(rope_interleave=True, index_rope_interleave=True),
+        has_mtp=False, lists_layers='too', name='GLM-5',
+    ),
 )
 # fmt: on
 
@@ -180,8 +192,6 @@ def beyond_v3(
 # model type -> what it has that Eva has not
 OTHER_TYPES: dict[str, str] = dict(
     longcat_flash='experts that return their input, and two attentions in each layer',
-    deepseek_v32='sparse attention, with an indexer that chooses positions',
-    glm_moe_dsa='sparse attention, with an indexer that chooses positions',
     axk2='sparse attention with an indexer, and norms with a gate',
     mistral_large4_text='sparse attention with an indexer, and layers that share a cache',
     deepseek_v4='compressed keys and values instead of latents, and several residual streams',

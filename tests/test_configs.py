@@ -81,6 +81,9 @@ def peer_config(found):
     for name, value in FAMILIES[found['model_type']].ignored.items():
         out[name] = value
     out.pop('mlp_bias', None)
+    types = out.get('indexer_types')
+    if types is not None and 'shared' not in types:
+        out['indexer_types'] = None  # an indexer in every layer
     return out
 
 

@@ -79,8 +79,27 @@ def configs(draw):
     )
 
 
+@st.composite
+def sparse_configs(draw):
+    "The same with an indexer in every layer, or in some"
+    cfg = draw(configs().filter(lambda cfg: cfg.q_lora_rank is not None))
+    is_glm = draw(st.booleans())
+    types = ['full'] + [draw(st.sampled_from(['full', 'shared']))] * (cfg.num_hidden_layers - 1)
+    return cfg.replace(
+        model_type='glm_moe_dsa' if is_glm else 'deepseek_v32',
+        index_topk=draw(st.integers(1, 9)),
+        index_n_heads=draw(sizes),
+        index_head_dim=cfg.qk_rope_head_dim + draw(st.integers(0, 3)),
+        index_rope_interleave=is_glm,
+        indexer_types=types if 'shared' in types and is_glm else None,
+    )
+
+
+any_config = st.one_of(configs(), sparse_configs())
+
+
 @quick
-@given(configs(), st.integers(0, 999), st.lists(st.integers(1, 6), min_size=1, max_size=5))
+@given(any_config, st.integers(0, 999), st.lists(st.integers(1, 6), min_size=1, max_size=5))
 def test_any_model_is_one_function_however_it_is_fed(cfg, seed, chunks):
     torch.manual_seed(seed)
     model = DeepSeekV3(cfg).double().eval()
@@ -96,7 +115,7 @@ def test_any_model_is_one_function_however_it_is_fed(cfg, seed, chunks):
 
 
 @quick
-@given(configs())
+@given(any_config)
 def test_counts_are_those_of_the_tensors(cfg):
     with torch.device('meta'):
         model = DeepSeekV3(cfg)

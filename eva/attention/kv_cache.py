@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from ..sparse_fields import indexer_layers
 
 # %% ../../nbs/02_attention/02_kv_cache.ipynb #463a09bf
 def append_rows(
@@ -65,6 +66,10 @@ class LatentCache:
         width = cfg.kv_lora_rank + cfg.qk_rope_head_dim
         shape = layers, batch, max_len + extra_slots, width
         self.rows = torch.zeros(shape, dtype=dtype, device=device)
+        # Keys of the indexers of sparse attention: of no layer where attention is dense.
+        self.index_layers = indexer_layers(cfg, mtp)
+        shape = len(self.index_layers), batch, max_len + extra_slots, cfg.index_head_dim
+        self.index_rows = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
         self.rank = cfg.kv_lora_rank
 
@@ -81,7 +86,7 @@ class LatentCache:
     @property
     def nbytes(self) -> int:
         "Bytes of the storage"
-        return self.rows.untyped_storage().nbytes()
+        return sum(o.untyped_storage().nbytes() for o in (self.rows, self.index_rows))
 
     def __repr__(self) -> str:
         return (
@@ -121,6 +126,20 @@ class LatentCache:
             )
         return append_rows(self.rows[layer], self.length, rows)
 
+    def write_index(
+        self,
+        layer: int,  # which layer writes, one with an indexer
+        keys: Tensor,  # of its indexer (batch, seq, index_head_dim)
+    ) -> Tensor:  # everything so far, a view (batch, length + seq, index_head_dim)
+        "Put new index keys after the old ones"
+        self.check_capacity(*keys.shape[:2])
+        if layer not in self.index_layers or keys.shape[2] != self.index_rows.shape[3]:
+            raise ValueError(
+                f'layer {layer}, index keys of width {keys.shape[2]}: this cache keeps keys of '
+                f'width {self.index_rows.shape[3]} for the indexers of layers {self.index_layers}'
+            )
+        return append_rows(self.index_rows[self.index_layers.index(layer)], self.length, keys)
+
     def advance(
         self,
         seq: int,  # positions that all layers have written
@@ -151,7 +170,10 @@ class LatentCache:
     ) -> Self:  # of the same length and room
         "An independent copy of what is written"
         new = copy.copy(self)
-        old = self.rows if sequences is None else self.rows[:, sequences]
-        new.rows = torch.zeros_like(old)
-        new.rows[:, :, : self.length] = old[:, :, : self.length]
+        for name in ('rows', 'index_rows'):
+            buffer = getattr(self, name)
+            old = buffer if sequences is None else buffer[:, sequences]
+            fresh = torch.zeros_like(old)
+            fresh[:, :, : self.length] = old[:, :, : self.length]
+            setattr(new, name, fresh)
         return new

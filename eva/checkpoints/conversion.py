@@ -43,8 +43,8 @@ from ..text_config import text_config
 
 # %% ../../nbs/09_checkpoints/05_conversion.ipynb #2b28cefc
 FP8_WEIGHTS = re.compile(
-    r'\.(q_a_proj|q_b_proj|q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj)'
-    r'\.weight$'
+    r'\.(q_a_proj|q_b_proj|q_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj|gate_proj|up_proj|down_proj'
+    r'|indexer\.wq_b|indexer\.wk)\.weight$'
 )  # weights that are published in FP8
 TARGET_DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32, fp8=torch.float8_e4m3fn)
 Outputs = dict[str, tuple[torch.dtype, tuple]]  # name -> type and shape

@@ -164,12 +164,14 @@ def unsupported_reason(
     layers = cfg.num_hidden_layers
     experts = cfg.n_routed_experts
     has_experts = cfg.first_k_dense_replace < layers
+    limits_groups = has_experts and cfg.topk_group < cfg.n_group
     is_lite = layers in LITE_LAYERS or (layers, cfg.vocab_size) == LITE_SIZES
     extra = ', '.join(beyond_v3(asdict(cfg)))
     rules = [
         (bool(extra), f'{extra}: its code for DeepSeek models has no such setting'),
         (layers > MAX_LAYERS, f'num_hidden_layers={layers}: it has at most {MAX_LAYERS}'),
         (experts > MAX_EXPERTS, f'n_routed_experts={experts}: it has at most {MAX_EXPERTS}'),
+        (cfg.index_topk is not None, f'index_topk={cfg.index_topk}: its attention here is dense'),
         (cfg.hidden_act != 'silu', f'hidden_act={cfg.hidden_act!r}: it computes silu'),
         (
             not math.isclose(cfg.rms_norm_eps, INNER_EPSILON),
@@ -183,9 +185,7 @@ def unsupported_reason(
         ),
         (has_experts and cfg.n_shared_experts == 0, 'n_shared_experts=0: it needs shared experts'),
         (
-            cfg.topk_method == 'group_limited_greedy'
-            and has_experts
-            and cfg.topk_group < cfg.n_group,
+            cfg.topk_method == 'group_limited_greedy' and limits_groups,
             f'topk_method={cfg.topk_method!r} with topk_group={cfg.topk_group} of '
             f'n_group={cfg.n_group}: it ranks a group by its two best experts, as noaux_tc does',
         ),

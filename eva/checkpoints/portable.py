@@ -57,6 +57,15 @@ def _beyond_v3(cfg: Config) -> bool:
     return bool(beyond_v3(asdict(cfg)))
 
 
+def _is_sparse(cfg: Config) -> bool:
+    return cfg.index_topk is not None
+
+
+def _rotates_otherwise(cfg: Config) -> bool:
+    "Is the indexer's order of pairs another one than that of the model type?"
+    return _is_sparse(cfg) and cfg.index_rope_interleave != (cfg.model_type == 'glm_moe_dsa')
+
+
 def _limits_groups(cfg: Config) -> bool:
     "Would a limit on groups change the choice of experts?"
     return cfg.topk_group < cfg.n_group
@@ -241,6 +250,18 @@ ATTENTION = [
         'refuses',
         lambda c: _is_v2(c) and c.hidden_size % c.num_attention_heads != 0,
         'needs hidden_size to be a multiple of num_attention_heads in deepseek_v2',
+    ),
+    Rule(
+        ('transformers',),
+        'differs',
+        _rotates_otherwise,
+        'rotates the indexer of {model_type} in the other order (index_rope_interleave)',
+    ),
+    Rule(
+        ('DeepSeek', 'torchtitan'),
+        'refuses',
+        _is_sparse,
+        'has dense attention in its code for V3, and no indexer (index_topk)',
     ),
 ]
 

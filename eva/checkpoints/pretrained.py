@@ -277,6 +277,12 @@ def _left_over(names, used, cfg):
         for name in names - tied
         if not name.endswith(spare) and name.removesuffix('_scale_inv') not in used
     )
+    indexer = next((name for name in extra if '.indexer.' in name), None)
+    if indexer:
+        raise ValueError(
+            f'{indexer}: an indexer of sparse attention, and config.json gives that layer none '
+            f'(model_type={cfg.model_type!r}); check model_type, index_topk and indexer_types'
+        )
     bias = next((name for name in extra if name.endswith('.bias')), None)
     if bias:
         raise ValueError(
@@ -308,6 +314,11 @@ def _read(pieces, want, ck, block, dtype, device):
 
 def _read_piece(name, shape, ck, block, dtype):
     "Read a tensor of a checkpoint, which must be there and have this shape"
+    if name not in ck and '.indexer.' in name:
+        raise ValueError(
+            f'{name}: missing, and config.json gives this layer a whole indexer; '
+            'check indexer_types and index_topk, or fetch the files again'
+        )
     if name not in ck:
         raise ValueError(
             f'{name}: missing; check num_hidden_layers, first_k_dense_replace '

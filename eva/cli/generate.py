@@ -145,7 +145,8 @@ def _speak(
     )  # invalid values raise an error before anything is loaded
     from eva.generation.chat import ChatSession, EngineChatSession, chat_loop, suits_engine
 
-    kind = EngineChatSession if suits_engine(how, args.speculate) else ChatSession
+    in_pages = suits_engine(how, args.speculate, args.dir)
+    kind = EngineChatSession if in_pages else ChatSession
     speaker = kind(
         args.dir,
         how,

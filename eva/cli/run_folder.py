@@ -24,7 +24,7 @@ from eva.cli.train_data import (
     new_small_run,
     new_task_run,
 )
-from .train_init import from_checkpoint
+from .train_init import check_sparse, from_checkpoint
 
 # %% ../../nbs/15_cli/07_run_folder.ipynb #987e25b7
 if TYPE_CHECKING:  # for annotations only, so that `--help` does not import PyTorch
@@ -43,6 +43,7 @@ def new_run(
     from eva.fileio.manifest import Manifest
     from eva.training.config import TrainConfig
 
+    check_sparse(args, args.seq_len or TrainConfig.seq_len)
     sources = args.data or ['stdlib']
     preset = args.preset or 'mini'
     manifest = manifest or Manifest(args.out)

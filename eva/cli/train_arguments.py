@@ -68,6 +68,13 @@ def _add_sources(
             'on conversations ({"messages": ...} in .jsonl) only answers are learned'
         ),
     )
+    add(
+        '--sparse',
+        nargs='+',
+        metavar='NAME=NUMBER',
+        help='with --init: give the model sparse attention over the best k=NUMBER positions; also '
+        'warmup= steps in which the indexers learn alone (default: 100), heads= and dim= of these',
+    )
     add('--out', type=Path, help='folder for everything the run leaves (default: runs/PRESET)')
 
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #33f8bcc7

@@ -22,6 +22,7 @@ from eva.distributed.fsdp import (
     apply_fsdp,
     blocks_of,
     check_batches,
+    check_dense,
     check_precision,
     checkpoint_activations,
     copies_of,
@@ -161,6 +162,7 @@ class Parallel:
         "Divide a model among the ranks"
         self.check_precision(cfg.precision)
         check_layout(model.cfg)
+        check_dense(model.cfg)
         check_batches(cfg, len(model.mtp), self.ranks, self.pp)
         self.gates = {n: len(m.weight) for n, m in model.named_modules() if isinstance(m, Router)}
         let_nan_pass(model)

@@ -10,6 +10,7 @@ __all__ = ['CHAT_SAMPLING', 'PAGE_SIZE', 'PIECE', 'tokenizer_file', 'ChatSession
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from ..checkpoints.pretrained import load_pretrained
 from ..checkpoints.tokenizers import load_tokenizer
+from ..config import Config
 from .chat_templates import ChatTemplate
 from .engine import Engine
 from .generate import stream
@@ -211,8 +213,13 @@ PIECE = 1024  # tokens of a prompt that are read at once
 def suits_engine(
     sampling_params: SamplingParams,  # temperature and filters
     speculate: bool | int = False,  # drafts in a step
+    folder: str | Path | None = None,  # of the model, if its attention counts too
 ) -> bool:
-    "Say whether the engine knows these settings"
+    "Say whether the engine knows these settings, and the attention of a model"
+    if folder is not None:
+        with suppress(ValueError, OSError):  # an unreadable folder is refused by whoever opens it
+            if Config.from_pretrained(folder).index_topk is not None:
+                return False
     plain = SamplingParams(
         sampling_params.temperature, sampling_params.top_k, sampling_params.top_p
     )

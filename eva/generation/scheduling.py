@@ -15,6 +15,7 @@ from operator import attrgetter
 from torch import nn
 
 from ..attention.mla import MLA
+from ..attention.sparse import SparseMLA
 from ..config import Config
 from .paged_cache import PagedLatentCache, Span, page_keys
 from .sampling import RowGenerator, SamplingParams
@@ -165,6 +166,10 @@ def check_model(
         if isinstance(part, TransformerBlock) and not isinstance(part.self_attn, MLA):
             kind = type(part.self_attn).__name__
             raise ValueError(f'{kind} in a layer: pages hold the latents of MLA; use `generate`')
+        if isinstance(part, SparseMLA):
+            raise ValueError(
+                'sparse attention (index_topk): pages hold no index keys; use `generate`'
+            )
         recipe = getattr(part, 'recipe', None)
         if recipe is not None and recipe.x is None:
             raise ValueError(

@@ -174,7 +174,8 @@ def compact_cache(
             f'valid of shape {tuple(valid.shape)}: must be (batch, '
             f'upto)={(cache.batch, upto)}, upto at most the {cache.length} cached positions'
         )
-    freed = remove_invalid_slots(cache.rows, valid, cache.length)
+    for buffer in (cache.index_rows, cache.rows):
+        freed = remove_invalid_slots(buffer, valid, cache.length)
     cache.length -= freed
     return freed
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..attention.kv_cache import LatentCache
 from ..attention.mla import MLA
+from ..attention.sparse import Choices, SparseMLA
 from ..config import Config
 from ..moe.experts import MLP, MoE
 
@@ -26,7 +27,7 @@ class TransformerBlock(nn.Module):
     ):
         super().__init__()
         self.layer = layer
-        self.self_attn = MLA(cfg)
+        self.self_attn = MLA(cfg) if cfg.index_topk is None else SparseMLA(cfg, layer)
         self.mlp: MLP | MoE
         if layer < cfg.first_k_dense_replace:
             self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_act)
@@ -45,7 +46,9 @@ class TransformerBlock(nn.Module):
         # True where a query may attend (batch, 1, seq, cached + seq), None for causal
         mask: Tensor | None = None,
         cache: LatentCache | None = None,  # of earlier positions
+        *choices: Choices,  # of the layers so far, in a model with sparse attention
     ) -> Tensor:  # same shape as h
         "Add attention and then the feed-forward network to the hidden states"
-        h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, self.layer)
+        x = self.input_layernorm(h)
+        h = h + self.self_attn(x, rope, mask, cache, self.layer, *choices)
         return h + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(h)))

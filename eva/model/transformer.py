@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from ..attention.kv_cache import LatentCache
 from ..attention.masks import make_attention_mask
 from ..attention.rope import rope_cos_sin
+from ..attention.sparse import Choices
 from ..config import Config
 from ..kernels.linear import Linear
 from ..kernels.tracing import has_readable_values
 from .block import TransformerBlock
 from .generation_config import GenerationConfig
 from .mtp import MTPModule, TrainingWindows, mtp_losses, next_token_loss, window_loss
+from ..sparse_fields import indexer_layers
 
 # %% ../../nbs/05_model/01_transformer.ipynb #c0900001
 def make_layers(
@@ -138,8 +140,9 @@ class DeepSeekV3(nn.Module):
         )
         h = self.model['embed_tokens'](input_ids)
         rope = rope_cos_sin(self.cfg, positions, h.dtype)
+        choices: list[Choices] = [] if self.cfg.index_topk is None else [{}]
         for block in self.blocks:
-            h = block(h, rope, mask, cache)
+            h = block(h, rope, mask, cache, *choices)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return self.model['norm'](h)
@@ -298,6 +301,12 @@ def _check_cache(cfg, cache, input_ids):
             f'a cache of {len(cache.rows)} layers with latents of {cache.rank}: '
             f'this model has {cfg.num_hidden_layers} layers with '
             f'kv_lora_rank={cfg.kv_lora_rank}; make one from its config'
+        )
+    indexers = indexer_layers(cfg)
+    if cache.index_layers[: len(indexers)] != indexers:
+        raise ValueError(
+            f'a cache with index keys of {len(cache.index_layers)} layers: this model has an '
+            f'indexer in {len(indexers)} layers; make one from its config'
         )
 
 

@@ -21,7 +21,7 @@ from eva.planner.schedules import (
     schedule_orders,
     simulate,
 )
-from .stages import layer_counts, stages
+from .stages import layer_counts, mean_pairs, stages
 
 # %% ../../nbs/11_planner/06_training_cost.ipynb #d3953ec9
 @dataclass
@@ -71,7 +71,8 @@ def product_seconds(
     low = total('low_products')
     rest = total('products') - low
     products = 2 * lay.tokens * (low / low_rate + rest / (g.bf16 * a.bf16))
-    core = 2 * lay.tokens * total('core') * (lay.seq + 1) / 2 / (g.bf16 * a.attention)
+    pairs = sum(mean_pairs(cfg, counts[o], lay.seq) for o in stage)
+    core = 2 * lay.tokens * pairs / (g.bf16 * a.attention)
     up = cfg.num_attention_heads * (
         (cfg.q_lora_rank or 0) * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
         + cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)

@@ -22,6 +22,7 @@ from .evaluation import document_ids
 from .mixed_precision import MixedPrecision
 from .monitoring import AnomalyDetector, Event, GradientMonitor
 from .optimizer import MixedPrecisionOptimizer, summed_gradient
+from .sparse import IndexLoss
 from .strategy import Strategy
 
 # %% ../../nbs/07_training/08_step.ipynb #47d69763
@@ -124,6 +125,7 @@ class GradientAccumulator:
         self.meter = meter
         self.cfg = cfg
         self.strategy = strategy
+        self.index_loss = IndexLoss(model)  # of indexers, where attention is sparse
 
     def balance(
         self,
@@ -144,13 +146,14 @@ class GradientAccumulator:
         part: MicroBatch,  # some sequences
     ) -> list[Tensor]:  # nats per token: the main loss, then one for each MTP depth
         "Return the losses of a micro-batch"
-        return self.model.losses(
-            part.tokens,
-            mtp_rows=part.mtp_rows,
-            document_ids=document_ids(part.tokens, self.model.cfg.bos_token_id),
-            mask_documents=self.cfg.mask_documents,
-            loss_mask=part.loss_mask,
-        )
+        with self.index_loss:
+            return self.model.losses(
+                part.tokens,
+                mtp_rows=part.mtp_rows,
+                document_ids=document_ids(part.tokens, self.model.cfg.bos_token_id),
+                mask_documents=self.cfg.mask_documents,
+                loss_mask=part.loss_mask,
+            )
 
     def accumulate(
         self,
@@ -173,7 +176,7 @@ class GradientAccumulator:
             except FloatingPointError:
                 return total.fill_(math.nan)
             main = losses[0] + self.cfg.balance_weight * self.balance(len(part.tokens))
-            loss = part.share * main
+            loss = part.share * (main + self.index_loss.take())
             total[0] += part.share * losses[0].item()
             if part.mtp_rows:
                 sequences = ahead * shares.ranks
