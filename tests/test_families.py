@@ -441,6 +441,27 @@ def test_a_folder_in_the_form_of_mistral_large_3(tmp_path):
         assert relative(load_pretrained(tmp_path, torch.float64)(ids), want) < 1e-5
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_a_folder_in_the_form_of_mistral_is_converted(tmp_path):
+    "The result has a config.json and published names"
+    from safetensors.torch import save_file
+
+    cfg = Config.from_dict(MISTRAL)
+    peer = peer_of(cfg.to_dict()).float()
+    state = peer.state_dict().items()
+    tensors = {
+        new: t[rows].clone() for name, t in state for new, rows in names_of_mistral(name).items()
+    }
+    (tmp_path / 'src').mkdir()
+    save_file(tensors, tmp_path / 'src/consolidated.safetensors')
+    (tmp_path / 'src/config.json').write_text(json.dumps(MISTRAL))
+    convert_checkpoint(tmp_path / 'src', tmp_path / 'dst', 'fp32')
+    assert json.loads((tmp_path / 'dst/config.json').read_text())['model_type'] == 'mistral4'
+    ids = torch.randint(60, (2, 40))
+    with torch.no_grad():
+        assert relative(load_pretrained(tmp_path / 'dst')(ids), peer(ids).logits) < 1e-4
+
+
 # ---- defaults ----
 
 

@@ -404,7 +404,7 @@ def weight_block_size(
     two = isinstance(size, list) and len(size) == 2
     if not two or not all(type(rows) is int and rows > 0 for rows in size):
         raise ValueError(
-            f'{file}: weight_block_size is {size!r}; must be '
+            f'{file}: weight_block_size is {size!r:.80}; must be '
             f'two positive integers, as in [128, 128]'
         )
     return tuple(size)
