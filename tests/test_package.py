@@ -177,4 +177,24 @@ def test_files_that_builders_need():
 
 def test_extras():
     assert 'transformer-engine' in cfg['te_requirements'] and 'datasets' in cfg['data_requirements']
-    assert 'torch>=2.11,<2.14' in cfg['requirements'] and 'nbdev==2.4.14' in cfg['dev_requirements']
+    assert 'nbdev==2.4.14' in cfg['dev_requirements']
+
+
+def floors(name):
+    "Every range that settings.ini gives for a distribution"
+    lists = [r for key, r in cfg.items() if key.endswith('requirements')]
+    return {r for found in lists for r in shlex.split(found) if re.match(rf'{name}[<>=]', r)}
+
+
+def test_the_workflow_tries_the_oldest_and_the_newest_releases():
+    "PyTorch has no upper bound; the oldest releases are those that settings.ini begins with"
+    assert floors('torch') == {'torch>=2.11'} and floors('transformers') == {
+        'transformers>=5.20,<6'
+    }
+    workflow = (root / '.github/workflows/test.yml').read_text(encoding='utf-8')
+    assert re.findall(r'(torch|transformers)==([\d.]+)\.\*', workflow) == [
+        ('torch', '2.11'),
+        ('transformers', '5.20'),
+    ]
+    assert re.search(r'releases: \[newest\]\n *include:\n *- .*releases: oldest', workflow)
+    assert 'PIP_CONSTRAINT' in workflow

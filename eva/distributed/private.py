@@ -25,7 +25,7 @@ except ImportError:  # a release that moved it: only `CommTracker`, which counts
         def __init__(self):
             raise RuntimeError(
                 f'torch {torch.__version__} has no torch.utils._python_dispatch.'
-                f'TorchDispatchMode: collectives cannot be watched; use torch 2.11 to 2.13'
+                f'TorchDispatchMode: collectives cannot be watched; use torch 2.11 to 2.14'
             )
 
 
@@ -109,6 +109,6 @@ def checkpoint_module(
     except ImportError:
         raise RuntimeError(
             f'torch {torch.__version__} has no torch.distributed._composable.checkpoint: '
-            f'activations cannot be computed again; use torch 2.11 to 2.13, or leave recompute out'
+            f'activations cannot be computed again; use torch 2.11 to 2.14, or leave recompute out'
         ) from None
     checkpoint(module)
