@@ -345,6 +345,26 @@ def test_a_session_can_be_rewound_and_forked(name):
     assert_close(state, want[:, 35])
 
 
+@torch.inference_mode()
+def test_gaps_are_closed_in_index_keys_too():
+    "A row that was shortened leaves gaps, which close before the next tokens are read"
+    model = make_model('v32')
+    ids = make_ids(2, 36)
+    session = DecodingSession(model, 60, batch=2, extra_slots=0)
+    session.read(ids[:, :30])
+    session.rewind(torch.tensor([12, 25]))
+    slots = session.cache.length
+    rest = torch.zeros(2, 18, dtype=torch.long)
+    mask = torch.ones(2, 18, dtype=torch.bool)
+    rest[0], rest[1, 13:] = ids[0, 12:30], ids[1, 25:30]
+    mask[1, :13] = False
+    session.read(rest, mask)
+    assert session.cache.length == slots + 18
+    state = session.read(ids[:, 30:36])  # closes the gaps first
+    assert session.cache.length == 36
+    assert_close(state, model.hidden(ids)[:, 35])
+
+
 @torch.no_grad()
 def test_equal_scores_are_settled_alike_in_every_route():
     "With one head, half of the scores are exact zeros"
