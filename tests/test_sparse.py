@@ -22,11 +22,16 @@ from eva.checkpoints.conversion import convert_checkpoint
 from eva.checkpoints.gguf import convert_to_gguf
 from eva.checkpoints.pretrained import load_pretrained, save_pretrained
 from eva.config import Config
+from eva.data.decode import Document
+from eva.data.text import write_tokens
+from eva.data.tokenizer import train_tokenizer
 from eva.generation.engine import Engine
 from eva.generation.generate import generate
 from eva.generation.session import DecodingSession
 from eva.model.transformer import DeepSeekV3
+from eva.training.config import TrainConfig
 from eva.training.sparse import score_all
+from eva.training.trainer import Trainer
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -345,6 +350,26 @@ def test_a_session_can_be_rewound_and_forked(name):
     assert_close(state, want[:, 35])
 
 
+@torch.inference_mode()
+def test_gaps_are_closed_in_index_keys_too():
+    "A row that was shortened leaves gaps, which close before the next tokens are read"
+    model = make_model('v32')
+    ids = make_ids(2, 36)
+    session = DecodingSession(model, 60, batch=2, extra_slots=0)
+    session.read(ids[:, :30])
+    session.rewind(torch.tensor([12, 25]))
+    slots = session.cache.length
+    rest = torch.zeros(2, 18, dtype=torch.long)
+    mask = torch.ones(2, 18, dtype=torch.bool)
+    rest[0], rest[1, 13:] = ids[0, 12:30], ids[1, 25:30]
+    mask[1, :13] = False
+    session.read(rest, mask)
+    assert session.cache.length == slots + 18
+    state = session.read(ids[:, 30:36])  # closes the gaps first
+    assert session.cache.length == 36
+    assert_close(state, model.hidden(ids)[:, 35])
+
+
 @torch.no_grad()
 def test_equal_scores_are_settled_alike_in_every_route():
     "With one head, half of the scores are exact zeros"
@@ -410,6 +435,71 @@ def test_weights_know_their_places():
     assert len(found) == 3 * 5
     shared = [m for m in model.modules() if isinstance(m, SparseMLA) and m.indexer is None]
     assert len(shared) == 3
+
+
+# ---- training ----
+
+
+@pytest.fixture(scope='module')
+def streams(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('tokens')
+    text = 'for i in range(10):\n    print(i, i*i)\n' * 40
+    tok = train_tokenizer([text], 300)
+    train, held = (
+        write_tokens(folder / f'{n}.npy', [Document(n, t)], tok)
+        for n, t in [('train', text * 6), ('held', text[:900])]
+    )
+    changes = {name: SIZES[name] for name in SIZES if name.startswith(('index', 'qk_', 'hidden'))}
+    cfg = Config.from_preset(
+        'mini',
+        vocab_size=tok.get_vocab_size(),
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        model_type='deepseek_v32',
+        **changes,
+    )
+    return cfg, train, held
+
+
+def train_for(streams, folder, steps, total=4, **changes):
+    cfg, train, held = streams
+    sizes = dict(batch_size=4, micro_batch=2, seq_len=32, eval_every=2, save_every=2)
+    torch.manual_seed(0)
+    trainer = Trainer(
+        DeepSeekV3(cfg), train, held, TrainConfig(steps=total, **sizes, **changes), folder
+    )
+    before = {n: w.clone() for n, w in trainer.model.state_dict().items()}
+    trainer.resume()
+    rows = []
+
+    def watch(row):
+        rows.append(row)
+        if row['step'] == steps:
+            trainer.stop = 'SIGINT'
+
+    trainer.fit(watch)
+    return trainer.model, before, rows
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp8'])
+def test_both_stages_learn_in_every_precision(precision, streams, tmp_path):
+    "Model and indexers move, those of the MTP module too"
+    model, before, rows = train_for(streams, tmp_path, 4, precision=precision, mtp_batch_ratio=1.0)
+    assert all(row['index_loss'] >= 0 for row in rows) and len(rows) == 4
+    for name, weight in model.state_dict().items():
+        assert weight.isfinite().all(), name
+        if name.endswith(('proj.weight', 'wk.weight', 'wq_b.weight', 'k_norm.bias')):
+            assert not torch.equal(weight, before[name].to(weight.dtype)), name
+
+
+def test_a_resumed_run_is_the_same(streams, tmp_path):
+    whole = train_for(streams, tmp_path / 'whole', 4)[0].state_dict()
+    train_for(streams, tmp_path / 'cut', 2)
+    resumed = train_for(streams, tmp_path / 'cut', 4)[0].state_dict()
+    for name, weight in whole.items():
+        assert torch.equal(resumed[name], weight), name
 
 
 # ---- what cannot carry an indexer ----
