@@ -4,6 +4,7 @@ The peer has the same weights. Each option is tried with one prompt and with two
 the left and without, with drafts and without. Where Eva differs on purpose, a test says so.
 """
 
+import inspect
 import json
 import threading
 import warnings
@@ -293,7 +294,17 @@ def test_tokens_are_drawn_from_the_same_distribution(
         **{k: v for k, v in asked.items() if k != 'top_k'},
     )
     want = theirs.scores[0].softmax(-1)
-    torch.testing.assert_close(drawn_from[0], want, atol=2e-7, rtol=1e-4, check_dtype=False)
+    got = drawn_from[0]
+    if padded and penalises_padding():
+        got, want = (p[:, torch.arange(p.shape[1]) != PAD] for p in (got, want))
+        got, want = (p / p.sum(-1, keepdim=True) for p in (got, want))
+    torch.testing.assert_close(got, want, atol=2e-7, rtol=1e-4, check_dtype=False)
+
+
+def penalises_padding():
+    "Does this release of the peer count padding as text when it penalises repetitions, as 5.20?"
+    taken = inspect.signature(transformers.RepetitionPenaltyLogitsProcessor.__init__).parameters
+    return 'Tensor' not in str(taken['prompt_ignore_length'].annotation)
 
 
 @pytest.mark.parametrize('speculate', [0, 2])

@@ -66,7 +66,7 @@ def dequantize_int4(
     "Unpack an INT4 weight and multiply it by its scales, some rows at a time"
     out = torch.empty(len(packed), columns, dtype=dtype)
     width = max(1, min(group_size, columns))
-    step = max(1, 2**20 // max(1, columns))  # rows whose temporaries take a few megabytes
+    step = max(1, 2**18 // max(1, columns))  # rows whose temporaries take a few megabytes
     for start in range(0, len(packed), step):
         rows = slice(start, start + step)
         factors = scale[rows].float().repeat_interleave(width, 1)[:, :columns]
