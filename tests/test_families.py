@@ -13,7 +13,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.utils import logging
 
 from eva.checkpoints.conversion import convert_checkpoint
@@ -28,6 +28,7 @@ TYPES = [
     'deepseek_v3', 'deepseek_v2', 'kimi_k2', 'sarvam_mla', 'glm4_moe_lite', 'youtu', 'axk1',
     'mistral4',
 ]  # fmt: skip
+TYPES = [name for name in TYPES if name in ('kimi_k2', *CONFIG_MAPPING)]  # an older release
 PEERS = [name for name in TYPES if FAMILIES[name].is_in_transformers]
 YARN = dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=16)
 LLAMA3 = YARN | dict(rope_type='llama3', low_freq_factor=1.0, high_freq_factor=4.0)
@@ -308,6 +309,8 @@ def test_experts_in_one_tensor_or_many_are_read_in_every_type(tmp_path):
     from safetensors.torch import load_file, save_file
 
     for model_type, packed_in_files in (('mistral4', True), ('axk1', False)):
+        if model_type not in TYPES:
+            continue
         folder = tmp_path / model_type
         found = odd_file(model_type, 1)
         peer_of(found).save_pretrained(folder)
@@ -335,6 +338,7 @@ def test_experts_in_one_tensor_or_many_are_read_in_every_type(tmp_path):
             assert after.state_dict()[name].equal(tensor), name
 
 
+@pytest.mark.skipif('axk1' not in TYPES, reason='an older release of transformers')
 def test_published_folders_of_axk1(tmp_path):
     "They hold the third norm of dense layers too, and no routing biases"
     from safetensors.torch import load_file, save_file
@@ -413,6 +417,7 @@ def names_of_mistral(name):
     return out
 
 
+@pytest.mark.skipif('mistral4' not in TYPES, reason='an older release of transformers')
 def test_a_folder_in_the_form_of_mistral_large_3(tmp_path):
     "Names as in its files, its params.json as config.json; the peer's mistral4 computes it"
     from safetensors.torch import save_file
@@ -441,6 +446,7 @@ def test_a_folder_in_the_form_of_mistral_large_3(tmp_path):
         assert relative(load_pretrained(tmp_path, torch.float64)(ids), want) < 1e-5
 
 
+@pytest.mark.skipif('mistral4' not in TYPES, reason='an older release of transformers')
 @pytest.mark.filterwarnings('ignore')
 def test_a_folder_in_the_form_of_mistral_is_converted(tmp_path):
     "The result has a config.json and published names"
