@@ -180,6 +180,7 @@ OTHERS = dict(
     save_every=2,
     seed=4,
     init='given',
+    sparse='k=4',
 )
 DEFAULTS = dict(
     preset='mini',
@@ -240,7 +241,7 @@ def finished(tmp_path_factory):
 def test_each_option_again(finished, monkeypatch):
     monkeypatch.chdir(finished)
     options = {action.dest for action in train_parser()._actions} - {'help'}
-    assert options == STARTED.keys() | {'init'} | MAY_CHANGE, (
+    assert options == STARTED.keys() | {'init', 'sparse'} | MAY_CHANGE, (
         'say here whether a new option may change when a run is resumed'
     )
     for name, value in STARTED.items():
@@ -257,7 +258,7 @@ def test_each_option_again(finished, monkeypatch):
 
 def test_each_option_changed(finished, monkeypatch):
     monkeypatch.chdir(finished)
-    assert OTHERS.keys() == STARTED.keys() | {'init'}
+    assert OTHERS.keys() == STARTED.keys() | {'init', 'sparse'}
     before = {p: p.stat().st_mtime_ns for p in finished.rglob('*') if p.is_file()}
     for name, value in OTHERS.items():
         for run in ('given', 'plain', 'begun'):
