@@ -136,6 +136,22 @@ def test_a_folder_loads_as_the_model_with_rounded_experts(dtype, group_size, fil
         assert_close(found(ids), want.eval()(ids), rtol=0, atol=0)
 
 
+def test_sizes_come_from_the_headers(tmp_path, monkeypatch):
+    "A published folder has half a terabyte: no weight is read before it is wanted"
+    rounded = write_kimi(tmp_path / 'kimi', model_of())
+    ck = SafetensorsFolder(tmp_path / 'kimi')
+    stored = {n: sum(part.nbytes for part in ck._parts(n)) for n in ck}
+    monkeypatch.setattr(
+        SafetensorsFolder, '_parts', lambda self, name: pytest.fail(f'{name}: read')
+    )
+    assert ck.packed and set(ck) == set(rounded)
+    for name, tensor in rounded.items():
+        dtype, shape = ck.shape(name)
+        assert shape == tuple(tensor.shape)
+        assert dtype == (torch.float32 if name in ck.packed else tensor.dtype), name
+        assert ck.nbytes(name) == stored[name]
+
+
 @pytest.mark.parametrize(
     'wrong',
     [

@@ -249,13 +249,26 @@ class SafetensorsFolder:
         where = self.where[name]
         return [_get(self.open(file).get_tensor, file, stored, name) for file, stored in where]
 
+    def _headers(self, name: str) -> list[Tensor]:
+        "Return what is stored for a tensor, without its values"
+        found = []
+        for file, stored in self.where[name]:
+            view = _get(self.open(file).get_slice, file, stored, name)
+            kind = view.get_dtype()
+            if kind not in DTYPES_BY_NAME:
+                raise ValueError(
+                    f'{name}: {kind} in {file.name}; known are {", ".join(DTYPES_BY_NAME)}'
+                )
+            found.append(torch.empty(view.get_shape(), dtype=DTYPES_BY_NAME[kind], device='meta'))
+        return found
+
     def nbytes(
         self,
         name: str,  # published
     ) -> int:  # bytes
         "Return the bytes of a tensor in the files"
         if name in self.packed:
-            return sum(part.nbytes for part in self._parts(name))
+            return sum(part.nbytes for part in self._headers(name))
         dtype, shape = self.shape(name)
         return math.prod(shape) * dtype.itemsize
 
@@ -283,22 +296,17 @@ class SafetensorsFolder:
     ) -> tuple[torch.dtype, tuple]:  # its type and shape
         "Return type and shape of a tensor, from the headers alone"
         places = self.where[name]
+        parts = self._headers(name)
         if name in self.packed:
-            parts = self._parts(name)
+            file, stored = places[-1]  # two numbers, the only ones that are read here
+            parts[-1] = _get(self.open(file).get_tensor, file, stored, name)
             shape = int4.packed_shape(parts, self.group_size, name, places[0][0].name)
             return torch.float32, shape
-        views = [_get(self.open(file).get_slice, file, stored, name) for file, stored in places]
-        kind = views[0].get_dtype()
-        if kind not in DTYPES_BY_NAME:
-            raise ValueError(
-                f'{name}: {kind} in {places[0][0].name}; known are {", ".join(DTYPES_BY_NAME)}'
-            )
-        shapes = [view.get_shape() for view in views]
-        size = list(shapes[0])
+        size = list(parts[0].shape)
         dim = _split_dim(places[0][1])
         if len(places) > 1 and dim is not None and dim < len(size):
-            size[dim] = sum(shape[dim] for shape in shapes if len(shape) > dim)
-        return DTYPES_BY_NAME[kind], tuple(size)
+            size[dim] = sum(part.shape[dim] for part in parts if part.dim() > dim)
+        return parts[0].dtype, tuple(size)
 
     def weight(
         self,
