@@ -65,7 +65,8 @@ def _dense_layers(found: dict[str, Any], family: str) -> dict[str, Any]:
             f'mlp_layer_types={kinds!r:.80}: a dense layer after a sparse one; '
             'Eva computes models whose first layers are dense and all others sparse'
         )
-    _agree({'first_k_dense_replace': count if given is None else given, 'mlp_layer_types': count})
+    if given is not None and record.lists_layers != 'first':
+        _agree({'first_k_dense_replace': given, 'mlp_layer_types': count})
     return dict(first_k_dense_replace=count)
 
 # %% ../nbs/01_foundations/04_published_config.ipynb #45e0ca68

@@ -28,7 +28,8 @@ class Family:
     rope_kinds: dict[str, str] = field(default_factory=dict)  # other word for a kind -> the kind
     has_experts: bool = True  # False: fields about experts are neither read nor written
     has_mtp: bool = True  # does `transformers` know modules for multi-token prediction here?
-    # are dense layers listed in mlp_layer_types: 'only' there, or 'too', beside the usual field?
+    # are dense layers listed in mlp_layer_types: 'only' there, 'too', beside the usual field that
+    # must agree, or 'first', so that the usual field counts only without a list?
     lists_layers: str | None = None
     packs_experts: bool = False  # do files hold the experts of a layer in one tensor?
     may_lack_bias: bool = False  # do files leave out the routing biases where all are 0?
@@ -140,12 +141,12 @@ FAMILIES: dict[str, Family] = dict(
     deepseek_v32=Family(
         'DeepseekV32ForCausalLM', V3_FIELDS | SPARSE_FAMILIES['deepseek_v32'],
         _V3_ROUTER | dict(rope_interleave=True, index_rope_interleave=False),
-        has_mtp=False, lists_layers='too', name='DeepSeek-V3.2',
+        has_mtp=False, lists_layers='first', name='DeepSeek-V3.2',
     ),
     glm_moe_dsa=Family(
         'GlmMoeDsaForCausalLM', V3_FIELDS | SPARSE_FAMILIES['glm_moe_dsa'],
         _V3_ROUTER | dict(rope_interleave=True, index_rope_interleave=True),
-        has_mtp=False, lists_layers='too', name='GLM-5',
+        has_mtp=False, lists_layers='first', name='GLM-5',
     ),
 )
 # fmt: on

@@ -106,8 +106,9 @@ def check_index(
 # %% ../nbs/01_foundations/15_sparse_fields.ipynb #a8ccddf9
 def _shared_layers(found: dict[str, Any], layers: Any) -> Any:
     "Return the type of each layer's indexer, from whichever field a file has"
-    if found.get('indexer_types') is not None:
-        return found['indexer_types']
+    given = found.get('indexer_types')
+    if given is not None:
+        return None if _is_count(layers) and given == ['full'] * layers else given
     pattern = found.get('index_topk_pattern')
     if isinstance(pattern, str):
         pattern = [dict(F='full', S='shared').get(letter, letter) for letter in pattern]
