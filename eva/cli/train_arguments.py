@@ -90,7 +90,7 @@ def _add_sizes(
     add(
         '--steps',
         type=int,
-        help='optimizer steps (default: 320, 6 to 20 minutes for mini on two cores)',
+        help='optimizer steps (default: 320, about 20 minutes for mini on two cores)',
     )
     add(
         '--precision',

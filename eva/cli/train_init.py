@@ -225,6 +225,8 @@ def warm_up_indexers(
     say: Say,  # prints messages
 ) -> None:
     "Let the indexers of a new run learn where dense attention looks"
+    from tqdm.auto import tqdm
+
     from eva.training.evaluation import quick_estimate
     from eva.training.sparse import dense_attention, warm_up
     from eva.training.strategy import summed_loss
@@ -241,9 +243,16 @@ def warm_up_indexers(
 
     with dense_attention(model):
         say(f'dense attention: {bits():.3f} bits per byte of the first held-out windows')
-    losses = warm_up(
-        model, train, steps, tcfg.micro_batch, tcfg.seq_len, 0.01, tcfg.seed, tcfg.mask_documents
-    )
+    how = steps, tcfg.micro_batch, tcfg.seq_len, 0.01, tcfg.seed, tcfg.mask_documents
+    with tqdm(
+        total=steps, desc='warm-up', unit='step', dynamic_ncols=True, disable=not steps
+    ) as bar:
+
+        def seen(loss: float) -> None:
+            bar.set_postfix(index_loss=f'{loss:.3f}', refresh=False)
+            bar.update()
+
+        losses = warm_up(model, train, *how, seen)
     if losses:
         say(f'indexers, {steps} steps: {losses[0]:.3f} -> {losses[-1]:.3f} nats from attention')
     say(f'{indexer_line(model, held_out, tcfg.seq_len)}; sparse: {bits():.3f} bits per byte')

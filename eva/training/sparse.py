@@ -202,12 +202,14 @@ def warm_up(
     lr: float = 1e-2,  # at first; it falls linearly to zero
     seed: int = 0,  # of the order of the text
     mask_documents: bool = False,  # True: tokens do not attend to other documents
+    seen: Callable[[float], object] | None = None,  # called with the loss of each step
 ) -> list[float]:  # the loss of each step, nats, mean over layers
     "Train the indexers to score as dense attention looks, with the model frozen"
     layers = sparse_layers(model)
     parameters = [p for layer in layers for p in layer.indexer.parameters()]  # type: ignore
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    count = max(1, steps)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / count, count)
     losses = []
     with dense_attention(model), IndexLoss(model, dense=True) as index:
         for step in range(steps):
@@ -222,6 +224,8 @@ def warm_up(
             optimizer.step()
             schedule.step()
             losses.append(index.figures()['index_loss'])
+            if seen is not None:
+                seen(losses[-1])
     optimizer.zero_grad()
     return losses
 
