@@ -876,7 +876,7 @@ def test_sigterm_drains(folder):
 
 
 def test_draining_ends_in_time(folder):
-    process, found = start(folder, '--drain', 0.5, '--api_key', 'k')
+    process, found = start(folder, '--drain', 0.01, '--api_key', 'k')
     client = openai.OpenAI(base_url=f'http://127.0.0.1:{found[2]}/v1', api_key='k', max_retries=0)
     long = 10**9
     with pytest.raises(openai.BadRequestError) as refused:
