@@ -59,7 +59,7 @@ def plan_parser() -> argparse.ArgumentParser:  # of eva_plan
         ),
     )
     add = parser.add_argument
-    text = 'size of the model: mini, mini-servable, v2-lite, v2 or v3 (default: v3)'
+    text = 'size of the model: mini, mini-servable, tiny, v2-lite, v2 or v3 (default: v3)'
     add('--preset', default='v3', help=text)
     text = 'a published config.json instead, or the folder that holds one'
     add('--config', type=Path, metavar='PATH', help=text)

@@ -39,6 +39,7 @@ def _add_sources(
     add(
         '--preset',
         help='size of the model: mini, mini-servable (for the fast kernels of vLLM and SGLang), '
+        'tiny (for trying things out in seconds), '
         'v2-lite, v2 or v3 (default: mini)',
     )
     add(
