@@ -9,6 +9,7 @@ __all__ = ['Strategy', 'summed_loss', 'SingleProcess']
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..data.text import TokenStream
@@ -27,6 +28,7 @@ class Strategy(Protocol):
     rank: int  # number of this process; process 0 writes the files
     ranks: int  # processes that share a batch
     pp: int  # processes that share the layers
+    history_group: Any  # process group of those that share a batch, None for one process
 
     def check_precision(
         self,
@@ -75,6 +77,20 @@ class Strategy(Protocol):
         x: Tensor,  # may be changed in place
     ) -> Tensor:  # of the same shape
         "Return the sum over the processes that share a batch"
+        ...
+
+    def largest(
+        self,
+        x: Tensor,  # may be changed in place
+    ) -> Tensor:  # of the same shape
+        "Return the maxima over the processes that share a batch"
+        ...
+
+    def grad_scaler(
+        self,
+        device: str,  # cpu or cuda
+    ) -> torch.amp.GradScaler:  # of the loss, for fp16
+        "Return a scale of the loss that all processes change together"
         ...
 
     def gradients(
@@ -173,6 +189,7 @@ class SingleProcess:
     rank: int = 0
     ranks: int = 1
     pp: int = 1
+    history_group: Any = None
 
     def check_precision(self, precision: str) -> None:
         "Accept every precision"
@@ -200,6 +217,14 @@ class SingleProcess:
     def sum(self, x: Tensor) -> Tensor:
         "Return the argument, which is the sum over one process"
         return x
+
+    def largest(self, x: Tensor) -> Tensor:
+        "Return the argument, which is the maximum over one process"
+        return x
+
+    def grad_scaler(self, device: str) -> torch.amp.GradScaler:
+        "Return PyTorch's scale of the loss"
+        return torch.amp.GradScaler(device)
 
     def gradients(
         self, trainer: Any, batch: Tensor, ahead: int, mtp_weight: float, loss_mask: Tensor | None

@@ -1,0 +1,169 @@
+"""Every feature of training in every layout and precision: the result of one process
+
+Pairs of layout, precision and feature are generated; a few run always, all of them under `slow`.
+"""
+
+import itertools
+import json
+
+import features
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file
+from test_distributed import ENV, HERE
+
+from eva.distributed.expert_parallel import torchrun
+
+LAYOUTS: dict[str, dict] = dict(
+    fsdp={},
+    ep=dict(ep=4, fsdp=False),
+    both=dict(ep=2),
+    pp=dict(pp=2),
+    pp_fsdp=dict(pp=2, fsdp=True),
+    pp_ep=dict(pp=2, ep=2),
+    pp_ep_fsdp=dict(pp=2, ep=2, fsdp=True),
+    dualpipev=dict(pp=2, schedule='dualpipev', fsdp=True),
+    zero_bubble=dict(pp=2, schedule='zero_bubble', fsdp=True),
+    zbv=dict(pp=2, schedule='zbv', fsdp=True),
+)
+# float64 and wide FP8 are compared to the last digits
+PRECISIONS: dict[str, dict] = dict(
+    float64={},
+    bf16=dict(dtype='float32', precision='bf16'),
+    fp16=dict(dtype='float32', precision='fp16'),
+    block_pow2=dict(precision='fp8', recipe='block_pow2'),
+    deepseek_v3=dict(precision='fp8', recipe='deepseek_v3'),
+    delayed=dict(precision='fp8', recipe='delayed'),
+)
+FEATURES: dict[str, dict] = dict(
+    plain={},
+    documents=dict(mask_documents=True),
+    answers=dict(loss_mask=True, mask_documents=True),
+    mtp_share=dict(mtp_batch_ratio=0.4),  # 3 of 8 sequences, for 2 or 4 data ranks
+    warm_up=dict(batch_size=16, batch_size_warmup=0.5),
+    recompute={},  # an option of the layout
+)
+# A tensor scaled as a whole, in the first step of delayed scaling, depends on what a rank computes
+# at once. So do sums in 16 bits.
+EXACT = dict(loss=1e-8, gradient=1e-10)
+ROUNDED = dict(loss=2e-2, gradient=0.06)
+
+
+def bounds(layout, precision):
+    "How close to one process a case must come"
+    by_experts = LAYOUTS[layout].get('ep', 1) > 1
+    if precision in ('bf16', 'fp16') or (precision == 'delayed' and by_experts):
+        return ROUNDED
+    return EXACT
+
+
+def pairwise(*columns):
+    "Rows such that each pair of values of two columns is in one of them, greedily"
+    pairs = list(itertools.combinations(range(len(columns)), 2))
+    missing = {(i, j, a, b) for i, j in pairs for a in columns[i] for b in columns[j]}
+    rows = []
+    while missing:
+
+        def covered(row):
+            return {(i, j, row[i], row[j]) for i, j in pairs} & missing
+
+        best = max(itertools.product(*columns), key=lambda row: len(covered(row)))
+        missing -= covered(best)
+        rows.append(best)
+    return rows
+
+
+def case(layout, precision, feature, steps=20):
+    "A case of tests/ranks.py"
+    parallel = LAYOUTS[layout] | (dict(recompute=True) if feature == 'recompute' else {})
+    run = dict(dtype='float64', micro_batch=1, steps=steps, eval_every=steps)
+    run |= dict(save_every=1000) | PRECISIONS[precision] | FEATURES[feature]
+    return dict(
+        name='-'.join((layout, precision, feature)),
+        key=(layout, precision, feature),
+        parallel=parallel,
+        do='train',
+        wide=PRECISIONS[precision].get('precision') == 'fp8',
+        run=run,
+    )
+
+
+def together(n, out, cases, timeout=3000):
+    "What each rank found, by case"
+    out.mkdir(exist_ok=True)
+    for name in ('train', 'held'):
+        ranks.stream(out / f'{name}.npy')
+    script = HERE / 'features.py'
+    torchrun(script, out, *map(json.dumps, cases), ranks=n, env=ENV, timeout=timeout)
+    return {c['name']: json.loads((out / f'{c["name"]}.json').read_text()) for c in cases}
+
+
+def alone(out, case):
+    "The same in one process"
+    torch.set_num_threads(1)
+    features.set_wide(case['wide'])
+    try:
+        return ranks.curve(ranks.trainer(out / f'alone-{case["name"]}', **case['run']))
+    finally:
+        features.set_wide(False)
+
+
+def compare(out, found, cases):
+    "Each case with one process"
+    known = {}
+    for c in cases:
+        _, precision, feature = c['key']
+        same = precision, 'plain' if feature == 'recompute' else feature
+        if same not in known:
+            known[same] = alone(out, c)
+        rows, first = known[same]
+        allowed = bounds(*c['key'][:2])
+        everyone = found[c['name']]
+        theirs = everyone[0]['rows']
+        assert len(theirs) == len(rows) == c['run']['steps']
+        off = {}
+        for key in ('loss', 'mtp_loss', 'val_loss'):
+            assert [key in row for row in rows] == [key in row for row in theirs]
+            off[key] = max((abs(a[key] - b[key]) for a, b in zip(rows, theirs) if key in a))
+        grads = load_file(out / f'{c["name"]}.safetensors')
+        assert grads.keys() == first.keys()
+        total = torch.stack([g.double().norm() for g in first.values()]).norm()
+        apart = torch.stack([(grads[n].double() - g.double()).norm() for n, g in first.items()])
+        off['gradient'] = (apart.norm() / total).item()
+        print(f'{c["name"]:40}', *(f'{k} {v:.0e}' for k, v in off.items()))
+        for key, value in off.items():
+            assert value <= allowed[key if key == 'gradient' else 'loss'], (c['name'], key, value)
+        assert all(
+            o['rows'][-1] | dict(seconds=0, tokens_per_second=0)
+            == theirs[-1] | dict(seconds=0, tokens_per_second=0)
+            for o in everyone
+        ), c['name']  # every rank knows
+
+
+def test_pairs_are_covered():
+    rows = pairwise('ab', 'xyz', '12')
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        columns = ('ab', 'xyz', '12')
+        assert {(r[i], r[j]) for r in rows} == set(itertools.product(columns[i], columns[j]))
+    assert len(rows) < 2 * 3 * 2
+
+
+def test_features_by_layout(tmp_path):
+    "Those that differ most, in one start of four ranks"
+    chosen = [
+        ('fsdp', 'block_pow2', 'mtp_share'),
+        ('both', 'deepseek_v3', 'answers'),
+        ('pp_ep_fsdp', 'float64', 'mtp_share'),
+        ('dualpipev', 'delayed', 'answers'),
+        ('pp_fsdp', 'fp16', 'documents'),
+    ]
+    cases = [case(*row, steps=5) for row in chosen]
+    compare(tmp_path, together(4, tmp_path, cases), cases)
+
+
+@pytest.mark.slow
+def test_all_pairs(tmp_path):
+    rows = pairwise(list(LAYOUTS), list(PRECISIONS), list(FEATURES))
+    cases = [case(*row) for row in rows]
+    compare(tmp_path, together(4, tmp_path, cases), cases)
