@@ -29,12 +29,14 @@ from ..training.config import TrainConfig
 # %% ../../nbs/10_distributed/07_fsdp.ipynb #fec22822
 def check_dense(
     cfg: Config,  # of the model
+    pp: int,  # ranks that share the layers
+    recompute: bool,  # recompute activations in the backward pass?
 ):
-    "Raise a ValueError for sparse attention, whose indexers need whole layers to learn"
-    if cfg.index_topk is not None:
+    "Raise a ValueError for sparse attention where its indexers cannot learn"
+    if cfg.index_topk is not None and (pp > 1 or recompute):
         raise ValueError(
-            f'index_topk={cfg.index_topk} on several ranks: indexers are trained in one process; '
-            'leave torchrun, --ep and --pp out'
+            f'index_topk={cfg.index_topk}, pp={pp}, recompute={recompute}: indexers are not '
+            'trained in a pipeline or with recomputation; leave both out'
         )
 
 

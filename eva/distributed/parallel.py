@@ -162,11 +162,13 @@ class Parallel:
     ):
         "Divide a model among the ranks"
         check_layout(model.cfg)
-        check_dense(model.cfg)
+        check_dense(model.cfg, self.pp, self.recompute)
         check_batches(cfg, self.ranks, self.pp)
         self.gates = {n: len(m.weight) for n, m in model.named_modules() if isinstance(m, Router)}
         let_nan_pass(model)
         self.pipe = Pipeline(model, self.mesh['pp'], self.schedule) if self.pp > 1 else None
+        if self.pipe:
+            self.pipe.check_schedules(cfg, self.ranks)
         if self.pipe and self.pipe.shares:
             self.ends = self._both_ends()
         self.buffers = dict(model.named_buffers())

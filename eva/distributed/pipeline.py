@@ -28,6 +28,7 @@ from .stage_losses import StepLosses, losses_of_states
 from .stage_sharding import gathered, scatter_gradients
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..model.transformer import DeepSeekV3, positions_and_mask
+from ..training.config import TrainConfig
 from ..training.evaluation import document_mask_ids
 from ..training.step import StepShares
 
@@ -301,6 +302,17 @@ class Pipeline:
             ]
             self.made[key] = make_schedule(self.kind, stages, n, self.mesh.size())
         return self.made[key]
+
+    def check_schedules(
+        self,
+        cfg: TrainConfig,  # of the run
+        ranks: int,  # number of data ranks
+    ):
+        "Raise a `ValueError` at once, not in some step, for a batch that the schedule refuses"
+        length = cfg.seq_len + 1 + self.model.cfg.num_nextn_predict_layers
+        windows = torch.empty(cfg.micro_batch, length, dtype=torch.int64)
+        for size in sorted({cfg.sequences(i + 1) - cfg.sequences(i) for i in range(cfg.steps)}):
+            self.schedule(windows, size // ranks // cfg.micro_batch)
 
     def gradients(
         self,

@@ -174,6 +174,12 @@ class GradientAccumulator:
                 total = total + weight * balance_loss(routing.scores, routing.indices)
         return total
 
+    def index_figures(self) -> dict[str, float]:  # empty for dense attention
+        "Return the indexers' mean loss since the last call, over all processes"
+        figures = self.index_loss.figures()
+        means = {n: torch.tensor(o, dtype=torch.float64) for n, o in figures.items()}
+        return {n: self.strategy.sum(o).item() / self.strategy.ranks for n, o in means.items()}
+
     def losses(
         self,
         part: MicroBatch,  # some sequences

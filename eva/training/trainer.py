@@ -189,7 +189,7 @@ class Trainer:
             tokens_per_second=round(size * cfg.seq_len / seconds),
         )
         layers = self.model.cfg.num_hidden_layers
-        row |= self.accumulator.index_loss.figures()
+        row |= self.accumulator.index_figures()
         return row | loss_figures(outcome, load, layers, bool(ahead), self.events)
 
     def _losses_of_batch(self, size: int, ahead: int) -> Tensor:
