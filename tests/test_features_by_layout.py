@@ -41,7 +41,7 @@ FEATURES: dict[str, dict] = dict(
     documents=dict(mask_documents=True),
     answers=dict(loss_mask=True, mask_documents=True),
     mtp_share=dict(mtp_batch_ratio=0.4),  # 3 of 8 sequences, for 2 or 4 data ranks
-    warm_up=dict(batch_size=16, batch_size_warmup=0.5),
+    warm_up=dict(batch_size=32, batch_size_warmup=0.5),
     recompute={},  # an option of the layout
 )
 SPARSE = dict(

@@ -183,7 +183,7 @@ def mtp_losses(
         losses.append(window_loss(h, head, windows, depth))
     return losses
 
-
+# %% ../../nbs/05_model/02_mtp.ipynb #423b3fff
 def losses_without_rows(
     modules: nn.ModuleList,  # MTP modules, one for each depth
     embed: nn.Module,  # the main model's embedding
