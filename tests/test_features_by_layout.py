@@ -188,7 +188,7 @@ def test_features_by_layout(tmp_path):
         ('fsdp', 'block_pow2', 'mtp_share'),
         ('both', 'deepseek_v3', 'answers'),
         ('pp_ep_fsdp', 'float64', 'mtp_share'),
-        ('dualpipev', 'delayed', 'answers'),
+        ('zbv', 'delayed', 'recompute'),
     ]
     cases = [case(*row, steps=3) for row in chosen]
     found = together(4, tmp_path, [*cases, overflowing('pp_fsdp')])
@@ -201,6 +201,7 @@ def test_features_by_layout(tmp_path):
 def test_all_pairs(tmp_path):
     rows = pairwise(list(LAYOUTS), list(PRECISIONS), list(FEATURES))
     rows += [(layout, 'float64', 'sparse') for layout in ('fsdp', 'ep', 'both')]
+    rows += [(layout, 'float64', 'recompute') for layout in ('pp_fsdp', 'zero_bubble', 'dualpipev')]
     cases = [case(*row) for row in rows]
     wrong = compare(tmp_path, together(4, tmp_path, cases), cases)
     assert not any(wrong.values()), {name: keys for name, keys in wrong.items() if keys}

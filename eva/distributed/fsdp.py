@@ -131,7 +131,6 @@ def apply_fsdp(
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
         if in_stages:  # hooks of FSDP neither free weights nor sum gradients
-            unit.set_reshard_after_forward(False)
             unit.set_reshard_after_backward(False)
             unit.set_requires_gradient_sync(False)
     if not in_stages:

@@ -30,11 +30,15 @@ def gathered(
     "Hold the whole weights of a model within this context, on all ranks of a data group"
     units = fsdp_units(model)
     for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield
     finally:
         for unit in units:
+            # A recomputed forward pass stops before its end. FSDP then takes it to be running, and
+            # frees the weights only if it may do so after a forward pass.
+            unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
 
 # %% ../../nbs/10_distributed/18_stage_sharding.ipynb #ae3e9897
