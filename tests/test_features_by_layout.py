@@ -168,7 +168,7 @@ def test_pairs_are_covered():
 PLANTED = dict(
     sum_left_out=('fsdp', 'float64', 'answers'),
     loads_left_out=('ep', 'float64', 'plain'),
-    wrong_group=('pp_fsdp', 'float64', 'plain'),
+    wrong_group=('pp', 'float64', 'plain'),
     histories_apart=('fsdp', 'delayed', 'plain'),
     mtp_rounded_down=('both', 'float64', 'mtp_share'),
     documents_seen=('dualpipev', 'float64', 'documents'),
@@ -179,22 +179,21 @@ PLANTED = dict(
 
 def overflowing(layout):
     "A case in which a gradient of one rank is infinite"
-    return case(layout, 'fp16', 'plain', steps=3) | dict(name=f'{layout}-overflow', do='overflow')
+    return case(layout, 'fp16', 'plain', steps=2) | dict(name=f'{layout}-overflow', do='overflow')
 
 
 def test_features_by_layout(tmp_path):
     "Those that differ most, in one start of four ranks"
     chosen = [
-        ('fsdp', 'block_pow2', 'mtp_share'),
-        ('both', 'deepseek_v3', 'answers'),
-        ('pp_ep_fsdp', 'float64', 'mtp_share'),
+        ('both', 'deepseek_v3', 'mtp_share'),
+        ('pp_ep_fsdp', 'float64', 'answers'),
         ('zbv', 'delayed', 'recompute'),
     ]
-    cases = [case(*row, steps=3) for row in chosen]
+    cases = [case(*row, steps=2) for row in chosen]
     found = together(4, tmp_path, [*cases, overflowing('pp_fsdp')])
     assert not any(compare(tmp_path, found, cases).values())
     for rank in found['pp_fsdp-overflow']:  # all skip the step, and all halve the scale
-        assert rank == dict(scales=[2**16, 2**15, 2**15], skipped=[False, True, False], bad=0)
+        assert rank == dict(scales=[2**16, 2**15], skipped=[False, True], bad=0)
 
 
 @pytest.mark.slow
