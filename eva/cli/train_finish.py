@@ -139,9 +139,10 @@ def held_out_bits(
     stride = window // 2 // align * align or window  # whole rows of a task or of conversations
     parallel = trainer.parallel
     silent = parallel.rank > 0
-    look = dict(desc='evaluating', unit='%', leave=False, dynamic_ncols=True, disable=silent)
     hide = trainer.cfg.mask_documents
-    with tqdm(total=100, **look) as bar:
+    with tqdm(
+        total=100, desc='evaluating', unit='%', leave=False, dynamic_ncols=True, disable=silent
+    ) as bar:
         trainer.compute_in(evaluation_precision(trainer))
         final = bits_per_byte(
             trainer.model,
