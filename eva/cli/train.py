@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .common import Say, device_of, discard_message, guarded
 from .run_folder import hold_run_folder, open_run, open_run_on_ranks
 from .train_arguments import train_parser
-from .train_finish import closing_hint, finish_run
+from .train_finish import closing_hint, finish_run, held_out_bits
 from eva.cli.train_init import (
     copy_tokenizer,
     indexer_line,
@@ -223,10 +223,11 @@ def train_in_folder(
             f'is lost; go on with: eva_train --out {t.out} --resume'
         )
         return 128 + getattr(signal, t.stop)
+    final = held_out_bits(t)  # shared by all ranks
     one = t if parallel is None else parallel.leave(t)
     if one is None or tok is None:
         return 0  # the first rank does the rest
-    finish_run(one, tok, baselines)
+    finish_run(one, tok, baselines, final=final)
     if c.index_topk is not None:
         say(indexer_line(one.model, one.held_out, one.cfg.seq_len))
     say(

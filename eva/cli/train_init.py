@@ -227,9 +227,8 @@ def warm_up_indexers(
     "Let the indexers of a new run learn where dense attention looks"
     from tqdm.auto import tqdm
 
-    from eva.training.evaluation import quick_estimate
+    from eva.training.evaluation import quick_estimate, summed_loss
     from eva.training.sparse import dense_attention, warm_up
-    from eva.training.strategy import summed_loss
 
     def bits() -> float:
         found = quick_estimate(

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
+from .expert_fp8 import multiply_in_fp8, senders
 from eva.distributed.private import (
     TorchDispatchMode,
     collective_name,
@@ -129,17 +131,24 @@ def compute_held(
     gate_up: Tensor,  # stacked gate and up projections of this rank's experts
     down: Tensor,  # stacked down projections of this rank's experts
     act: Callable[[Tensor], Tensor],  # activation
+    fp8: Any = None,  # layer whose backends multiply in FP8; None: multiply in the weights' type
+    received: Sequence[int] = (),  # with fp8: rows from each rank
 ) -> Tensor:  # weighted sum over this rank's experts (rows, hidden_size)
     "Return the weighted sum of the outputs of this rank's experts for each row"
     row, slot = (expert_ids < len(down)).nonzero(as_tuple=True)
     order = expert_ids[row, slot].argsort(stable=True)
     row = row[order]
     slot = slot[order]
-    counts = torch.bincount(expert_ids[row, slot], minlength=len(down))
-    offsets = counts.cumsum(0).int()
+    expert = expert_ids[row, slot]
     table = slot_table(row, len(states))
-    gate, up = grouped_linear(gather_rows(states, row, table), gate_up, offsets).chunk(2, -1)
-    y = grouped_linear(act(gate) * up, down, offsets)
+    rows = gather_rows(states, row, table)
+    if fp8 is not None:
+        sender = senders(received, row)
+        y = multiply_in_fp8(rows, expert, sender, len(received), gate_up, down, fp8)
+    else:
+        offsets = torch.bincount(expert, minlength=len(down)).cumsum(0).int()
+        gate, up = grouped_linear(rows, gate_up, offsets).chunk(2, -1)
+        y = grouped_linear(act(gate) * up, down, offsets)
     return gather(y * factors[row, slot].to(y.dtype)[:, None], table)
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #3e93fbda
@@ -182,12 +191,22 @@ class ExpertParallel(Experts):
         factors = AllToAll.apply(weights[token], sent, received, self.group)
         expert_ids = all_to_all(theirs.to(torch.int32), sent, received, self.group).long()
         work = states, factors, expert_ids, local(self.gate_up_proj), local(self.down_proj)
+        fp8 = self if 'product' in vars(self) else None
+        compute = partial(compute_held, act=self.act, fp8=fp8, received=received)
         if self.recompute and torch.is_grad_enabled():
             # only the computation is repeated; the exchanges are outside
-            y = checkpoint(compute_held, *work, self.act, use_reentrant=False)
+            y = checkpoint(compute, *work, use_reentrant=False)
         else:
-            y = compute_held(*work, self.act)
+            y = compute(*work)
         return gather(AllToAll.apply(y, received, sent, self.group), table)
+
+    def weights_to_multiply(self) -> list[Tensor]:  # uninitialised, (experts, out, in)
+        "Return tensors of the shapes by which backends of FP8 multiply on this rank"
+        held = self.count // self.ranks
+        return [
+            torch.empty(held, *p.shape[1:], dtype=p.dtype, device=p.device)
+            for p in (self.gate_up_proj, self.down_proj)
+        ]
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #97116a7a
 def parallelize_experts(

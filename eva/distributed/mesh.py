@@ -30,13 +30,8 @@ def check_division(
     world: int,  # number of all ranks
     ep: int,  # ranks that share the experts
     pp: int,  # ranks that share the layers
-    fsdp: bool | None,  # divide all other weights too?
 ):
     "Raise a ValueError if the ranks cannot be divided like this"
-    if fsdp and pp > 1:
-        raise ValueError(
-            f'fsdp=True, pp={pp}: Eva divides either the layers or what is in them; leave fsdp out'
-        )
     if min(ep, pp) < 1 or world % (ep * pp):
         raise ValueError(
             f'ep={ep}, pp={pp}: their product must divide the {world} ranks; use ep*pp of '

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from .checkpoint import dtensor_like, load_safetensors, save_safetensors
 from .expert_parallel import parallelize_experts, shutdown
@@ -23,7 +24,6 @@ from eva.distributed.fsdp import (
     blocks_of,
     check_batches,
     check_dense,
-    check_precision,
     checkpoint_activations,
     copies_of,
     let_nan_pass,
@@ -83,7 +83,7 @@ def save_together(
             temporary.mkdir(parents=True)
         parts = {}
         for name, t in tensors.items():
-            whole = None if name.startswith('random.') else like(name)
+            whole = None if name.startswith(('random.', 'fp8.')) else like(name)
             parts[name] = t if whole is None else dtensor_like(t, whole)
         save_safetensors(temporary / 'tensors.safetensors', parts)
         if rank == 0:
@@ -117,13 +117,14 @@ class Parallel:
         schedule: str = '1f1b',  # of the pipeline
     ):
         self.world = dist.get_world_size()
-        check_division(self.world, ep, pp, fsdp)
+        check_division(self.world, ep, pp)
         stage_to_rank(schedule, pp)  # refuses a schedule that it does not know
         self.mesh = make_mesh(device, self.world, ep, pp)
         self.data = data_mesh(self.mesh)  # ranks that see different sequences
         self.rank = dist.get_rank()
         self.ranks = self.data.size()
         self.place = self.data.get_local_rank()
+        self.history_group = self.data.get_group()
         self.first = first_process(device)  # part of temporary names
         self.ep = ep
         self.dp = self.world // (ep * pp)
@@ -160,16 +161,16 @@ class Parallel:
         cfg: TrainConfig,  # its batches must be divisible too
     ):
         "Divide a model among the ranks"
-        self.check_precision(cfg.precision)
         check_layout(model.cfg)
-        check_dense(model.cfg)
-        check_batches(cfg, len(model.mtp), self.ranks, self.pp)
+        check_dense(model.cfg, self.pp, self.recompute)
+        check_batches(cfg, self.ranks, self.pp)
         self.gates = {n: len(m.weight) for n, m in model.named_modules() if isinstance(m, Router)}
         let_nan_pass(model)
         self.pipe = Pipeline(model, self.mesh['pp'], self.schedule) if self.pp > 1 else None
+        if self.pipe:
+            self.pipe.check_schedules(cfg, self.ranks)
         if self.pipe and self.pipe.shares:
-            stages = self.mesh.mesh.flatten(1)
-            self.ends = dist.new_group([*stages[0].tolist(), *stages[-1].tolist()])
+            self.ends = self._both_ends()
         self.buffers = dict(model.named_buffers())
         blocks = blocks_of(model)
         for block in blocks:
@@ -178,14 +179,18 @@ class Parallel:
         if self.recompute:
             checkpoint_activations(blocks)
         if self.fsdp and self.ranks > 1:
-            apply_fsdp(model, self.mesh, self.data)
+            apply_fsdp(model, self.mesh, self.data, in_stages=self.pipe is not None)
 
-    def check_precision(
-        self,
-        precision: str,  # fp32, bf16, fp16 or fp8
-    ):
-        "Refuse precisions with state that would differ between ranks"
-        check_precision(precision, self.world)
+    def _both_ends(self) -> dist.ProcessGroup:
+        "Return the ranks of first and last stage that hold the same part of the embedding"
+        first, *_, last = self.mesh.mesh.flatten(1).tolist()
+        if not self.fsdp:
+            return dist.new_group(first + last)
+        pairs = [dist.new_group(list(pair)) for pair in zip(first, last)]
+        return pairs[self.place]
+
+    def check_precision(self, precision: str):
+        "Accept every precision"
 
     def optimizer(self, *args, **kw) -> ShardedOptimizer:
         "Return an optimizer of this rank's weights; arguments as for `MixedPrecisionOptimizer`"
@@ -200,7 +205,8 @@ class Parallel:
     ]:  # group over which copies of this rank's part must be summed; how many copies there are
         "Return the group that holds copies of a parameter's part, and the number of copies"
         if self.pipe and self.pipe.shares and name == 'model.embed_tokens.weight':
-            return self.ends, 2 * self.ranks  # MTP's copy is the same weight
+            # MTP's copy is the same weight
+            return self.ends, 2 if hasattr(p, 'placements') else 2 * self.ranks
         return copies_of(p, self.mesh, self.data)
 
     def _like(self, name: str) -> Tensor | None:
@@ -208,6 +214,9 @@ class Parallel:
         kind, _, rest = name.partition('.')
         if kind == 'random':
             return torch.empty(0)  # the first rank's, and whole for all
+        if kind == 'fp8':  # histories of delayed scales, of a layer of this rank and whole
+            here = any(n.startswith(rest.split('.product')[0] + '.') for n in self.params)
+            return torch.empty(0) if here else None
         return self.buffers.get(rest) if kind == 'buffer' else self.params.get(rest)
 
     # A step
@@ -222,16 +231,25 @@ class Parallel:
 
     def local_count(self, ahead: int) -> int:
         "Return the number of this rank's sequences that MTP learns from"
-        return ahead // self.ranks
+        return len(range(self.place, ahead, self.ranks))
 
     def gradients(self, trainer: Trainer, *args) -> Tensor:
         "Run forward and backward passes of this rank's part of a batch"
-        return self.pipe.gradients(trainer, *args[:3]) if self.pipe else trainer.gradients(*args)
+        return self.pipe.gradients(trainer, *args) if self.pipe else trainer.gradients(*args)
 
     def sum(self, x: Tensor) -> Tensor:
         "Return the sum over ranks, in place"
-        dist.all_reduce(x, group=self.data.get_group())
+        dist.all_reduce(x, group=self.history_group)
         return x
+
+    def largest(self, x: Tensor) -> Tensor:
+        "Return the maxima over ranks, in place"
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.history_group)
+        return x
+
+    def grad_scaler(self, device: str) -> torch.amp.GradScaler:
+        "Return a scale of the loss that all ranks lower where a gradient of any overflows"
+        return ShardedGradScaler(device)
 
     def loads(
         self,
@@ -252,17 +270,24 @@ class Parallel:
         self,
         model: DeepSeekV3,  # divided
         rows: Tensor,  # windows, the same on each rank
-        *args,  # as of `SingleProcess`: are documents apart, which tokens count
+        mask_documents: bool,  # may tokens not look into other documents?
+        on: Tensor | None = None,  # the tokens that count (batch, seq), None for all
     ) -> float:  # nats
-        "Return the summed loss of some windows, the same on all ranks"
+        "Divide some windows among the data ranks, and return their summed loss on all ranks"
+        mine = slice(self.place, None, self.ranks)
+        idle = len(rows) <= self.place  # then along with the others, which wait in collectives
+        mine = slice(0, 1) if idle else mine
+        part = rows[mine], mask_documents, None if on is None else on[mine]
         if self.pipe:
-            return self.pipe.evaluate_batch(rows)
-        total = SingleProcess().evaluate_batch(model, rows, *args)
-        unit: Any = model
-        if hasattr(unit, 'reshard'):
-            # no backward pass follows that would do it, and the next step would use old weights
-            unit.reshard()
-        return total
+            total = self.pipe.evaluate_batch(*part)
+        else:
+            total = SingleProcess().evaluate_batch(model, *part)
+            unit: Any = model
+            if hasattr(unit, 'reshard'):
+                # no backward pass follows that would do it, and the next step would use old weights
+                unit.reshard()
+        wide = torch.tensor(0.0 if idle else total, dtype=torch.float64, device=rows.device)
+        return self.sum(wide).item()
 
     # Agreeing
 

@@ -217,7 +217,6 @@ def check_model_and_text(
     train: TokenStream,  # training text
     held_out: TokenStream,  # text for evaluation
     cfg: TrainConfig,  # settings of the run
-    pp: int = 1,  # processes that share the layers
 ):
     "Raise a `ValueError` for a wrapped model, text that does not fit it, or too little text"
     if hasattr(model, '_orig_mod'):
@@ -244,5 +243,3 @@ def check_model_and_text(
         )
     if len(held_out) < 2:
         raise ValueError(f'{len(held_out)} tokens held out: nothing to judge by; give more text')
-    if train.loss_mask is not None and pp > 1:
-        raise ValueError(f'pp={pp}: answers are not learned in a pipeline; leave it out')

@@ -64,7 +64,7 @@ class Trainer:
         parallel: Strategy | None = None,
     ):
         self.parallel: Strategy = parallel or SingleProcess()
-        check_model_and_text(model, train, held_out, cfg, self.parallel.pp)
+        check_model_and_text(model, train, held_out, cfg)
         self.model = model
         self.train = train
         self.held_out = held_out
@@ -78,7 +78,7 @@ class Trainer:
             model, cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay, optimizer_state_dtype=dtype
         )
         self.meter = ExpertLoadTracker(model, attach=False)
-        self.mixed = MixedPrecision(model, self.opt, cfg.recipe)
+        self.mixed = MixedPrecision(model, self.opt, cfg.recipe, self.parallel)
         self.accumulator = GradientAccumulator(model, self.mixed, self.meter, cfg, self.parallel)
         self.monitor: GradientMonitor | None = None
         self.guard = AnomalyDetector()
@@ -189,7 +189,7 @@ class Trainer:
             tokens_per_second=round(size * cfg.seq_len / seconds),
         )
         layers = self.model.cfg.num_hidden_layers
-        row |= self.accumulator.index_loss.figures()
+        row |= self.accumulator.index_figures()
         return row | loss_figures(outcome, load, layers, bool(ahead), self.events)
 
     def _losses_of_batch(self, size: int, ahead: int) -> Tensor:
@@ -232,8 +232,9 @@ class Trainer:
         def evaluate_batch(rows, learned):
             return self.parallel.evaluate_batch(self.model, rows, self.cfg.mask_documents, learned)
 
+        at_a_time = self.cfg.micro_batch * self.parallel.ranks
         return quick_estimate(
-            evaluate_batch, self.held_out, self.cfg.seq_len, self.cfg.micro_batch, self.device
+            evaluate_batch, self.held_out, self.cfg.seq_len, at_a_time, self.device
         )
 
     def save(self):
