@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_precision', 'check_dense', 'check_batches', 'let_nan_pass', 'checkpoint_activations', 'blocks_of',
-           'shard_block', 'apply_fsdp', 'copies_of', 'first_expert']
+           'shard_block', 'shard_dimension', 'apply_fsdp', 'copies_of', 'first_expert']
 
 # %% ../../nbs/10_distributed/07_fsdp.ipynb #4ec357dc
+import math
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
 
 from ..config import Config
 from .expert_parallel import ExpertParallel
@@ -123,7 +125,18 @@ def shard_block(
         parts = [cast(nn.Module, block.eh_proj), block.self_attn, block.mlp]
     else:
         parts = [block]
-    return [fully_shard(part, mesh=data, ignored_params=aside) for part in parts]
+    return [
+        fully_shard(part, mesh=data, ignored_params=aside, shard_placement_fn=shard_dimension)
+        for part in parts
+    ]
+
+
+def shard_dimension(
+    p: nn.Parameter,  # whole, or divided over heads and widths
+) -> Shard:  # the dimension that FSDP divides
+    "Return rows, or columns where tensor parallelism has divided the rows"
+    placements = getattr(p, 'placements', ())
+    return Shard(1 if Shard(0) in placements else 0)
 
 
 def apply_fsdp(
@@ -158,19 +171,21 @@ def apply_fsdp(
 def copies_of(
     p: Tensor,  # a parameter of a divided model
     mesh: DeviceMesh,  # with dimensions dp and ep
-    data: DeviceMesh,  # both dimensions joined
+    groups: dict[frozenset[str], dist.ProcessGroup],  # of `joined_groups`
 ) -> tuple[
     dist.ProcessGroup | None, int
-]:  # group over which copies of this rank's part must be summed; number of copies
+]:  # group over which gradients of this rank's part must be summed; number of copies
     "Return the group that holds copies of a parameter's part, and the number of copies"
-    if data.size() == 1:
-        return None, 1
-    if not hasattr(p, 'placements'):
-        return data.get_group(), data.size()
-    names = cast(Any, p).device_mesh.mesh_dim_names
-    if names == ('ep',) and mesh['dp'].size() > 1:
-        return mesh['dp'].get_group(), mesh['dp'].size()
-    return None, 1
+    names = {'dp', 'ep', 'cp', 'tp'}
+    own = set(p.device_mesh.mesh_dim_names or ()) if isinstance(p, DTensor) else set()
+    own |= {'dp', 'ep'} if 'data' in own else set()
+    copies = math.prod(mesh[name].size() for name in names - own)
+    if isinstance(p, DTensor):
+        # A `DTensor` that is whole on some ranks has the same gradient on all of them.
+        sizes = zip(p.device_mesh.shape, p.placements)
+        copies *= math.prod(size for size, placed in sizes if placed.is_replicate())
+    wide = frozenset(name for name in names - own if mesh[name].size() > 1)
+    return groups[wide] if wide else None, copies
 
 
 def first_expert(
