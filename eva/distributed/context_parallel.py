@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GatherPositions', 'SequenceRanks', 'Stripe', 'SequencePart', 'SequenceMLA', 'PartOfWindows', 'part_of_windows',
-           'hidden_of_part', 'losses_of_part', 'share_sequences', 'balance_loss_of_part', 'evaluate_part',
-           'latent_traffic']
+           'hidden_of_part', 'losses_of_part', 'mtp_losses_of_part', 'share_sequences', 'balance_loss_of_part',
+           'evaluate_part', 'latent_traffic']
 
 # %% ../../nbs/10_distributed/16_context_parallel.ipynb #af848496
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..model.mtp import TrainingWindows, window_loss
 from ..model.transformer import DeepSeekV3, positions_and_mask
 from ..training.evaluation import document_mask_ids
+from ..training.optimizer import local
 
 # %% ../../nbs/10_distributed/16_context_parallel.ipynb #3d23ec9b
 class GatherPositions(torch.autograd.Function):
@@ -163,6 +164,8 @@ class SequenceMLA(MLA):
                 f'cache of {type(cache).__name__}: attention that is divided among ranks needs '
                 'a SequencePart; call `losses` or `evaluate_part`'
             )
+        if not len(h):  # no sequences, nothing to attend to; all weights get gradients of zero
+            return h + sum((local(p).sum() for p in self.parameters()), h.new_zeros(()))
         rows = cache.gather(self.latents(h, rope))
         q_C, q_R = self.queries(h, cache.query_rope)
         c_KV, k_R = rows.split((self.cfg.kv_lora_rank, self.cfg.qk_rope_head_dim), -1)
@@ -233,6 +236,7 @@ def losses_of_part(
     document_ids: Tensor | None = None,
     mask_documents: bool = False,
     loss_mask: Tensor | None = None,
+    mtp_runs: bool = False,  # run MTP without rows too, where others wait for its weights?
 ) -> list[Tensor]:  # the main loss, then one for each MTP depth; the mean over ranks is the loss
     "Return the losses of this rank's positions, each with its weight in the sequences"
     windows = TrainingWindows(tokens, len(model.mtp), document_ids, loss_mask)
@@ -241,17 +245,29 @@ def losses_of_part(
     part = SequencePart(model.cfg, ranks, windows.inputs(), seen, h.dtype)
     losses = [window_loss(h, model.lm_head, part_of_windows(windows, part))]
     rows = len(tokens) if mtp_rows is None else min(mtp_rows, len(tokens))
-    if not model.mtp or rows == 0:
+    if not rows and not mtp_runs:
         return losses
-    first = windows.first(rows)
     seen = None if seen is None else seen[:rows]
-    part = SequencePart(model.cfg, ranks, first.inputs(), seen, h.dtype)
-    own = part_of_windows(first, part)
-    h = h[:rows]
+    part = SequencePart(model.cfg, ranks, windows.inputs()[:rows], seen, h.dtype)
+    own = part_of_windows(windows.first(rows), part) if rows else None
+    return losses + mtp_losses_of_part(model, h[:rows], part, own)
+
+
+def mtp_losses_of_part(
+    model: DeepSeekV3,  # the same on all ranks of a sequence
+    h: Tensor,  # normalised states of the main model at this rank's positions
+    part: SequencePart,  # these positions
+    windows: PartOfWindows | None,  # their predictions; None where no sequence has any
+) -> list[Tensor]:  # one for each MTP depth
+    "Return the losses of the MTP modules at a rank's positions"
+    losses = []
+    tokens = torch.empty(0, h.shape[1], dtype=torch.int64, device=h.device)
     for depth, module in enumerate(model.mtp, 1):
-        embedded = model.model['embed_tokens'](own.inputs(depth))
+        tokens = tokens if windows is None else windows.inputs(depth)
+        embedded = model.model['embed_tokens'](tokens)
         h = cast(Any, module).look_ahead(h, embedded, part.rope, None, part)
-        losses.append(window_loss(h, model.lm_head, own, depth))
+        loss = h.sum() if windows is None else window_loss(h, model.lm_head, windows, depth)
+        losses.append(loss)
     return losses
 
 

@@ -77,8 +77,8 @@ def collective_name(
     "Return the name of a collective without its namespace"
     schema = getattr(func, '_schema', None)
     if schema is None:
-        return str(func).removeprefix('c10d.').rpartition('.')[0]
-    return schema.name.removeprefix('c10d::')
+        return str(func).split('.')[1]
+    return schema.name.rpartition('::')[2]
 
 
 def process_group_of(
