@@ -40,14 +40,19 @@ def test_two_ranks_share_sequences(tmp_path):
 def test_four_ranks_share_sequences(tmp_path):
     "With experts, FSDP and each other; MTP on all sequences and on some, and more layers"
     marked = cases_of(FOUR, 'marked', **MARKED)
-    bias = SMALL['model'] | dict(attention_bias=True, q_lora_rank=None, num_nextn_predict_layers=2)
-    others = cases_of(FOUR, 'others', mtp_batch_ratio=1.0, balance_over='batch', model=bias)
-    again = cases_of(
-        {k: FOUR[k] | dict(recompute=True) for k in ('cp_tp', 'tp_ep')}, 'again', **MARKED
+    changed = SMALL['model'] | dict(
+        attention_bias=True, q_lora_rank=None, num_nextn_predict_layers=2
     )
-    found = together(4, tmp_path, *marked, *others, *again)
+    some = {k: FOUR[k] for k in ('cp_tp', 'tp_ep', 'tp_fsdp')}
+    others = cases_of(some, 'others', mtp_batch_ratio=1.0, balance_weight=0.1, model=changed)
+    # Over a batch the loss balances one micro-batch, which is another one where ranks have others.
+    batch = cases_of({'cp_tp': FOUR['cp_tp']}, 'batch', balance_over='batch', **SMALL)
+    recomputed = {k: FOUR[k] | dict(recompute=True) for k in ('cp_tp', 'tp_ep')}
+    again = cases_of(recomputed, 'again', **MARKED)
+    found = together(4, tmp_path, *marked, *others, *batch, *again)
     compare(tmp_path, found, marked + again, 1e-8)
     compare(tmp_path, found, others, 1e-8)
+    compare(tmp_path, found, batch, 1e-8)
 
 
 @pytest.mark.slow
