@@ -98,7 +98,7 @@ def parallel_of(
     "Return the group of processes that torchrun started"
     import os
 
-    if 'TORCHELASTIC_RUN_ID' not in os.environ and args.ep == args.pp == 1:
+    if 'TORCHELASTIC_RUN_ID' not in os.environ and args.ep == args.pp == args.cp == args.tp == 1:
         return None
     from eva.distributed.parallel import Parallel
 
@@ -106,6 +106,8 @@ def parallel_of(
         device_of(args),
         ep=args.ep,
         pp=args.pp,
+        cp=args.cp,
+        tp=args.tp,
         fsdp=args.fsdp,
         recompute=args.recompute,
         schedule=args.schedule,

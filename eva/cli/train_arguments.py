@@ -218,6 +218,18 @@ def _add_processes(
     many.add_argument('--ep', type=int, default=1, help='ranks that share the experts (default: 1)')
     many.add_argument('--pp', type=int, default=1, help='ranks that share the layers (default: 1)')
     many.add_argument(
+        '--cp',
+        type=int,
+        default=1,
+        help='ranks that share the positions of a sequence (default: 1)',
+    )
+    many.add_argument(
+        '--tp',
+        type=int,
+        default=1,
+        help='ranks that share the heads and widths of attention and dense layers (default: 1)',
+    )
+    many.add_argument(
         '--schedule',
         choices=('1f1b', 'zero_bubble', 'zbv', 'dualpipev'),
         default='1f1b',
@@ -277,7 +289,7 @@ def train_config_kwargs(
 
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #a3f60887
 # Options for the place of a run and for its processes; with other values it is the same run.
-MAY_CHANGE = ['out', 'resume', 'device', 'ep', 'pp', 'schedule', 'fsdp', 'recompute']
+MAY_CHANGE = ['out', 'resume', 'device', 'ep', 'pp', 'cp', 'tp', 'schedule', 'fsdp', 'recompute']
 
 
 def given_arguments(

@@ -258,13 +258,13 @@ def collective_bytes(
         return 'all-to-all', to_each_rank(args[1], args[4], size, rank)
     if name == 'send':
         return 'send', [_nbytes(args[0]) if to == args[2] else 0 for to in range(size)]
-    if name == '_allgather_base_':
+    if name in ('_allgather_base_', 'all_gather_into_tensor'):
         kind = 'all-gather'
-        count = _nbytes(args[1]) * (size - 1)
-    elif name == '_reduce_scatter_base_':
+        count = _nbytes(args[1] if name[0] == '_' else args[0]) * (size - 1)
+    elif name in ('_reduce_scatter_base_', 'reduce_scatter_tensor'):
         kind = 'reduce-scatter'
-        count = _nbytes(args[1]) * (size - 1) // size
-    elif name == 'allreduce_':
+        count = _nbytes(args[1] if name[0] == '_' else args[0]) * (size - 1) // size
+    elif name in ('allreduce_', 'all_reduce'):
         kind = 'all-reduce'
         count = 2 * _nbytes(args[0]) * (size - 1) // size
     elif name == 'broadcast_':
@@ -285,7 +285,9 @@ class CommTracker(TorchDispatchMode):
         self.calls: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == 'c10d':
+        if DTensor in types:
+            return NotImplemented  # it is seen again as operators on this rank's part
+        if func.namespace in ('c10d', '_c10d_functional'):
             group = process_group_of(args)
             if group is not None:
                 self.count(collective_name(func), args, group)

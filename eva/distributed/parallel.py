@@ -8,6 +8,7 @@ __all__ = ['T', 'all_loads', 'save_together', 'read_nothing', 'Parallel']
 # %% ../../nbs/10_distributed/05_parallel.ipynb #0f3a133b
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor
 
 from .checkpoint import dtensor_like, load_safetensors, save_safetensors
+from eva.distributed.context_parallel import (
+    SequenceRanks,
+    balance_loss_of_part,
+    evaluate_part,
+    share_sequences,
+)
 from .expert_parallel import parallelize_experts, shutdown
 from .export import check_layout, export_together, single_process_trainer
 from eva.distributed.fsdp import (
@@ -38,13 +46,16 @@ from eva.distributed.mesh import (
     first_process,
     from_first_rank,
     is_first_caller,
+    joined_groups,
     make_mesh,
     write_together_to,
 )
 from .optimizer import ShardedOptimizer
 from .pipeline import Pipeline, stage_to_rank
+from .tensor_parallel import check_sequence_division, divide_block
 from ..model.transformer import DeepSeekV3
 from ..moe.experts import MoE
+from ..moe.load_balancing import BALANCE_LOSSES
 from ..moe.router import Router
 from ..training.checkpointing import latest_checkpoint, open_log, write_manifest
 from ..training.config import TrainConfig
@@ -115,20 +126,30 @@ class Parallel:
         recompute: bool = False,  # recompute activations in the backward pass?
         device: str = 'cpu',  # cpu or cuda
         schedule: str = '1f1b',  # of the pipeline
+        tp: int = 1,  # ranks that share the heads and widths of attention and dense layers
+        cp: int = 1,  # ranks that share the positions of sequences
     ):
         self.world = dist.get_world_size()
-        check_division(self.world, ep, pp)
+        check_division(self.world, ep, pp, cp, tp)
         stage_to_rank(schedule, pp)  # refuses a schedule that it does not know
-        self.mesh = make_mesh(device, self.world, ep, pp)
+        self.mesh = make_mesh(device, self.world, ep, pp, cp, tp)
         self.data = data_mesh(self.mesh)  # ranks that see different sequences
+        self.groups = joined_groups(self.mesh, self.data)
         self.rank = dist.get_rank()
-        self.ranks = self.data.size()
+        self.ranks = self.world // pp  # that share a batch: whole sequences, or parts of them
         self.place = self.data.get_local_rank()
-        self.history_group = self.data.get_group()
+        shared = self._group('dp', 'ep', 'cp', 'tp')
+        self.history_group = shared or self.data.get_group()  # that share a batch
         self.first = first_process(device)  # part of temporary names
         self.ep = ep
-        self.dp = self.world // (ep * pp)
+        self.dp = self.world // (ep * pp * cp * tp)
         self.pp = pp
+        self.cp = cp
+        self.tp = tp
+        self.sequence: SequenceRanks | None = None  # that share sequences, where several do
+        group = self._group('cp', 'tp')
+        if group is not None:
+            self.sequence = SequenceRanks(group, dist.get_rank(group), cp, tp)
         self.fsdp = pp == 1 if fsdp is None else fsdp
         self.recompute = recompute
         self.schedule = schedule
@@ -142,11 +163,12 @@ class Parallel:
     ):  # None for a process that torchrun did not start
         "Connect the ranks that torchrun started and return their strategy"
         if 'TORCHELASTIC_RUN_ID' not in os.environ:
-            ep = kw.get('ep', 1)
-            pp = kw.get('pp', 1)
-            if ep > 1 or pp > 1:
+            asked = {name: kw.get(name, 1) for name in ('ep', 'pp', 'cp', 'tp')}
+            if max(asked.values()) > 1:
+                always = ('ep', 'pp')
+                shown = [f'{n}={size}' for n, size in asked.items() if size > 1 or n in always]
                 raise ValueError(
-                    f'ep={ep}, pp={pp}: there is one process; start it as '
+                    f'{", ".join(shown)}: there is one process; start it as '
                     f'torchrun --standalone --nproc-per-node N --no-python eva_train …'
                 )
             return None
@@ -163,7 +185,9 @@ class Parallel:
         "Divide a model among the ranks"
         check_layout(model.cfg)
         check_dense(model.cfg, self.pp, self.recompute)
-        check_batches(cfg, self.ranks, self.pp)
+        check_batches(cfg, self.data.size(), self.pp)
+        shards = self.data.size() if self.fsdp else 1
+        check_sequence_division(model.cfg, cfg.seq_len, self.cp, self.tp, shards)
         self.gates = {n: len(m.weight) for n, m in model.named_modules() if isinstance(m, Router)}
         let_nan_pass(model)
         self.pipe = Pipeline(model, self.mesh['pp'], self.schedule) if self.pp > 1 else None
@@ -176,9 +200,13 @@ class Parallel:
         for block in blocks:
             if self.ep > 1 and isinstance(block.mlp, MoE):
                 parallelize_experts(block.mlp, self.mesh['ep'], self.recompute)
+            if self.tp > 1:
+                divide_block(block, self.mesh['tp'])
+        if self.sequence is not None:
+            share_sequences(model, self.sequence)
         if self.recompute:
             checkpoint_activations(blocks)
-        if self.fsdp and self.ranks > 1:
+        if self.fsdp and self.data.size() > 1:
             apply_fsdp(model, self.mesh, self.data, in_stages=self.pipe is not None)
 
     def _both_ends(self) -> dist.ProcessGroup:
@@ -207,7 +235,23 @@ class Parallel:
         if self.pipe and self.pipe.shares and name == 'model.embed_tokens.weight':
             # MTP's copy is the same weight
             return self.ends, 2 if hasattr(p, 'placements') else 2 * self.ranks
-        return copies_of(p, self.mesh, self.data)
+        return copies_of(p, self.mesh, self.groups)
+
+    def _group(self, *dims: str) -> dist.ProcessGroup | None:
+        "Return the group of the ranks that differ in some dimensions; None: this rank alone"
+        wide = frozenset(dim for dim in dims if self.mesh[dim].size() > 1)
+        return self.groups[wide] if wide else None
+
+    def group_of(
+        self,
+        p: DTensor,  # a parameter, in a divided model
+    ) -> dist.ProcessGroup:  # its ranks in the order of its mesh
+        "Return the group of all ranks that share a parameter"
+        if p.device_mesh.ndim == 1:
+            return p.device_mesh.get_group()
+        group = self._group('dp', 'ep', 'tp')  # the only other division: FSDP and tensor parallel
+        assert group is not None
+        return group
 
     def _like(self, name: str) -> Tensor | None:
         "Return the parameter or buffer of this rank that a tensor in a checkpoint belongs to"
@@ -223,7 +267,7 @@ class Parallel:
 
     def batch(self, stream, first: int, count: int, *args) -> tuple[Tensor, Tensor | None]:
         "Return this rank's windows of a batch, and the masks of the tokens that are learned"
-        mine = range(first + self.place, first + count, self.ranks)
+        mine = range(first + self.place, first + count, self.data.size())
         parts = [SingleProcess().batch(stream, i, 1, *args) for i in mine]
         windows = torch.cat([w for w, _ in parts])
         masks = [mask for _, mask in parts if mask is not None]  # all of them, or none
@@ -231,7 +275,7 @@ class Parallel:
 
     def local_count(self, ahead: int) -> int:
         "Return the number of this rank's sequences that MTP learns from"
-        return len(range(self.place, ahead, self.ranks))
+        return len(range(self.place, ahead, self.data.size()))
 
     def gradients(self, trainer: Trainer, *args) -> Tensor:
         "Run forward and backward passes of this rank's part of a batch"
@@ -250,6 +294,12 @@ class Parallel:
     def grad_scaler(self, device: str) -> torch.amp.GradScaler:
         "Return a scale of the loss that all ranks lower where a gradient of any overflows"
         return ShardedGradScaler(device)
+
+    def balance_loss(self, over: str) -> Callable[[Tensor, Tensor], Tensor]:
+        "Return the balance loss of whole sequences, or of this rank's positions"
+        if self.sequence is None:
+            return BALANCE_LOSSES[over]
+        return partial(balance_loss_of_part, group=self.sequence.group, over=over)
 
     def loads(
         self,
@@ -274,20 +324,24 @@ class Parallel:
         on: Tensor | None = None,  # the tokens that count (batch, seq), None for all
     ) -> float:  # nats
         "Divide some windows among the data ranks, and return their summed loss on all ranks"
-        mine = slice(self.place, None, self.ranks)
+        mine = slice(self.place, None, self.data.size())
         idle = len(rows) <= self.place  # then along with the others, which wait in collectives
         mine = slice(0, 1) if idle else mine
         part = rows[mine], mask_documents, None if on is None else on[mine]
         if self.pipe:
             total = self.pipe.evaluate_batch(*part)
-        else:
+        elif self.sequence is None:
             total = SingleProcess().evaluate_batch(model, *part)
+        else:
+            total = evaluate_part(model, self.sequence, *part)
+        if not self.pipe:
             unit: Any = model
             if hasattr(unit, 'reshard'):
                 # no backward pass follows that would do it, and the next step would use old weights
                 unit.reshard()
         wide = torch.tensor(0.0 if idle else total, dtype=torch.float64, device=rows.device)
-        return self.sum(wide).item()
+        dist.all_reduce(wide, group=self.data.get_group())
+        return wide.item()
 
     # Agreeing
 

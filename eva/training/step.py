@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..model.transformer import DeepSeekV3
-from ..moe.load_balancing import BALANCE_LOSSES, ExpertLoadTracker
+from ..moe.load_balancing import ExpertLoadTracker
 from .config import TrainConfig
 from .evaluation import document_ids
 from .mixed_precision import MixedPrecision
@@ -166,7 +166,7 @@ class GradientAccumulator:
         "Return the balance loss of the routings since the last call; sequences weigh the same"
         routings = self.meter.routings
         self.meter.routings = []
-        balance_loss = BALANCE_LOSSES[self.cfg.balance_over]
+        balance_loss = self.strategy.balance_loss(self.cfg.balance_over)
         total = torch.zeros((), device=self.mixed.device)
         for routing in routings:
             if len(routing.scores):

@@ -6,6 +6,7 @@
 __all__ = ['Strategy', 'SingleProcess']
 
 # %% ../../nbs/07_training/07_strategy.ipynb #f05e95ed
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..data.text import TokenStream
 from ..model.transformer import DeepSeekV3
-from ..moe.load_balancing import ExpertLoadTracker
+from ..moe.load_balancing import BALANCE_LOSSES, ExpertLoadTracker
 from .checkpointing import RunLog, latest_checkpoint, open_log, save_checkpoint
 from .config import TrainConfig
 from .evaluation import summed_loss
@@ -108,6 +109,13 @@ class Strategy(Protocol):
         meter: ExpertLoadTracker,  # its counts are replaced by the sums over processes
     ) -> None:
         "Sum the tokens of each expert over the processes, before the routing biases are updated"
+
+    def balance_loss(
+        self,
+        over: str,  # 'sequence' or 'batch'
+    ) -> Callable[[Tensor, Tensor], Tensor]:  # of scores and chosen experts, as in BALANCE_LOSSES
+        "Return the balance loss; processes may hold parts of the same sequences"
+        ...
 
     def gather_loads(
         self,
@@ -217,6 +225,10 @@ class SingleProcess:
 
     def loads(self, meter: ExpertLoadTracker) -> None:
         "Leave the counts unchanged"
+
+    def balance_loss(self, over: str) -> Callable[[Tensor, Tensor], Tensor]:
+        "Return the loss of whole sequences"
+        return BALANCE_LOSSES[over]
 
     def gather_loads(self, load: dict[str, Tensor]) -> dict[str, Tensor]:
         "Return the loads unchanged: all layers are in this process"
