@@ -195,9 +195,10 @@ class Trainer:
     def _losses_of_batch(self, ahead: int) -> Tensor:
         "Read the next windows, compute their gradients, and return the losses of all processes"
         with self.clock.part('input'):
-            batch, loss_mask = self.input.take(
-                *window_requests(self.cfg, self.step, self.skipped_windows, self.input.ahead)
+            request, *following = window_requests(
+                self.cfg, self.step, self.skipped_windows, self.input.ahead
             )
+            batch, loss_mask = self.input.take(request, following)
         with self.clock.part('compute'):
             losses = self.parallel.gradients(
                 self,
