@@ -74,9 +74,11 @@ def figures_of_ranks(
         layer.traffic = [0, 0, 0]
     mine = torch.tensor([*clock.figures(), *rows], dtype=torch.float64, device=device)
     world = dist.get_world_size()
-    table = mine.new_empty(world, len(mine))
-    dist.all_gather_into_tensor(table, mine)
-    found = step_entries(table[:, :-3].tolist()) | traffic_entry(table[:, -3:].tolist())
+    table = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(table, mine)
+    numbers = [row.tolist() for row in table]
+    found = step_entries([row[:-3] for row in numbers])
+    found |= traffic_entry([row[-3:] for row in numbers])
     return found | utilisation_entry(clock, found['seconds_step'], world)
 
 # %% ../../nbs/10_distributed/05_parallel.ipynb #56748af4

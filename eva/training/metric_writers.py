@@ -99,13 +99,14 @@ class TensorBoardWriter:
         config: dict[str, Any],  # settings of the run; TensorBoard shows none
     ):
         self.folder = folder
+        self.board: Any = None
         self.back_to(step)
 
     def back_to(self, step: int) -> None:
         "Open a new file, which hides the later steps of the older ones"
         from torch.utils.tensorboard import SummaryWriter
 
-        if hasattr(self, 'board'):
+        if self.board is not None:
             self.board.close()
         self.board = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
 

@@ -52,8 +52,9 @@ def answer_all(
 ) -> None:
     "Read requests in their order until there are no more"
     while (job := jobs.get()) is not None:
-        answer(*job, read)
-        del job  # a batch is not kept until the next request
+        request, future = job
+        answer(request, future, read)
+        del job, future  # a batch is not kept until the next request
 
 # %% ../../nbs/07_training/17_prefetch.ipynb #0421547a
 class Prefetcher(Generic[T]):
