@@ -240,7 +240,7 @@ def time_line(
     mfus = [row['mfu'] for row in rows[1:] if 'mfu' in row][-50:]
     line = f'a step of {step:.3g} s: {parts}'
     if mfus and peak:
-        line += f'; MFU {100 * sum(mfus) / len(mfus):.0f} % of {peak / 1e12:.3g} TFLOP/s a rank'
+        line += f'; MFU {100 * sum(mfus) / len(mfus):.1f} % of {peak / 1e12:.3g} TFLOP/s a rank'
     return line
 
 # %% ../../nbs/07_training/18_step_times.ipynb #6bf034cd
