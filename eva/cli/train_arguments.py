@@ -28,6 +28,7 @@ def train_parser() -> argparse.ArgumentParser:  # of eva_train
     _add_rates(p)
     _add_incidents(p)
     _add_processes(p)
+    _add_sight(p)
     return p
 
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #6e67b619
@@ -244,6 +245,42 @@ def _add_processes(
         '--recompute', action='store_true', help='keep fewer activations, and compute them again'
     )
 
+# %% ../../nbs/15_cli/03_train_arguments.ipynb #80b1391f
+def _add_sight(
+    p: argparse.ArgumentParser,  # of eva_train
+) -> None:
+    "Add the options for reading ahead, for other tools' metrics, and for seeing where time goes"
+    add = p.add_argument_group('input and sight').add_argument
+    add(
+        '--prefetch',
+        type=int,
+        default=2,
+        metavar='N',
+        help='steps whose batches are read ahead (default: 2; 0: none)',
+    )
+    add(
+        '--log_to',
+        nargs='*',
+        choices=('tensorboard', 'wandb', 'mlflow'),
+        help='tools whose files the metrics are also written to, without a network: '
+        'tensorboard, wandb and mlflow (default: tensorboard, if it is installed; '
+        'without a name: none)',
+    )
+    add(
+        '--profile',
+        type=int,
+        metavar='N',
+        help='trace N steps of each rank into OUT/traces, for https://ui.perfetto.dev, '
+        'and print the operators that take most time',
+    )
+    add(
+        '--peak_tflops',
+        type=float,
+        metavar='X',
+        help='peak rate of one device, for the utilisation in the metrics '
+        '(default: that of a known GPU; of a CPU, what it reaches in a matrix product)',
+    )
+
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #e536e4c1
 DEFAULT_VOCAB_SIZE = 4096  # entries of a tokenizer that is trained on the text
 TRAIN_CONFIG_ARGUMENTS = [
@@ -290,6 +327,7 @@ def train_config_kwargs(
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #a3f60887
 # Options for the place of a run and for its processes; with other values it is the same run.
 MAY_CHANGE = ['out', 'resume', 'device', 'ep', 'pp', 'cp', 'tp', 'schedule', 'fsdp', 'recompute']
+MAY_CHANGE += ['prefetch', 'log_to', 'profile', 'peak_tflops']
 
 
 def given_arguments(

@@ -95,6 +95,7 @@ def finish_run(
     from eva.fileio.manifest import Manifest
     from eva.training.checkpointing import read_metrics
     from eva.training.report import balance_summary, plot_run
+    from eva.training.step_times import time_line
 
     rows = read_metrics(trainer.out / 'metrics.jsonl')
     model = trainer.model
@@ -113,7 +114,8 @@ def finish_run(
     )
     _save_card(trainer, bits)
     has_experts = model.cfg.first_k_dense_replace < model.cfg.num_hidden_layers
-    say(summary_table(trainer, bits, balance_summary(rows) if has_experts else None))
+    load = balance_summary(rows) if has_experts else None
+    say(summary_table(trainer, bits, load, time_line(rows, trainer.clock.peak)))
     if report := portable_report(model.cfg):
         say(report)
 
@@ -186,6 +188,7 @@ def summary_table(
     trainer: 'Trainer',  # after fit
     bits: dict[str, float],  # name -> bits per byte; per token for a task
     load: dict | None,  # from balance_summary
+    times: str = '',  # from `eva.training.step_times.time_line`
 ) -> str:  # several lines
     "Return the table with losses, expert loads and speed"
     names = dict(
@@ -216,6 +219,7 @@ def summary_table(
                 f'{t.tokens / max(t.seconds, 1e-9):,.0f} per second'
             )
             + (f'; {t.bad} step{"s" * (t.bad != 1)} skipped' if t.bad else ''),
+            *([times] if times else []),
             f'everything is in {t.out}: report.png, sample.txt, model.safetensors, …',
         ]
     )

@@ -167,7 +167,9 @@ class ExpertParallel(Experts):
         self.ranks = mesh.size()
         self.count = len(experts.down_proj)
         self.recompute = recompute
-        rank = mesh.get_local_rank()
+        # Rows of the passes of a step: sent to other ranks, received from them, kept here.
+        self.traffic = [0, 0, 0]
+        self.rank = rank = mesh.get_local_rank()
         held = slice(rank * self.count // self.ranks, (rank + 1) * self.count // self.ranks)
         for name, p in experts.named_parameters(recurse=False):
             here = p.data[held].clone()  # a view would keep all of them alive
@@ -186,6 +188,7 @@ class ExpertParallel(Experts):
         token, theirs, sent = dispatch_plan(indices, self.count // self.ranks, self.ranks)
         one = [1] * self.ranks
         received = all_to_all(torch.tensor(sent, device=x.device), one, one, self.group).tolist()
+        self.count_rows(sent, received)
         table = slot_table(token, len(x))
         states = AllToAll.apply(gather_rows(x, token, table), sent, received, self.group)
         factors = AllToAll.apply(weights[token], sent, received, self.group)
@@ -199,6 +202,17 @@ class ExpertParallel(Experts):
         else:
             y = compute(*work)
         return gather(AllToAll.apply(y, received, sent, self.group), table)
+
+    def count_rows(
+        self,
+        sent: list[int],  # rows for each rank
+        received: list[int],  # rows from each rank
+    ):
+        "Add the rows of a pass that will be differentiated to the traffic of the step"
+        if torch.is_grad_enabled():
+            kept = sent[self.rank]
+            for i, rows in enumerate((sum(sent) - kept, sum(received) - kept, kept)):
+                self.traffic[i] += rows
 
     def weights_to_multiply(self) -> list[Tensor]:  # uninitialised, (experts, out, in)
         "Return tensors of the shapes by which backends of FP8 multiply on this rank"

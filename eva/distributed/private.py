@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['all_gather_single', 'reduce_scatter_single', 'flatten_mesh', 'default_store', 'first_of', 'collective_name',
-           'process_group_of', 'schedule_actions', 'Reentrant', 'checkpoint_module', 'TorchDispatchMode']
+           'process_group_of', 'waiting_functions', 'schedule_actions', 'Reentrant', 'checkpoint_module',
+           'TorchDispatchMode']
 
 # %% ../../nbs/10_distributed/08_private.ipynb #f8a5fb8e
 from collections.abc import Callable, Sequence
@@ -104,6 +105,16 @@ def process_group_of(
         except RuntimeError:
             continue  # a ReduceOp
     return None
+
+# %% ../../nbs/10_distributed/08_private.ipynb #42f2c65e
+def waiting_functions() -> list[tuple[Any, str]]:  # owners and names
+    "Return the functions in which a process waits for collective operations"
+    places: list[tuple[Any, str]] = [(dist.Work, 'wait')]
+    try:
+        import torch.distributed._functional_collectives as functional
+    except ImportError:
+        return places
+    return places + [(functional, 'wait_tensor')] * hasattr(functional, 'wait_tensor')
 
 # %% ../../nbs/10_distributed/08_private.ipynb #db62ec9e
 def schedule_actions(

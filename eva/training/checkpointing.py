@@ -9,13 +9,11 @@ __all__ = ['LARGEST', 'MAX_METRICS_BYTES', 'MAX_LINE_BYTES', 'write_manifest', '
 
 # %% ../../nbs/07_training/11_checkpointing.ipynb #0215de99
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from torch import Tensor
 from ..fileio.locks import locked
 from ..fileio.manifest import Manifest
 from ..fileio.reading import open_regular, read_json
+from .metric_writers import open_writers, step_numbers
 
 # %% ../../nbs/07_training/11_checkpointing.ipynb #8dc4be3d
 LARGEST = 2**26  # limit of a state.json in bytes: a real one has some thousands
@@ -264,7 +263,7 @@ def last_logged_step(
 
 # %% ../../nbs/07_training/11_checkpointing.ipynb #afb1cbf7
 class RunLog:
-    """metrics.jsonl and events.jsonl of a run, and TensorBoard's files if it is installed
+    """metrics.jsonl and events.jsonl of a run, and the files of other tools
 
     The folder is locked while the log is open."""
 
@@ -272,48 +271,33 @@ class RunLog:
         self,
         out: Path,  # folder of the run
         step: int = 0,  # after which the log continues
-        board: bool = True,  # write for TensorBoard too, if it is installed
+        # tools of `eva.training.metric_writers`; None: TensorBoard, if it is installed
+        log_to: Sequence[str] | None = None,
     ):
         self.out = Path(out)
         self.path = self.out / 'metrics.jsonl'
-        self.wanted = board
         with ExitStack() as stack:
             stack.enter_context(locked(self.out))
             self.manifest = Manifest(self.out)
             self.manifest.check('metrics.jsonl', 'events.jsonl')
-            self._open(step)
+            self._open()
+            self.writers = open_writers(self.out, step, self.manifest, log_to)
             self._stack = stack.pop_all()  # the lock stays, now that everything is open
 
-    def _open(self, step):
-        "Open the files, to continue after a step"
+    def _open(self):
+        "Open the log, to continue it"
         self.manifest.grow('metrics.jsonl')
         self.file = open(self.path, 'a')  # noqa: SIM115 - closed by `_close`
-        self.board = None
         self._begun = False
-        if self.wanted and importlib.util.find_spec('tensorboard'):
-            folder = self.manifest.make_folder('tensorboard')
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-            except Exception as e:  # a broken install may raise anything
-                warnings.warn(
-                    f'TensorBoard is installed and does not '
-                    f'start ({e}); metrics.jsonl has everything',
-                    stacklevel=2,
-                )
-
-    def _close(self):
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         with self._stack:
-            self._close()
+            self.file.close()
+            for writer in self.writers:
+                writer.close()
             with suppress(OSError):  # of a full disk: the beginnings of the files are listed
                 self.manifest.seal(
                     *(p for p in (self.path, self.out / 'events.jsonl') if p.exists())
@@ -329,18 +313,8 @@ class RunLog:
         if not self._begun:
             self.manifest.grow('metrics.jsonl')
             self._begun = True
-        if self.board is None:
-            return
-        numbers = {
-            k: v
-            for k, v in row.items()
-            if isinstance(v, (int, float)) and not isinstance(v, bool) and k != 'step'
-        }
-        for i, load in enumerate(row.get('expert_load') or []):
-            if sum(load):
-                numbers[f'busiest_expert/{i}'] = max(load) * len(load) / sum(load)
-        for k, v in numbers.items():
-            self.board.add_scalar(k, v, row['step'])
+        for writer in self.writers:
+            writer.write(row['step'], step_numbers(row))
 
     def event(
         self,
@@ -362,22 +336,25 @@ class RunLog:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.manifest.grow('metrics.jsonl')
-        if self.board is not None:
-            self.board.flush()
+        for writer in self.writers:
+            writer.flush()
 
     def back_to(
         self,
         step: int,  # the last step to keep
     ):
         "Remove the steps after a rewind, which will be repeated"
-        self._close()
+        self.file.close()
         cut_metrics(self.path, step)
-        self._open(step)
+        self._open()
+        for writer in self.writers:
+            writer.back_to(step)
 
 # %% ../../nbs/07_training/11_checkpointing.ipynb #03ca6da3
 def open_log(
     out: Path,  # folder of the run
     step: int,  # that the trainer has finished
+    log_to: Sequence[str] | None = None,  # as of `RunLog`
 ) -> RunLog:  # which continues after this step
     "Open the log of a run, or raise a `ValueError` where another run has written it"
     last = last_logged_step(Path(out) / 'metrics.jsonl')
@@ -386,4 +363,4 @@ def open_log(
             f'{out}: its log has {last} steps, and this trainer has done {step}; '
             f'call resume() to go on with the run in the folder, or give another folder'
         )
-    return RunLog(out, step)
+    return RunLog(out, step, log_to)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MicroBatch', 'mtp_sequences', 'split_batch', 'count_targets', 'StepShares', 'GradientAccumulator', 'StepOutcome',
-           'apply_gradients', 'step_events', 'finite_or_none', 'split_load', 'loss_figures']
+           'apply_gradients', 'step_events', 'finite_or_none', 'outcome_figures', 'split_load', 'loss_figures']
 
 # %% ../../nbs/07_training/08_step.ipynb #a81987c5
 import math
@@ -276,6 +276,15 @@ def finite_or_none(
 ) -> float | None:
     "Return a number, or None if it is not finite"
     return x if math.isfinite(x) else None
+
+
+def outcome_figures(
+    outcome: StepOutcome,  # of the step
+    lr: float,  # of AdamW in this step
+) -> dict[str, float | None]:  # entries of its line in metrics.jsonl
+    "Return loss, learning rate and gradient norm of a step; None where they are not finite"
+    loss = finite_or_none(outcome.losses[0].item())
+    return dict(loss=loss, lr=lr, grad_norm=finite_or_none(outcome.grad_norm))
 
 
 def split_load(

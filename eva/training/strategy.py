@@ -6,7 +6,8 @@
 __all__ = ['Strategy', 'SingleProcess']
 
 # %% ../../nbs/07_training/07_strategy.ipynb #f05e95ed
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from .checkpointing import RunLog, latest_checkpoint, open_log, save_checkpoint
 from .config import TrainConfig
 from .evaluation import summed_loss
 from .optimizer import MixedPrecisionOptimizer
+from .step_times import StepClock, step_entries, utilisation_entry
 
 # %% ../../nbs/07_training/07_strategy.ipynb #a8c8c6ac
 class Strategy(Protocol):
@@ -62,7 +64,7 @@ class Strategy(Protocol):
         extra: int,  # tokens that a window has beyond seq
         seed: int,  # of the order
     ) -> tuple[Tensor, Tensor | None]:  # (windows, seq + extra); which are learned, None for all
-        "This process's windows of a step, and which of their tokens are learned"
+        "This process's windows of a step, and which of their tokens are learned; no collectives"
         ...
 
     def local_count(
@@ -141,6 +143,20 @@ class Strategy(Protocol):
         "Return whether the processes should stop, the same in each process"
         ...
 
+    def timed(
+        self,
+        clock: StepClock,  # of the step
+    ) -> AbstractContextManager:
+        "Within this context, give the clock the time in collective operations"
+        ...
+
+    def step_figures(
+        self,
+        clock: StepClock,  # of a step that has ended
+    ) -> dict[str, Any]:  # entries of a line of metrics.jsonl, the same in each process
+        "Return the times of a step, its utilisation, and the expert traffic by process"
+        ...
+
     def finalize(
         self,
         trainer: Any,  # the `eva.training.trainer.Trainer` that has ended
@@ -151,6 +167,7 @@ class Strategy(Protocol):
         self,
         out: Path,  # folder of the run
         step: int,  # after which the log continues
+        log_to: Sequence[str] | None = None,  # writers, see `eva.training.metric_writers`
     ) -> Any:  # a `RunLog`; in processes that do not write, an object with the same methods
         "Open the log of a run"
         ...
@@ -244,15 +261,24 @@ class SingleProcess:
         "Return the signal that this process received"
         return trainer.stop
 
+    def timed(self, clock: StepClock) -> AbstractContextManager:
+        "Do nothing: there are no collective operations"
+        return nullcontext()
+
+    def step_figures(self, clock: StepClock) -> dict[str, Any]:
+        "Return the times of a step and its utilisation"
+        entries = step_entries([clock.figures()])
+        return entries | utilisation_entry(clock, entries['seconds_step'])
+
     def finalize(self, trainer: Any) -> None:
         "Round the masters into a float32 model in evaluation mode"
         trainer.compute_in('fp32')
         trainer.model.float().eval()
         trainer.opt.sync_params()
 
-    def log(self, out: Path, step: int) -> RunLog:
+    def log(self, out: Path, step: int, log_to: Sequence[str] | None = None) -> RunLog:
         "Open the log of the run"
-        return open_log(out, step)
+        return open_log(out, step, log_to)
 
     def save(self, path: Path, tensors: dict[str, Tensor], state: dict) -> None:
         "Write the checkpoint"

@@ -6,9 +6,9 @@
 __all__ = ['Trainer']
 
 # %% ../../nbs/07_training/06_trainer.ipynb #571ace6f
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .config import DTYPES, TrainConfig, check_choice
 from .evaluation import quick_estimate
 from .mixed_precision import MixedPrecision
 from .monitoring import AnomalyDetector, Event, GradientMonitor
+from .prefetch import Prefetcher, read_windows, window_requests
 from .recovery import DivergedError, advice, recovery_action, stop_on_interrupt, stopped
 from eva.training.state import (
     COUNTERS,
@@ -42,11 +43,12 @@ from eva.training.step import (
     GradientAccumulator,
     StepOutcome,
     apply_gradients,
-    finite_or_none,
     loss_figures,
     mtp_sequences,
+    outcome_figures,
     step_events,
 )
+from .step_times import StepClock, training_flops
 from .strategy import SingleProcess, Strategy
 
 # %% ../../nbs/07_training/06_trainer.ipynb #64f920ac
@@ -82,6 +84,9 @@ class Trainer:
         self.accumulator = GradientAccumulator(model, self.mixed, self.meter, cfg, self.parallel)
         self.monitor: GradientMonitor | None = None
         self.guard = AnomalyDetector()
+        self.input = Prefetcher(partial(read_windows, self))  # a thread of its own during `fit`
+        self.clock = StepClock(training_flops(model.cfg, cfg.seq_len))
+        self.log_to: Sequence[str] | None = None  # writers, see `eva.training.metric_writers`
         self.counting = False  # are the meter's hooks on the model?
         self.use(cfg.precision)
         self.step = 0  # number of finished steps
@@ -160,56 +165,49 @@ class Trainer:
 
     def train_step(self) -> dict:  # one line of metrics.jsonl
         "Train on one batch; the hooks that count tokens are registered only during this call"
-        start = time.perf_counter()
+        self.clock.start()
         cfg = self.cfg
         rate = cfg.rate(self.step)
         size = cfg.sequences(self.step + 1) - cfg.sequences(self.step)
         ahead = mtp_sequences(cfg, size, len(self.model.mtp))
-        with self.counted():
-            losses = self._losses_of_batch(size, ahead)
-            outcome = apply_gradients(
-                self.opt, self.mixed, self.guard, self.monitor, losses, rate, cfg
-            )
+        with self.counted(), self.parallel.timed(self.clock):
+            losses = self._losses_of_batch(ahead)
+            with self.clock.part('optimizer'):
+                outcome = apply_gradients(
+                    self.opt, self.mixed, self.guard, self.monitor, losses, rate, cfg
+                )
             load = self._move_biases(outcome)
         self._count(outcome)
         self.events = step_events(outcome)
         if outcome.applied:
             self.events += self.guard.update(losses[0].item(), load)
-        seconds = time.perf_counter() - start
+        seconds = self.clock.stop(size * cfg.seq_len)
         self.step += 1
         self.tokens += size * cfg.seq_len
         self.seconds += seconds
-        row = dict(
-            step=self.step,
-            tokens=self.tokens,
-            seconds=round(self.seconds, 3),
-            loss=finite_or_none(losses[0].item()),
-            lr=cfg.lr * rate,
-            grad_norm=finite_or_none(outcome.grad_norm),
-            tokens_per_second=round(size * cfg.seq_len / seconds),
-        )
+        progress = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 3))
+        speed = round(size * cfg.seq_len / seconds)
+        row = progress | outcome_figures(outcome, cfg.lr * rate) | dict(tokens_per_second=speed)
         layers = self.model.cfg.num_hidden_layers
-        row |= self.accumulator.index_figures()
+        row |= self.parallel.step_figures(self.clock) | self.accumulator.index_figures()
         return row | loss_figures(outcome, load, layers, bool(ahead), self.events)
 
-    def _losses_of_batch(self, size: int, ahead: int) -> Tensor:
+    def _losses_of_batch(self, ahead: int) -> Tensor:
         "Read the next windows, compute their gradients, and return the losses of all processes"
-        batch, loss_mask = self.parallel.batch(
-            self.train,
-            self.cfg.sequences(self.step) + self.skipped_windows,
-            size,
-            self.cfg.seq_len,
-            1 + len(self.model.mtp),
-            self.cfg.seed,
-        )
-        losses = self.parallel.gradients(
-            self,
-            batch.to(self.device),
-            self.parallel.local_count(ahead),
-            self.cfg.mtp_weight_at(self.step),
-            loss_mask if loss_mask is None else loss_mask.to(self.device),
-        )
-        return self.parallel.sum(losses)
+        with self.clock.part('input'):
+            request, *following = window_requests(
+                self.cfg, self.step, self.skipped_windows, self.input.ahead
+            )
+            batch, loss_mask = self.input.take(request, following)
+        with self.clock.part('compute'):
+            losses = self.parallel.gradients(
+                self,
+                batch.to(self.device, non_blocking=True),
+                self.parallel.local_count(ahead),
+                self.cfg.mtp_weight_at(self.step),
+                loss_mask if loss_mask is None else loss_mask.to(self.device),
+            )
+            return self.parallel.sum(losses)
 
     def _move_biases(self, outcome: StepOutcome) -> dict[str, Tensor]:
         "Update the routing biases by the load of all processes, and return this load"
@@ -355,7 +353,8 @@ class Trainer:
         "Take steps, write the log, respond to events, and save checkpoints"
         cfg = self.cfg
         saved = self.step
-        with stop_on_interrupt(self), self.parallel.log(self.out, self.step) as log:
+        opened = self.parallel.log(self.out, self.step, self.log_to)
+        with stop_on_interrupt(self), opened as log, self.input:
             may_rewind = 'rewind' in (cfg.on_spike, cfg.on_collapse)
             if may_rewind and not checkpoints(self.out / 'checkpoints'):
                 self.save()  # a checkpoint to rewind to
