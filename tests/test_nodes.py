@@ -179,7 +179,7 @@ def test_check(tmp_path):
     told = ended(*agents)
     assert [code for code, _, _ in told] == [0, 0], told
     shown = ''.join(out for _, out, _ in told)
-    assert '2 ranks on 1 nodes: no fault found' in shown and 'all_to_all: latency' in shown
+    assert '2 ranks on one node: no fault found' in shown and 'all_to_all: latency' in shown
     assert not (tmp_path / 'run').exists()
     agents = [
         agent(tmp_path, port, n, '2', *arguments(check=True, out=f'run{n}'), restarts=0)

@@ -544,7 +544,8 @@ def run_check(
             say(f'fault: {fault}')
         nodes = len({r.host for r in reports})
         if not found:
-            say(f'{ranks.world} ranks on {nodes} nodes: no fault found')
+            where = 'one node' if nodes == 1 else f'{nodes} nodes'
+            say(f'{ranks.world} ranks on {where}: no fault found')
     if ranks.many:
         shutdown()
     return 1 if found else 0
