@@ -23,8 +23,9 @@ SLURM = ROOT / 'tools' / 'slurm'
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='addresses of Linux')
 SMALL = dict(vocab_size=270, steps=24, seq_len=16, batch_size=4, mtp_batch_ratio=1, save_every=4)
 FIXED = dict(precision='fp32', device='cpu', data='text.txt', out='run')
-# A node counts as lost after two seconds, and the others do not wait for another one
-SOON = 'join_timeout=300,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2'
+# A node counts as lost after twelve seconds, and the others wait as long for another one
+SOON = 'join_timeout=300,read_timeout=300,last_call_timeout=12'
+SOON += ',keep_alive_interval=3,keep_alive_max_attempt=4'
 GO = """
 import sys
 from eva.config import PRESETS
@@ -52,13 +53,16 @@ def arguments(**options):
 
 
 def agent(folder, port, number, nodes, *options, within=(), host='127.0.0', restarts=3):
-    "Start the agent of one node in a session of its own, so that it can be killed with its ranks"
+    """Start the agent of one node in a session of its own, so that it can be killed with its ranks
+
+    Node 2 has the store of the rendezvous."""
     address = f'{host}.{number}'
     where = ['--rdzv-backend', 'c10d', '--rdzv-endpoint', f'{host}.2:{port}', '--rdzv-id', 'job']
     counts = ['--nnodes', nodes, '--nproc-per-node', '1', '--max-restarts', str(restarts)]
     return subprocess.Popen(
         [*within, sys.executable, '-m', 'eva.distributed.launch', *counts, *where]
-        + ['--rdzv-conf', SOON, '--local-addr', address, 'go.py', *options],
+        + ['--rdzv-conf', f'{SOON},is_host={int(number == 2)}', '--local-addr', address, 'go.py']
+        + [*options],
         cwd=folder,
         env=ENV | dict(PYTHONPATH=f'{HERE}{os.pathsep}{ENV["PYTHONPATH"]}'),
         text=True,
