@@ -21,7 +21,7 @@ from eva.training.checkpointing import read_metrics
 ROOT = HERE.parent
 SLURM = ROOT / 'tools' / 'slurm'
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='addresses of Linux')
-SMALL = dict(vocab_size=270, steps=24, seq_len=16, batch_size=4, mtp_batch_ratio=1, save_every=4)
+SMALL = dict(vocab_size=270, steps=240, seq_len=16, batch_size=4, mtp_batch_ratio=1, save_every=4)
 FIXED = dict(precision='fp32', device='cpu', data='text.txt', out='run')
 # A node counts as lost after twelve seconds, and the others wait as long for another one
 SOON = 'join_timeout=300,read_timeout=300,last_call_timeout=12'
@@ -98,6 +98,7 @@ def ended(*agents):
     return [(p.returncode, out, err) for p, (out, err) in zip(agents, told)]
 
 
+@pytest.mark.slow
 def test_a_dead_node_leaves_a_run_of_fewer_ranks(tmp_path):
     "Two nodes, of which one is killed with its ranks; the other goes on from the checkpoint alone"
     port = prepared(tmp_path)
@@ -108,9 +109,9 @@ def test_a_dead_node_leaves_a_run_of_fewer_ranks(tmp_path):
     ((code, out, err),) = ended(first)
     second.wait()
     assert code == 0, err[-3000:]
-    assert re.search(r'going on from step (4|8|12|16|20) of 24', out), out
+    assert re.search(r'going on from step \d+ of 240', out), out
     rows = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
-    assert [r['step'] for r in rows] == list(range(1, 25))
+    assert [r['step'] for r in rows] == list(range(1, 241))
     assert 'another rank is gone' in err and 'Traceback' not in err, err
     one = subprocess.run(  # the same run by one process
         [sys.executable, 'go.py', *arguments(out='alone')],
@@ -156,14 +157,14 @@ def test_a_dead_rank_is_replaced_on_both_nodes(tmp_path, place):
     assert [code for code, _, _ in told] == [0, 0], told
     assert sum(out.count('going on from step') for _, out, _ in told) == 2
     rows = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
-    assert [r['step'] for r in rows] == list(range(1, 25))
+    assert [r['step'] for r in rows] == list(range(1, 241))
 
 
 @pytest.mark.slow
 def test_a_signal_to_all_agents_saves_and_stops(tmp_path):
     "As Slurm does it before the time of a job is over; the job goes on when it is submitted again"
     port = prepared(tmp_path)
-    options = arguments(resume=True, steps=200, save_every=1000, async_save=True)
+    options = arguments(resume=True, steps=100_000, save_every=10**6, async_save=True)
     agents = [agent(tmp_path, port, n, '2', *options) for n in (2, 3)]
     when(tmp_path, 5, *agents)
     for p in agents:
