@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learn_sparse', 'prepare_trainer', 'parallel_of', 'check_sight', 'set_up_sight', 'peak_rate', 'tracer_of',
-           'train_with_bar', 'eva_train', 'train_in_folder']
+           'train_with_bar', 'check_ranks', 'eva_train', 'train_in_folder']
 
 # %% ../../nbs/15_cli/09_train.ipynb #ecdf42ac
 import argparse
@@ -242,6 +242,15 @@ def _recent_figures(
     return shown
 
 # %% ../../nbs/15_cli/09_train.ipynb #da3b3cca
+def check_ranks(
+    args: argparse.Namespace,  # from train_parser, with --check
+) -> int:  # exit code
+    "Check the ranks, the network and the storage that a run with these arguments would use"
+    from eva.distributed.health import run_check
+
+    return run_check(args.out, device_of(args))
+
+# %% ../../nbs/15_cli/09_train.ipynb #4f473379
 def eva_train(
     argv: list[str] | None = None,  # arguments (default: of the command line)
 ) -> int:  # exit code
@@ -249,6 +258,8 @@ def eva_train(
     args = train_parser().parse_args(argv)
     args.out = args.out or Path('runs') / (args.preset or 'mini')
     ranks: list[Parallel | None] = [None]
+    if args.check:
+        return guarded('eva_train', lambda: check_ranks(args))
 
     def work() -> int:
         start = time.time()

@@ -191,6 +191,12 @@ def _add_incidents(
         help='what dead experts and collapsed loads lead to (default: log)',
     )
     add('--save_every', type=int, help='steps between checkpoints (default: 100)')
+    add(
+        '--async_save',
+        action='store_true',
+        default=None,
+        help='write checkpoints while training goes on, from a copy in host memory',
+    )
     add('--seed', type=int, help='of weights and order of data (default: 0)')
     add(
         '--resume',
@@ -215,6 +221,12 @@ def _add_processes(
     many = p.add_argument_group(
         'many processes',
         'torchrun --standalone --nproc-per-node N --max-restarts 3 --no-python eva_train …',
+    )
+    many.add_argument(
+        '--check',
+        action='store_true',
+        help='train nothing: check that all ranks see each other and --out, measure the network, '
+        'and exit with 1 for a fault',
     )
     many.add_argument('--ep', type=int, default=1, help='ranks that share the experts (default: 1)')
     many.add_argument('--pp', type=int, default=1, help='ranks that share the layers (default: 1)')
@@ -296,6 +308,7 @@ TRAIN_CONFIG_ARGUMENTS = [
     'on_spike',
     'on_collapse',
     'save_every',
+    'async_save',
     'seed',
 ]  # options that are fields of TrainConfig
 
@@ -327,7 +340,7 @@ def train_config_kwargs(
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #a3f60887
 # Options for the place of a run and for its processes; with other values it is the same run.
 MAY_CHANGE = ['out', 'resume', 'device', 'ep', 'pp', 'cp', 'tp', 'schedule', 'fsdp', 'recompute']
-MAY_CHANGE += ['prefetch', 'log_to', 'profile', 'peak_tflops']
+MAY_CHANGE += ['check', 'prefetch', 'log_to', 'profile', 'peak_tflops']
 
 
 def given_arguments(
@@ -352,7 +365,7 @@ def started_with(
     if name in about.get('arguments', {}):
         return about['arguments'][name]
     if name in TRAIN_CONFIG_ARGUMENTS:
-        return about['train'][name]
+        return about['train'].get(name)
     if (
         name == 'vocab_size'
     ):  # a short text has fewer merges, and the model then fewer tokens than were asked for

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .launch import agree_on_start, reach
 from .private import default_store, flatten_mesh
 from ..training.checkpointing import owned_write
 
@@ -116,17 +117,24 @@ def connect(
     """Make the default process group of the ranks that `torchrun` started
 
     After a restart `torchrun` may offer the same store, which still has the addresses of the old
-    processes, so each attempt writes under its own prefix.
+    processes, so each start writes under a prefix of its own, on which all ranks agree. The number
+    of restarts is then the same on all ranks too.
     """
+    environ = os.environ
+    if environ.get('RANK', '0') != '0' or environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        reach(environ['MASTER_ADDR'], int(environ['MASTER_PORT']))
     if device == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    store, rank, world = next(dist.rendezvous('env://'))
+    patience = timedelta(minutes=minutes)
+    store, rank, world = next(dist.rendezvous('env://', timeout=patience))
+    name, restarts = agree_on_start(store, rank, world, attempt(), patience.total_seconds())
+    environ['TORCHELASTIC_RESTART_COUNT'] = str(restarts)
     dist.init_process_group(
         'cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo',
-        store=dist.PrefixStore(f'attempt{attempt()}', store),
+        store=dist.PrefixStore(name, store),
         rank=rank,
         world_size=world,
-        timeout=timedelta(minutes=minutes),
+        timeout=patience,
     )
 
 
@@ -187,13 +195,14 @@ def write_together_to(
     path: Path,  # file or folder to write
     rank: int,  # of this process
     first: int,  # number returned by `first_process`
+    group: dist.ProcessGroup | None = None,  # of all ranks; None: the default group
 ) -> Iterator[Path]:  # temporary name to write to
     "Write from all ranks under a temporary name, which becomes the final one when all are done"
     elsewhere = nullcontext(path.with_name(f'.{path.name}.tmp{first}'))
     with owned_write(path) if rank == 0 else elsewhere as temporary:
         yield temporary
-        dist.barrier()
-    dist.barrier()
+        dist.barrier(group)
+    dist.barrier(group)
 
 # %% ../../nbs/10_distributed/06_mesh.ipynb #da8ad4a7
 def ignore(*args):

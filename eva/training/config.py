@@ -114,8 +114,9 @@ def check_words(
         raise ValueError(
             f'optimizer_state_dtype={cfg.optimizer_state_dtype!r}: must be fp32 or bf16'
         )
-    if not isinstance(cfg.mask_documents, bool):
-        raise ValueError(f'mask_documents={cfg.mask_documents!r}: must be True or False')
+    for name in ('mask_documents', 'async_save'):
+        if not isinstance(getattr(cfg, name), bool):
+            raise ValueError(f'{name}={getattr(cfg, name)!r}: must be True or False')
     check_choice('on_spike', cfg.on_spike, ('log', 'skip', 'rewind', 'stop'))
     check_choice('on_collapse', cfg.on_collapse, ('log', 'rewind', 'stop'))
 
@@ -157,6 +158,9 @@ class TrainConfig:
     mask_documents: bool = False  # True: tokens do not attend to other documents of their window
     on_spike: str = 'log'  # response to a loss spike: log, skip, rewind or stop
     on_collapse: str = 'log'  # response to dead experts and collapsed loads: log, rewind or stop
+    # True: checkpoints are copied, and written while training goes on (a copy of the state in host
+    # memory); False: training waits until they are written
+    async_save: bool = False
 
     def __post_init__(self):
         check_numbers(self)

@@ -8,6 +8,7 @@ __all__ = ['Strategy', 'SingleProcess']
 # %% ../../nbs/07_training/07_strategy.ipynb #f05e95ed
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from ..moe.load_balancing import BALANCE_LOSSES, ExpertLoadTracker
 from .checkpointing import RunLog, latest_checkpoint, open_log, save_checkpoint
 from .config import TrainConfig
 from .evaluation import summed_loss
+from .monitoring import Event
 from .optimizer import MixedPrecisionOptimizer
 from .step_times import StepClock, step_entries, utilisation_entry
 
@@ -106,6 +108,13 @@ class Strategy(Protocol):
         "Run forward and backward passes of a batch, and add to the masters' gradients"
         ...
 
+    def step_begins(self) -> None:
+        "Note that the processes work on a step from here on"
+
+    def step_ends(self) -> list[Event]:  # such as a process that is slow; the first one has them
+        "Note the end of a step, and return what was found about the processes"
+        ...
+
     def loads(
         self,
         meter: ExpertLoadTracker,  # its counts are replaced by the sums over processes
@@ -180,6 +189,16 @@ class Strategy(Protocol):
     ) -> None:
         "Write a checkpoint atomically, in the format of a single process"
 
+    def background_save(
+        self,
+        path: Path,  # folder of the checkpoint
+        tensors: dict[str, Tensor],  # this process's, by name; training goes on to change them
+        copies: dict[str, Tensor],  # of these tensors, in the memory of the host
+        state: dict,  # values that JSON can represent
+    ) -> Callable[[], None]:  # to be called in another thread
+        "Return the function that writes a checkpoint; it takes all values from `copies`"
+        ...
+
     def newest(
         self,
         folder: Path,  # where the checkpoints are
@@ -240,6 +259,13 @@ class SingleProcess:
         "Compute the gradients by the trainer's own method"
         return trainer.gradients(batch, ahead, mtp_weight, loss_mask)
 
+    def step_begins(self) -> None:
+        "Do nothing"
+
+    def step_ends(self) -> list[Event]:
+        "Return no events"
+        return []
+
     def loads(self, meter: ExpertLoadTracker) -> None:
         "Leave the counts unchanged"
 
@@ -283,6 +309,12 @@ class SingleProcess:
     def save(self, path: Path, tensors: dict[str, Tensor], state: dict) -> None:
         "Write the checkpoint"
         save_checkpoint(path, tensors, state)
+
+    def background_save(
+        self, path: Path, tensors: dict[str, Tensor], copies: dict[str, Tensor], state: dict
+    ) -> Callable[[], None]:
+        "Return the function that writes the copies"
+        return partial(save_checkpoint, path, copies, state)
 
     def newest(self, folder: Path) -> tuple[Path | None, dict, dict, str]:
         "Return the newest complete checkpoint"

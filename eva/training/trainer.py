@@ -19,6 +19,7 @@ from ..data.text import TokenStream
 from ..kernels.memory import freed_memory_kept
 from ..model.transformer import DeepSeekV3
 from ..moe.load_balancing import ExpertLoadTracker
+from .async_save import BackgroundSave
 from .checkpointing import checkpoints, cut_metrics, prune
 from .config import DTYPES, TrainConfig, check_choice
 from .evaluation import quick_estimate
@@ -27,13 +28,11 @@ from .monitoring import AnomalyDetector, Event, GradientMonitor
 from .prefetch import Prefetcher, read_windows, window_requests
 from .recovery import DivergedError, advice, recovery_action, stop_on_interrupt, stopped
 from eva.training.state import (
-    COUNTERS,
     check_buffers,
     check_model_and_text,
     check_settings,
+    checkpoint_contents,
     load_random_states,
-    prefixed,
-    random_states,
     read_counters,
     read_precision,
     run_settings,
@@ -98,6 +97,7 @@ class Trainer:
         self.rewound = 0  # number of rewinds
         self.rewinds = 0  # number of rewinds since the last save
         self.stop: str | None = None  # name of the signal that asked to stop
+        self.background = BackgroundSave()  # writes checkpoints with `async_save`
         self.events: list[Event] = []  # of the last step
 
     @property
@@ -166,6 +166,7 @@ class Trainer:
     def train_step(self) -> dict:  # one line of metrics.jsonl
         "Train on one batch; the hooks that count tokens are registered only during this call"
         self.clock.start()
+        self.parallel.step_begins()
         cfg = self.cfg
         rate = cfg.rate(self.step)
         size = cfg.sequences(self.step + 1) - cfg.sequences(self.step)
@@ -178,7 +179,7 @@ class Trainer:
                 )
             load = self._move_biases(outcome)
         self._count(outcome)
-        self.events = step_events(outcome)
+        self.events = step_events(outcome) + self.parallel.step_ends()
         if outcome.applied:
             self.events += self.guard.update(losses[0].item(), load)
         seconds = self.clock.stop(size * cfg.seq_len)
@@ -236,21 +237,22 @@ class Trainer:
         )
 
     def save(self):
-        "Write a checkpoint of this step and remove the oldest beyond `keep_checkpoints`"
+        """Write a checkpoint of this step and remove the oldest beyond `keep_checkpoints`
+
+        With `async_save` it is written while training goes on; `background.wait()` waits for it."""
         path = self.out / 'checkpoints' / f'step-{self.step:06d}'
-        state = {name: getattr(self, name) for name in COUNTERS}
-        state |= dict(precision=self.precision, watch=self.guard.state_dict(), **self.settings)
-        if self.scaler is not None:
-            state['scaler'] = self.scaler.state_dict()
-        if self.monitor is not None:
-            state['monitor'] = self.monitor.state_dict()
-        tensors = self.opt.state_dict()
-        tensors |= prefixed('buffer.', dict(self.model.named_buffers()))
-        tensors |= prefixed('fp8.', self.recipe_state()) | random_states()
-        self.parallel.save(path, tensors, state)
+        tensors, state = checkpoint_contents(self)
         self.rewinds = 0
-        if self.parallel.rank == 0:
-            prune(path.parent, self.cfg.keep_checkpoints)
+
+        def remove_old():
+            if self.parallel.rank == 0:
+                prune(path.parent, self.cfg.keep_checkpoints)
+
+        if self.cfg.async_save:
+            self.background.save(self.parallel, path, tensors, state, remove_old)
+        else:
+            self.parallel.save(path, tensors, state)
+            remove_old()
 
     def restore(
         self,
@@ -293,6 +295,7 @@ class Trainer:
 
     def resume(self) -> str:  # one sentence for the user
         "Continue from the newest complete checkpoint, or from the start if there is none"
+        self.background.wait()
         path, tensors, state, said = self.parallel.newest(self.out / 'checkpoints')
         if path is not None:
             self.restore(path, tensors, state)
@@ -314,6 +317,7 @@ class Trainer:
         "Return to the last checkpoint, and skip the windows read since"
         read = self.cfg.sequences(self.step) + self.skipped_windows
         times = dict(rewinds=self.rewinds + 1, rewound=self.rewound + 1)
+        self.background.wait()
         path, tensors, state, said = self.parallel.newest(self.out / 'checkpoints')
         if path is None or times['rewinds'] > 3:
             reason = 'went wrong three times after the same checkpoint'
@@ -354,12 +358,14 @@ class Trainer:
         cfg = self.cfg
         saved = self.step
         opened = self.parallel.log(self.out, self.step, self.log_to)
-        with stop_on_interrupt(self), opened as log, self.input:
+        written = self.background.written_at_the_end()
+        with stop_on_interrupt(self), opened as log, written, self.input:
             may_rewind = 'rewind' in (cfg.on_spike, cfg.on_collapse)
             if may_rewind and not checkpoints(self.out / 'checkpoints'):
                 self.save()  # a checkpoint to rewind to
             while self.step < cfg.steps and not self.parallel.should_stop(self):
                 row = self.train_step()
+                self.background.check()
                 if self.step % cfg.eval_every == 0 or self.step == cfg.steps:
                     row |= self.quick_eval()
                 log.write(row)
