@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checkpoint import dtensor_like, load_safetensors, save_safetensors
+from .checkpoint import dtensor_like, save_safetensors
+from .construction import CheckpointParts, construct
 from .expert_parallel import parallelize_experts, shutdown
 from .export import check_layout, export_together, single_process_trainer
 from eva.distributed.fsdp import (
@@ -103,7 +104,9 @@ class Parallel:
     pipe: Pipeline | None  # where layers are shared; this and the following from `wrap`
     ends: dist.ProcessGroup  # ranks that hold a copy of the embedding, where two stages do
     gates: dict[str, int]  # experts of each routed layer, of all stages
-    buffers: dict[str, Tensor]  # of the divided model
+    model: DeepSeekV3  # divided
+    # fills a model on the meta device once it is divided; None: fresh weights, by the seed
+    weights: Callable[[DeepSeekV3], object] | None = None
 
     def __init__(
         self,
@@ -116,6 +119,7 @@ class Parallel:
         device: str = 'cpu',  # cpu or cuda
         schedule: str = '1f1b',  # of the pipeline
     ):
+        self.device = device
         self.world = dist.get_world_size()
         check_division(self.world, ep, pp, fsdp)
         stage_to_rank(schedule, pp)  # refuses a schedule that it does not know
@@ -156,10 +160,12 @@ class Parallel:
 
     def wrap(
         self,
-        model: DeepSeekV3,  # whole, the same on each rank; divided in place
+        # whole, the same on each rank; divided in place. On the meta device it has no weights yet,
+        # and each rank gives memory and values to its parts alone
+        model: DeepSeekV3,
         cfg: TrainConfig,  # its batches must be divisible too
     ):
-        "Divide a model among the ranks"
+        "Divide a model among the ranks, and construct one that is on the meta device"
         self.check_precision(cfg.precision)
         check_layout(model.cfg)
         check_dense(model.cfg)
@@ -170,7 +176,7 @@ class Parallel:
         if self.pipe and self.pipe.shares:
             stages = self.mesh.mesh.flatten(1)
             self.ends = dist.new_group([*stages[0].tolist(), *stages[-1].tolist()])
-        self.buffers = dict(model.named_buffers())
+        self.model = model
         blocks = blocks_of(model)
         for block in blocks:
             if self.ep > 1 and isinstance(block.mlp, MoE):
@@ -179,6 +185,13 @@ class Parallel:
             checkpoint_activations(blocks)
         if self.fsdp and self.ranks > 1:
             apply_fsdp(model, self.mesh, self.data)
+        if model.device.type == 'meta':
+            construct(model, self.device, cfg.seed, self.weights)
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        "The buffers of the divided model"
+        return dict(self.model.named_buffers())
 
     def check_precision(
         self,
@@ -315,7 +328,7 @@ class Parallel:
         )
         if path is None:
             return path, {}, state, said
-        return path, load_safetensors(path / 'tensors.safetensors', self._like), state, said
+        return path, CheckpointParts(path / 'tensors.safetensors', self._like), state, said
 
     def export(
         self,
