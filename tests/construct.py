@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from ranks import high_water, stream
 
-from eva.checkpoints.parts import load_weights
-from eva.checkpoints.pretrained import PretrainedFolder
+from eva.cli.train_init import start_model
 from eva.config import Config
 from eva.distributed.checkpoint import save_safetensors
 from eva.distributed.construction import local_part
@@ -32,11 +31,11 @@ from eva.training.trainer import Trainer
 SEED = 5
 SIZES = dict(
     vocab_size=67,
-    hidden_size=256,
+    hidden_size=128,
     num_hidden_layers=8,
     num_attention_heads=4,
-    intermediate_size=512,
-    moe_intermediate_size=256,
+    intermediate_size=256,
+    moe_intermediate_size=128,
     n_routed_experts=16,
     num_experts_per_tok=2,
     n_group=4,
@@ -65,26 +64,21 @@ def wrong_offsets(t):
     return Part(part.values, part.shape, (0,) * len(part.shape))
 
 
-def weights_of(case, out):
-    "How a rank fills its parts, None for the way of Parallel itself"
-    if case.get('fault') == 'offsets':
-        return partial(init_weights, seed=SEED, part_of=wrong_offsets)
-    if case.get('fault') == 'seed':  # another on each rank
-        return partial(init_weights, seed=SEED + dist.get_rank(), part_of=local_part)
-    if case.get('source'):
-        return partial(
-            load_weights, folder=PretrainedFolder(out / case['source']), part_of=local_part
-        )
-    return None
-
-
 def built(case, out):
+    "Build a model as `eva_train` does it on several ranks, or with a fault"
+    cfg = config(case['model'])
     parallel = Parallel(**case['parallel'])
-    model = meta_model(config(case['model']))
-    parallel.weights = weights_of(case, out)
+    init = case.get('source')
+    about = dict(init=str(out / init), model=cfg.to_dict()) if init else {}
+    model = start_model(cfg, about, SEED, parallel=parallel)
     if case.get('fault') == 'whole':
         materialize(model)
         init_weights(model, SEED)
+    if case.get('fault') == 'offsets':
+        parallel.weights = partial(init_weights, seed=SEED, part_of=wrong_offsets)
+    if case.get('fault') == 'seed':  # another on each rank
+        seed = SEED + dist.get_rank()
+        parallel.weights = partial(init_weights, seed=seed, part_of=local_part)
     parallel.wrap(model, TrainConfig(**SETTINGS))
     return model
 
