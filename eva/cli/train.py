@@ -80,7 +80,7 @@ def prepare_trainer(
     begun = exists and checkpoints(
         out / 'checkpoints'
     )  # then the weights come from a checkpoint of the run
-    model = start_model(cfg, {} if begun else about).to(device)
+    model = start_model(cfg, {} if begun else about, tcfg.seed, device, parallel)
     if parallel is None:
         learn_sparse(model, (tcfg, train, held), {} if begun else about, say)
     t = Trainer(model, train, held, tcfg, out, parallel)

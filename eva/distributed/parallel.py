@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
-from .checkpoint import dtensor_like, load_safetensors, save_safetensors
+from .checkpoint import dtensor_like, save_safetensors
+from .construction import CheckpointParts, construct
 from eva.distributed.context_parallel import (
     SequenceRanks,
     balance_loss_of_part,
@@ -168,7 +169,9 @@ class Parallel:
     pipe: Pipeline | None  # where layers are shared; this and the following from `wrap`
     ends: dist.ProcessGroup  # ranks that hold a copy of the embedding, where two stages do
     gates: dict[str, int]  # experts of each routed layer, of all stages
-    buffers: dict[str, Tensor]  # of the divided model
+    model: DeepSeekV3  # divided
+    # fills a model on the meta device once it is divided; None: fresh weights, by the seed
+    weights: Callable[[DeepSeekV3], object] | None = None
     straggler_seconds = 10.0  # between reports of all ranks about their waiting
 
     def __init__(
@@ -184,6 +187,7 @@ class Parallel:
         tp: int = 1,  # ranks that share the heads and widths of attention and dense layers
         cp: int = 1,  # ranks that share the positions of sequences
     ):
+        self.device = device
         self.world = dist.get_world_size()
         check_division(self.world, ep, pp, cp, tp)
         stage_to_rank(schedule, pp)  # refuses a schedule that it does not know
@@ -237,10 +241,12 @@ class Parallel:
 
     def wrap(
         self,
-        model: DeepSeekV3,  # whole, the same on each rank; divided in place
+        # whole, the same on each rank; divided in place. On the meta device it has no weights yet,
+        # and each rank gives memory and values to its parts alone
+        model: DeepSeekV3,
         cfg: TrainConfig,  # its batches must be divisible too
     ):
-        "Divide a model among the ranks"
+        "Divide a model among the ranks, and construct one that is on the meta device"
         check_layout(model.cfg)
         check_dense(model.cfg, self.pp, self.recompute)
         check_batches(cfg, self.data.size(), self.pp)
@@ -253,7 +259,7 @@ class Parallel:
             self.pipe.check_schedules(cfg, self.ranks)
         if self.pipe and self.pipe.shares:
             self.ends = self._both_ends()
-        self.buffers = dict(model.named_buffers())
+        self.model = model
         blocks = blocks_of(model)
         for block in blocks:
             if self.ep > 1 and isinstance(block.mlp, MoE):
@@ -267,6 +273,13 @@ class Parallel:
             checkpoint_activations(blocks)
         if self.fsdp and self.data.size() > 1:
             apply_fsdp(model, self.mesh, self.data, in_stages=self.pipe is not None)
+        if model.device.type == 'meta':
+            construct(model, self.device, cfg.seed, self.weights)
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        "The buffers of the divided model"
+        return dict(self.model.named_buffers())
 
     def _both_ends(self) -> dist.ProcessGroup:
         "Return the ranks of first and last stage that hold the same part of the embedding"
@@ -497,7 +510,7 @@ class Parallel:
         )
         if path is None:
             return path, {}, state, said
-        return path, load_safetensors(path / 'tensors.safetensors', self._like), state, said
+        return path, CheckpointParts(path / 'tensors.safetensors', self._like), state, said
 
     def export(
         self,

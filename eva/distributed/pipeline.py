@@ -282,10 +282,14 @@ class Pipeline:
         # first and last stage each keep a copy of the embedding
         self.shares = needs and self.owners[0] != self.owners[-1]
         drop_other_stages(model, self.layers, self.mine)
-        self.device = next(model.parameters()).device
         self.model = model
         self.stages = {s: Stage(model, s, self.layers) for s in self.mine}
         self.made: dict[tuple, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        "Where the weights of this rank are"
+        return next(self.model.parameters()).device
 
     def schedule(
         self,

@@ -150,7 +150,7 @@ class TrainConfig:
     precision: str = 'fp32'  # of the products: fp32, bf16, fp16 or fp8; master weights are float32
     recipe: str = 'block_pow2'  # of fp8: one of eva.fp8.recipes.RECIPES
     optimizer_state_dtype: str = 'fp32'  # of the optimizers' moments: fp32 or bf16 (V3)
-    seed: int = 0  # of the order of the data
+    seed: int = 0  # of the order of the data, and of fresh weights
     eval_every: int = 50  # steps between quick evaluations
     save_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # checkpoints to keep

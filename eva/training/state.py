@@ -10,6 +10,7 @@ __all__ = ['COUNTERS', 'NOT_COMPARED', 'prefixed', 'with_prefix', 'random_states
 
 # %% ../../nbs/07_training/09_state.ipynb #c5892c8d
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,10 +35,10 @@ def prefixed(
 
 def with_prefix(
     prefix: str,  # such as 'buffer.'
-    tensors: dict[str, Tensor],  # of a checkpoint
+    tensors: Mapping[str, Tensor],  # of a checkpoint
 ) -> dict[str, Tensor]:  # by name without the prefix
     "Return the tensors whose names have a prefix"
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    return {n.removeprefix(prefix): tensors[n] for n in tensors if n.startswith(prefix)}
 
 
 def random_states() -> dict[str, Tensor]:  # random.cpu, and random.cuda0 and so on
@@ -50,7 +51,7 @@ def random_states() -> dict[str, Tensor]:  # random.cpu, and random.cuda0 and so
 
 
 def load_random_states(
-    tensors: dict[str, Tensor],  # of a checkpoint
+    tensors: Mapping[str, Tensor],  # of a checkpoint
 ):
     "Restore the random number generators whose states are in a checkpoint"
     if 'random.cpu' in tensors:
@@ -135,7 +136,7 @@ def read_precision(
 def check_buffers(
     path: Path,  # of the checkpoint, for the message
     model: nn.Module,  # whose buffers are to be loaded
-    tensors: dict[str, Tensor],  # of the checkpoint
+    tensors: Mapping[str, Tensor],  # of the checkpoint
 ):
     "Raise a `ValueError` if a buffer of the model is missing or has another shape"
     for name, buffer in model.named_buffers():

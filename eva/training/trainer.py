@@ -6,7 +6,7 @@
 __all__ = ['Trainer']
 
 # %% ../../nbs/07_training/06_trainer.ipynb #571ace6f
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -71,8 +71,8 @@ class Trainer:
         self.held_out = held_out
         self.cfg = cfg
         self.out = Path(out)
-        self.device = next(model.parameters()).device
         self.parallel.wrap(model, cfg)
+        self.device = next(model.parameters()).device
         # Created before the model is rounded, so that the masters are exact.
         dtype = torch.bfloat16 if cfg.optimizer_state_dtype == 'bf16' else None
         self.opt = self.parallel.optimizer(
@@ -257,7 +257,7 @@ class Trainer:
     def restore(
         self,
         path: Path,  # of the checkpoint, for messages
-        tensors: dict[str, Tensor],  # from it
+        tensors: Mapping[str, Tensor],  # from it
         state: dict,  # from it
     ):
         """Replace the whole state of the run by that of a checkpoint
@@ -277,7 +277,7 @@ class Trainer:
             setattr(self, name, value)
         self.bad_row = 0
 
-    def _take_up(self, tensors: dict[str, Tensor], state: dict, precision: str):
+    def _take_up(self, tensors: Mapping[str, Tensor], state: dict, precision: str):
         "Load weights, optimizer state, detector, monitor, precision and random states"
         self.guard.load_state_dict(state.get('watch', AnomalyDetector().state_dict()))
         if self.monitor is not None:
