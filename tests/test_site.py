@@ -66,12 +66,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def end_headers(self):
-        "Let the browser keep what all pages share"
-        if self.path.startswith('/_static/'):
-            self.send_header('Cache-Control', 'max-age=3600')
-        super().end_headers()
-
 
 class Server(http.server.ThreadingHTTPServer):
     request_queue_size = (
@@ -88,7 +82,7 @@ class Reader:
         self.base = f'http://127.0.0.1:{self.server.server_port}/'
         self.page = browser.new_page()
         self.page.set_default_timeout(120_000)  # milliseconds: a busy machine is no fault of a page
-        self.page.on('request', self.guard)
+        self.page.route('**/*', self.guard)
         self.page.on(
             'console',
             lambda m: m.type in ('error', 'warning') and self.found.append(f'console: {m.text}'),
@@ -99,10 +93,12 @@ class Reader:
         )
         self.found = []
 
-    def guard(self, request):
-        "Report what is asked of others; the browser finds no other host"
-        if not request.url.startswith((self.base, 'data:')):
-            self.found.append(f'outside: {request.url}')
+    def guard(self, route):
+        "Nothing from outside is fetched, and whatever tries is reported"
+        if route.request.url.startswith((self.base, 'data:')):
+            return route.continue_()
+        self.found.append(f'outside: {route.request.url}')
+        route.abort()
 
     def open(self, path, width=1280):
         self.found.clear()
@@ -142,7 +138,6 @@ def browser(needed):
                 '--disable-gpu',
                 '--disable-background-networking',
                 '--disable-component-update',
-                '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1',
             ],
         )
         yield b
