@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['all_gather_single', 'reduce_scatter_single', 'flatten_mesh', 'default_store', 'first_of', 'collective_name',
-           'process_group_of', 'waiting_functions', 'schedule_actions', 'Reentrant', 'checkpoint_module',
-           'TorchDispatchMode']
+           'process_group_of', 'waiting_functions', 'schedule_actions', 'forget_divisions', 'Reentrant',
+           'checkpoint_module', 'TorchDispatchMode']
 
 # %% ../../nbs/10_distributed/08_private.ipynb #f8a5fb8e
 from collections.abc import Callable, Sequence
@@ -129,6 +129,16 @@ def schedule_actions(
     except ImportError:
         return None
     return get_schedule_ops(schedule, ranks, micro_batches, stages)
+
+# %% ../../nbs/10_distributed/08_private.ipynb #544b3d4a
+def forget_divisions() -> bool:  # False where PyTorch has no such function
+    "Let PyTorch forget the divisions of results that it has computed"
+    import torch.distributed.tensor.debug as debug
+
+    clear = getattr(debug, '_clear_sharding_prop_cache', None)
+    if clear is not None:
+        clear()
+    return clear is not None
 
 # %% ../../nbs/10_distributed/08_private.ipynb #c4a10002
 class Reentrant(AbstractContextManager):
