@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..config import Config
 from ..fileio.manifest import Manifest
-from ..planner.layout import CHOICES, GPUS, Layout
+from ..layout import CHOICES, Layout
+from ..planner.layout import GPUS
 from ..planner.training_cost import Assumptions, plan, table
 from ..sparse_fields import indexer_layers
 

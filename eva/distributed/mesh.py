@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .private import default_store, flatten_mesh
+from ..layout import Layout, check_fields, check_ranks
+from ..trainable import check_fsdp
 from ..training.checkpointing import owned_write
 
 T = TypeVar('T')
@@ -33,15 +35,10 @@ def check_division(
     fsdp: bool | None,  # divide all other weights too?
 ):
     "Raise a ValueError if the ranks cannot be divided like this"
-    if fsdp and pp > 1:
-        raise ValueError(
-            f'fsdp=True, pp={pp}: Eva divides either the layers or what is in them; leave fsdp out'
-        )
-    if min(ep, pp) < 1 or world % (ep * pp):
-        raise ValueError(
-            f'ep={ep}, pp={pp}: their product must divide the {world} ranks; use ep*pp of '
-            f'{", ".join(str(n) for n in range(1, world + 1) if world % n == 0)}'
-        )
+    lay = Layout(world, pp, ep, fsdp=bool(fsdp), schedule='1f1b', per_node=world)
+    check_fields(lay)
+    check_ranks(lay)
+    check_fsdp(lay)
 
 
 def make_mesh(

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 
 from .checkpoint import dtensor_like, load_safetensors, save_safetensors
 from .expert_parallel import parallelize_experts, shutdown
-from .export import check_layout, export_together, single_process_trainer
+from .export import export_together, single_process_trainer
 from eva.distributed.fsdp import (
     apply_fsdp,
     blocks_of,
-    check_batches,
-    check_dense,
-    check_precision,
     checkpoint_activations,
     copies_of,
     let_nan_pass,
@@ -42,10 +39,12 @@ from eva.distributed.mesh import (
     write_together_to,
 )
 from .optimizer import ShardedOptimizer
-from .pipeline import Pipeline, stage_to_rank
+from .pipeline import Pipeline
+from ..layout import Layout
 from ..model.transformer import DeepSeekV3
 from ..moe.experts import MoE
 from ..moe.router import Router
+from ..trainable import check_precision, check_schedule, check_trainable
 from ..training.checkpointing import latest_checkpoint, open_log, write_manifest
 from ..training.config import TrainConfig
 from ..training.strategy import SingleProcess
@@ -118,7 +117,7 @@ class Parallel:
     ):
         self.world = dist.get_world_size()
         check_division(self.world, ep, pp, fsdp)
-        stage_to_rank(schedule, pp)  # refuses a schedule that it does not know
+        check_schedule(Layout(schedule=schedule))
         self.mesh = make_mesh(device, self.world, ep, pp)
         self.data = data_mesh(self.mesh)  # ranks that see different sequences
         self.rank = dist.get_rank()
@@ -161,12 +160,12 @@ class Parallel:
     ):
         "Divide a model among the ranks"
         self.check_precision(cfg.precision)
-        check_layout(model.cfg)
-        check_dense(model.cfg)
-        check_batches(cfg, len(model.mtp), self.ranks, self.pp)
+        check_trainable(self.layout(cfg), model.cfg, cfg)
         self.gates = {n: len(m.weight) for n, m in model.named_modules() if isinstance(m, Router)}
         let_nan_pass(model)
-        self.pipe = Pipeline(model, self.mesh['pp'], self.schedule) if self.pp > 1 else None
+        self.pipe = None
+        if self.pp > 1:
+            self.pipe = Pipeline(model, self.mesh['pp'], self.schedule, cfg.seq_len)
         if self.pipe and self.pipe.shares:
             stages = self.mesh.mesh.flatten(1)
             self.ends = dist.new_group([*stages[0].tolist(), *stages[-1].tolist()])
@@ -179,6 +178,27 @@ class Parallel:
             checkpoint_activations(blocks)
         if self.fsdp and self.ranks > 1:
             apply_fsdp(model, self.mesh, self.data)
+
+    def layout(
+        self,
+        cfg: TrainConfig,  # of the run
+    ) -> Layout:  # not yet checked
+        "Return the layout of a run, as the planner knows it"
+        return Layout(
+            self.world,
+            self.pp,
+            self.ep,
+            fsdp=self.fsdp,
+            batch=cfg.batch_size,
+            seq=cfg.seq_len,
+            micro_batch=cfg.micro_batch,
+            schedule=self.schedule,
+            recompute='full' if self.recompute else 'none',
+            precision=cfg.precision,
+            optimizer_state_dtype=cfg.optimizer_state_dtype,
+            per_node=self.world,
+            zero1=False,
+        )
 
     def check_precision(
         self,
