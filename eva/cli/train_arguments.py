@@ -18,7 +18,6 @@ from eva.cli.field_options import (
     TRAIN_CONFIG_ARGUMENTS,
     add_file_options,
     add_model_and_settings,
-    source_fields,
 )
 from ..layout import RECOMPUTE, TRAINED_SCHEDULES
 
@@ -284,10 +283,7 @@ def train_config_kwargs(
             and cpu_multiplies_bf16()
         )
 
-    default = next(
-        o.default for o in source_fields('eva.training.config', 'TrainConfig') if o.name == 'recipe'
-    )
-    if args.recipe not in (None, default) and args.precision != 'fp8':
+    if args.recipe not in (None, 'block_pow2') and args.precision != 'fp8':
         raise ValueError(
             f'--recipe {args.recipe} without --precision fp8: says how FP8 rounds; '
             'leave it out, or add --precision fp8'
