@@ -185,6 +185,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         q_lora_rank=128, intermediate_size=512, moe_intermediate_size=128, n_routed_experts=8,
         first_k_dense_replace=1, num_experts_per_tok=2, topk_group=1, max_position_embeddings=4096,
         initializer_range=0.03),
+    'tiny': dict(
+        vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+        intermediate_size=128, moe_intermediate_size=32, first_k_dense_replace=1,
+        n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        max_position_embeddings=4096, initializer_range=0.05),
     'v2-lite': _V2 | dict(
         hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None,
         intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64, n_group=1,
@@ -287,7 +293,7 @@ class Config:
     @classmethod
     def from_preset(
         cls,
-        name: str,  # mini, mini-servable, v2-lite, v2 or v3
+        name: str,  # mini, mini-servable, tiny, v2-lite, v2 or v3
         **changes: Any,  # fields to set otherwise
     ) -> 'Config':  # a fresh configuration
         "Return one of the built-in configurations, with any field changed"

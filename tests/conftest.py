@@ -7,7 +7,14 @@ import pytest
 
 parser = ConfigParser(delimiters=['='])
 parser.read(Path(__file__).parents[1] / 'settings.ini', encoding='utf-8')
-LONG = ('test_distributed.py', 'test_composition.py', 'test_survival.py')  # minutes in few tests
+# minutes each: one of them must not be what the last process begins when all others are done
+LONG = (
+    'test_distributed.py',
+    'test_composition.py',
+    'test_families.py',
+    'test_survival.py',
+    'test_training.py',
+)
 FLAGS = set(parser['DEFAULT']['tst_flags'].split())
 
 

@@ -129,6 +129,7 @@ def test_a_run_starts_from_eight_bits(tmp_path, monkeypatch):
 MAY_CHANGE = {
     'out',
     'resume',
+    'check',
     'device',
     'ep',
     'pp',
@@ -156,6 +157,7 @@ STARTED = dict(
     on_spike='skip',
     on_collapse='stop',
     save_every=1,
+    async_save=True,
     seed=3,
 )
 OTHERS = dict(
@@ -178,6 +180,7 @@ OTHERS = dict(
     on_spike='stop',
     on_collapse='rewind',
     save_every=2,
+    async_save=True,
     seed=4,
     init='given',
     sparse='k=4',

@@ -118,7 +118,7 @@ def promised(*lists: str) -> set[str]:
 
 
 # Asked for by name in cells that do without them where they are not installed
-OPTIONAL = {'datasets', 'pyarrow', 'tensorboard', 'zstandard'}
+OPTIONAL = {'datasets', 'mlflow', 'pyarrow', 'tensorboard', 'wandb', 'zstandard'}
 
 
 def test_chapters_need_only_the_extra_course():

@@ -56,6 +56,16 @@ OTHER_TYPES = dict(
             mscale_all_dim=1.0, llama_4_scaling_beta=0.1,
         ),
     ),
+    kimi_k2=dict(model_type='kimi_k2', n_group=2, topk_group=1),
+    sarvam_mla=dict(model_type='sarvam_mla', q_lora_rank=None, rope_interleave=False),
+    glm4_moe_lite=dict(model_type='glm4_moe_lite', attention_bias=True),
+    deepseek_v32=dict(
+        model_type='deepseek_v32', index_topk=6, index_n_heads=2, index_head_dim=8,
+    ),
+    glm_moe_dsa=dict(
+        model_type='glm_moe_dsa', index_topk=6, index_n_heads=2, index_head_dim=8,
+        index_rope_interleave=True, indexer_types=('full', 'shared'),
+    ),
 )  # fmt: skip
 
 

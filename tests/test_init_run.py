@@ -158,8 +158,9 @@ def test_a_damaged_tokenizer_configuration_leaves_no_run(init, data):
 
 def test_the_hint_is_a_command_that_works(data, monkeypatch):
     monkeypatch.chdir(data)
-    task = ('--data', 'synthetic:copy', '--out', 'task', *SMALL)
-    base = ('--data', 'texts.jsonl', '--out', 'base', '--vocab_size', 300, *SMALL)
+    tiny = ('--preset', 'tiny', *SMALL)
+    task = ('--data', 'synthetic:copy', '--out', 'task', *tiny)
+    base = ('--data', 'texts.jsonl', '--out', 'base', '--vocab_size', 300, *tiny)
     kinds = dict(task='give it the beginning of a document', base='let it continue a text')
     for argv, (out, kind) in zip((task, base), kinds.items()):
         hint = said_by(eva_train, *argv).strip().splitlines()[-1].split('; ')[-1]

@@ -514,6 +514,8 @@ OTHERS = {  # paths, and what is made there
     'tokens/pipe': os.mkfifo,
 }
 RUN = [
+    '--preset',
+    'tiny',
     '--steps',
     '6',
     '--seq_len',

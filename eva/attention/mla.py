@@ -169,8 +169,9 @@ class MLA(nn.Module):
         "Attend by whichever evaluation costs fewer FLOPs"
         cfg = self.cfg
         check_sizes(cfg, h, rope, mask, 0 if cache is None else cache.length)
-        if not len(h):  # no sequences, nothing to attend to
-            return self.o_proj(h.new_zeros(*h.shape[:2], cfg.num_attention_heads * cfg.v_head_dim))
+        if not len(h):  # no sequences, nothing to attend to; all weights get gradients of zero
+            nothing = h.new_zeros(*h.shape[:2], cfg.num_attention_heads * cfg.v_head_dim)
+            return self.o_proj(nothing) + sum((p.sum() for p in self.parameters()), h.sum())
         q_C, q_R = self.queries(h, rope)
         rows = self.latents(h, rope)
         if cache is not None:

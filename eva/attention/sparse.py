@@ -177,8 +177,9 @@ class SparseMLA(MLA):
         "Choose positions, and attend to them"
         cfg = self.cfg
         check_sizes(cfg, h, rope, mask, 0 if cache is None else cache.length)
-        if not len(h):  # no sequences, nothing to attend to
-            return self.o_proj(h.new_zeros(*h.shape[:2], cfg.num_attention_heads * cfg.v_head_dim))
+        if not len(h):  # no sequences, nothing to attend to; all weights get gradients of zero
+            nothing = h.new_zeros(*h.shape[:2], cfg.num_attention_heads * cfg.v_head_dim)
+            return self.o_proj(nothing) + sum((p.sum() for p in self.parameters()), h.sum())
         c_Q = self.q_a_layernorm(self.q_a_proj(h))
         q_C, q_R = queries_of_heads(self.q_b_proj(c_Q), cfg, rope)
         rows = self.latents(h, rope)

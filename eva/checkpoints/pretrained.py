@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPEATED', 'OF_IMAGES', 'published', 'published_views', 'published_state_dict', 'save_pretrained',
-           'pretrained_file_names', 'load_pretrained', 'stored_dtype']
+           'pretrained_file_names', 'PretrainedFolder', 'load_pretrained', 'stored_dtype']
 
 # %% ../../nbs/09_checkpoints/01_pretrained.ipynb #864d618e
 import warnings
@@ -124,6 +124,95 @@ def pretrained_file_names(
     return names + ([] if tokenizer is None else TOKENIZER_FILES)
 
 # %% ../../nbs/09_checkpoints/01_pretrained.ipynb #3da0830f
+class PretrainedFolder:
+    "A folder of weights, opened and compared with its config.json"
+
+    def __init__(
+        self,
+        path: str | Path,  # as of `load_pretrained`
+        dtype: torch.dtype | None = None,  # of the weights; None: as stored
+    ):
+        path = pretrained_folder(path)
+        cfg = Config.from_pretrained(path)
+        self.files = SafetensorsFolder(path)
+        about = text_config(read_json(path / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=path))
+        for notice in left_out_notice(self.files.left_out, path):
+            warnings.warn(notice, stacklevel=3)
+        self.block = weight_block_size(about, path / 'config.json')
+        self.cfg = _without_missing_mtp(cfg, self.files)
+        _plausible(self.cfg, self.files, path / 'config.json')
+        self.model = _without_memory(self.cfg, path)
+        self.model.generation_config = read_generation_config(path, self.cfg.vocab_size)
+        self.dtype = dtype or stored_dtype(self.files, about)
+
+    def pieces(
+        self,
+        name: str,  # of one of our tensors
+    ) -> list[tuple[str, tuple]]:  # (published name, index into our tensor), in order
+        "Return the tensors of the files that make up one of ours"
+        if name == 'lm_head.weight' and self.cfg.tie_word_embeddings:
+            name = 'model.embed_tokens.weight'
+        return published(name, self.cfg, packed=name in self.files)
+
+    def is_left_out(
+        self,
+        name: str,  # of one of our tensors
+    ) -> bool:  # then all its values are 0
+        "Tell whether files leave out a routing bias, as those of some model types do"
+        may = FAMILIES[self.cfg.model_type].may_lack_bias
+        return may and name.endswith('e_score_correction_bias') and name not in self.files
+
+    def read(
+        self,
+        name: str,  # of one of our tensors
+        want: Tensor,  # of its shape
+        device: torch.device | str | None = None,  # where it is to be; None: CPU
+    ) -> Tensor:
+        "Read one of our tensors"
+        if self.is_left_out(name):
+            return torch.zeros(want.shape, device=device)
+        return _read(self.pieces(name), want, self.files, self.block, self.dtype, device)
+
+    def piece(
+        self,
+        name: str,  # published
+        shape: tuple[int, ...],  # that it must have
+        box: tuple[slice, ...],  # the part that is wanted
+    ) -> Tensor:  # of the box, in the type of the weights
+        "Read a part of a tensor; of FP8, INT4 and divided ones the whole is read and then cut"
+        self.check(name, shape)
+        if self.is_plain(name):
+            file, stored = self.files.where[name][0]
+            found = self.files.open(file).get_slice(stored)[box]
+        else:
+            found = _read_piece(name, shape, self.files, self.block, self.dtype)[box]
+        return found.to(torch.float32 if name.endswith(FLOAT32_SUFFIXES) else self.dtype)
+
+    def is_plain(
+        self,
+        name: str,  # published
+    ) -> bool:
+        "Tell whether a tensor is stored in one place, in a type that needs no scales"
+        eight = self.files.shape(name)[0] == torch.float8_e4m3fn
+        return not (eight or name in self.files.packed or len(self.files.where[name]) > 1)
+
+    def check(
+        self,
+        name: str,  # published
+        shape: tuple[int, ...],  # that it must have
+    ):
+        "Raise an error for a tensor that is missing, or whose header does not fit the model"
+        _check_there(name, self.files)
+        dtype, found = self.files.shape(name)
+        is_scaled = dtype == torch.float8_e4m3fn
+        _check_form(name, self.files, self.dtype if is_scaled else dtype, found, shape)
+
+    def refuse_others(self):
+        "Raise a `ValueError` for tensors that the model has no place for"
+        used = {piece for name in self.model.state_dict() for piece, _ in self.pieces(name)}
+        _left_over(set(self.files) - used, used, self.cfg)
+
+
 def load_pretrained(
     # a folder with config.json and safetensors, or a model on the Hub: 'owner/name', or
     # 'owner/name@revision', where no such folder is there
@@ -132,44 +221,16 @@ def load_pretrained(
     device: torch.device | str | None = None,  # each tensor is moved there as it is read; None: CPU
 ) -> DeepSeekV3:  # in eval mode
     "Build a model from a folder that `save_pretrained` or other software wrote"
-    path = pretrained_folder(path)
-    cfg = Config.from_pretrained(path)
-    ck = SafetensorsFolder(path)
-    about = text_config(read_json(path / 'config.json', max_bytes=MAX_CONFIG_BYTES, root=path))
-    for notice in left_out_notice(ck.left_out, path):
-        warnings.warn(notice, stacklevel=2)
-    block = weight_block_size(about, path / 'config.json')
-    cfg = _without_missing_mtp(cfg, ck)
-    _plausible(cfg, ck, path / 'config.json')
-    model = _without_memory(cfg, path)
-    model.generation_config = read_generation_config(path, cfg.vocab_size)
-    state = {}
-    used: set[str] = set()
-    dtype = dtype or stored_dtype(ck, about)
-    for name, want in model.state_dict().items():
-        if name == 'lm_head.weight' and cfg.tie_word_embeddings:
-            name_in_files = 'model.embed_tokens.weight'
-        else:
-            name_in_files = name
-        pieces = published(name_in_files, cfg, packed=name_in_files in ck)
-        used.update(piece for piece, _ in pieces)
-        if _is_left_out(name, cfg, ck):
-            state[name] = torch.zeros(want.shape, device=device)
-            continue
-        state[name] = _read(pieces, want, ck, block, dtype, device)
-    _left_over(set(ck) - used, used, cfg)
+    folder = PretrainedFolder(path, dtype)
+    model = folder.model
+    state = {n: folder.read(n, want, device) for n, want in model.state_dict().items()}
+    folder.refuse_others()
     model.load_state_dict(state, assign=True)
-    if cfg.tie_word_embeddings:
+    if folder.cfg.tie_word_embeddings:
         model.lm_head.weight = cast(nn.Embedding, model.model['embed_tokens']).weight
     return model.eval()
 
 # %% ../../nbs/09_checkpoints/01_pretrained.ipynb #c1300012
-def _is_left_out(name: str, cfg: Config, ck: SafetensorsFolder) -> bool:
-    "Tell whether files leave out a routing bias, because all are 0 in models of this type"
-    may = FAMILIES[cfg.model_type].may_lack_bias
-    return may and name.endswith('e_score_correction_bias') and name not in ck
-
-
 def _without_missing_mtp(cfg: Config, ck: SafetensorsFolder) -> Config:
     "Leave out MTP modules that the config promises and the files do not hold"
     first = f'model.layers.{cfg.num_hidden_layers}.'
@@ -312,8 +373,8 @@ def _read(pieces, want, ck, block, dtype, device):
     return out
 
 
-def _read_piece(name, shape, ck, block, dtype):
-    "Read a tensor of a checkpoint, which must be there and have this shape"
+def _check_there(name, ck):
+    "Raise an error for a tensor that the files do not hold"
     if name not in ck and '.indexer.' in name:
         raise ValueError(
             f'{name}: missing, and config.json gives this layer a whole indexer; '
@@ -324,15 +385,25 @@ def _read_piece(name, shape, ck, block, dtype):
             f'{name}: missing; check num_hidden_layers, first_k_dense_replace '
             f'and n_routed_experts in config.json, or fetch the files again'
         )
-    piece = ck.weight(name, block, dtype)
+
+
+def _check_form(name, ck, dtype, shape, want):
+    "Raise an error for a weight of another type or shape than the model's"
     file = ck.where[name][0][0].name
-    if piece.dtype not in FLOAT_TYPES:
+    if dtype not in FLOAT_TYPES:
         raise ValueError(
-            f'{name}: {piece.dtype} in {file}; weights are fp32, '
+            f'{name}: {dtype} in {file}; weights are fp32, '
             f'bf16, fp16 or FP8 in blocks, convert others first'
         )
-    if piece.shape != shape:
+    if tuple(shape) != tuple(want):
         raise ValueError(
-            f'{name}: {tuple(piece.shape)} in {file}, but config.json makes it {tuple(shape)}'
+            f'{name}: {tuple(shape)} in {file}, but config.json makes it {tuple(want)}'
         )
+
+
+def _read_piece(name, shape, ck, block, dtype):
+    "Read a tensor of a checkpoint, which must be there and have this shape"
+    _check_there(name, ck)
+    piece = ck.weight(name, block, dtype)
+    _check_form(name, ck, piece.dtype, piece.shape, shape)
     return piece

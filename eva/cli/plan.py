@@ -73,7 +73,7 @@ def plan_parser() -> argparse.ArgumentParser:  # of eva_plan
         ),
     )
     add = parser.add_argument
-    text = 'size of the model: mini, mini-servable, v2-lite, v2 or v3 (default: v3)'
+    text = 'size of the model: mini, mini-servable, tiny, v2-lite, v2 or v3 (default: v3)'
     add('--preset', help=text)
     text = 'the file of a run, which is planned as eva_train --config would run it; or a '
     text += 'published config.json, or the folder that holds one'

@@ -192,7 +192,7 @@ RUN_FILES = [
     'sample.txt',
     'report.png',
 ]
-RUN_FOLDERS = ['tokens', 'checkpoints', 'tensorboard']
+RUN_FOLDERS = ['tokens', 'checkpoints', 'tensorboard', 'wandb', 'mlflow', 'traces']
 
 
 def adopt_run(

@@ -40,6 +40,7 @@ def train_parser() -> argparse.ArgumentParser:  # of eva_train
     _add_rates(p)
     _add_incidents(p)
     _add_processes(p)
+    _add_sight(p)
     add_model_and_settings(p)
     return p
 
@@ -52,6 +53,7 @@ def _add_sources(
     add(
         '--preset',
         help='size of the model: mini, mini-servable (for the fast kernels of vLLM and SGLang), '
+        'tiny (for trying things out in seconds), '
         'v2-lite, v2 or v3 (default: mini)',
     )
     add(
@@ -208,6 +210,12 @@ def _add_incidents(
         help='what dead experts and collapsed loads lead to (default: log)',
     )
     add('--save_every', type=int, help='steps between checkpoints (default: 100)')
+    add(
+        '--async_save',
+        action='store_true',
+        default=None,
+        help='write checkpoints while training goes on, from a copy in host memory',
+    )
     add('--seed', type=int, help='of weights and order of data (default: 0)')
     add(
         '--resume',
@@ -232,10 +240,16 @@ def _add_processes(
         'many processes',
         'torchrun --standalone --nproc-per-node N --max-restarts 3 --no-python eva_train …',
     )
+    many.add_argument(
+        '--check',
+        action='store_true',
+        help='train nothing: check that all ranks see each other and --out, measure the network, '
+        'and exit with 1 for a fault',
+    )
     for name, text in dict(
         ep='ranks that share the experts (default: 1)',
         pp='ranks that share the layers (default: 1)',
-        tp='ranks that share heads and widths (default: 1)',
+        tp='ranks that share the heads and widths of attention and dense layers (default: 1)',
         cp='ranks that share the positions of a sequence (default: 1)',
         gpus='all ranks, for eva_plan; torchrun must have started as many (default: as many)',
         per_node='ranks of a machine (default: as torchrun started, or 8)',
@@ -256,6 +270,42 @@ def _add_processes(
         choices=RECOMPUTE,
         help='keep fewer activations, and compute them again: none (default), or full where no '
         'word follows; selective can only be planned',
+    )
+
+# %% ../../nbs/15_cli/03_train_arguments.ipynb #80b1391f
+def _add_sight(
+    p: argparse.ArgumentParser,  # of eva_train
+) -> None:
+    "Add the options for reading ahead, for other tools' metrics, and for seeing where time goes"
+    add = p.add_argument_group('input and sight').add_argument
+    add(
+        '--prefetch',
+        type=int,
+        default=2,
+        metavar='N',
+        help='steps whose batches are read ahead (default: 2; 0: none)',
+    )
+    add(
+        '--log_to',
+        nargs='*',
+        choices=('tensorboard', 'wandb', 'mlflow'),
+        help='tools whose files the metrics are also written to, without a network: '
+        'tensorboard, wandb and mlflow (default: tensorboard, if it is installed; '
+        'without a name: none)',
+    )
+    add(
+        '--profile',
+        type=int,
+        metavar='N',
+        help='trace N steps of each rank into OUT/traces, for https://ui.perfetto.dev, '
+        'and print the operators that take most time',
+    )
+    add(
+        '--peak_tflops',
+        type=float,
+        metavar='X',
+        help='peak rate of one device, for the utilisation in the metrics '
+        '(default: that of a known GPU; of a CPU, what it reaches in a matrix product)',
     )
 
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #e536e4c1
@@ -307,6 +357,7 @@ def train_settings(
 # Options for the place of a run and for its processes; with other values it is the same run.
 MAY_CHANGE = ['config', 'print_config', 'out', 'resume', 'device', 'gpus', 'per_node']
 MAY_CHANGE += ['ep', 'pp', 'tp', 'cp', 'schedule', 'fsdp', 'recompute']
+MAY_CHANGE += ['check', 'prefetch', 'log_to', 'profile', 'peak_tflops']
 
 
 def given_arguments(
@@ -343,7 +394,7 @@ def started_with(
     if name in about.get('arguments', {}):
         return about['arguments'][name]
     if name in TRAIN_CONFIG_ARGUMENTS:
-        return about['train'][name]
+        return about['train'].get(name)
     if name in MODEL_ARGUMENTS:
         return model_field(name, about)
     if name == 'model':

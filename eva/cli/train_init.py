@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPARSE_NAMES', 'WARM_UP_STEPS', 'TOKENIZER_FILES', 'sparse_numbers', 'with_indexers', 'check_sparse',
-           'from_checkpoint', 'start_token', 'tokenizer_files', 'copy_tokenizer', 'tokenizer_to_save', 'start_model',
-           'warm_up_indexers', 'indexer_line']
+           'from_checkpoint', 'start_token', 'tokenizer_files', 'copy_tokenizer', 'tokenizer_to_save', 'init_folder',
+           'fill_model', 'start_model', 'warm_up_indexers', 'indexer_line']
 
 # %% ../../nbs/15_cli/05_train_init.ipynb #1bb9966c
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +20,13 @@ from .train_arguments import MODEL_ARGUMENTS
 # %% ../../nbs/15_cli/05_train_init.ipynb #b1b613d7
 if TYPE_CHECKING:  # for annotations only, so that `--help` does not import PyTorch
     from tokenizers import Tokenizer
+    from torch import Tensor
 
+    from eva.checkpoints.pretrained import PretrainedFolder
     from eva.config import Config
     from eva.data.text import TokenStream
+    from eva.distributed.parallel import Parallel
+    from eva.model.initialization import Part
     from eva.model.transformer import DeepSeekV3
     from eva.training.config import TrainConfig
 
@@ -86,7 +92,8 @@ def from_checkpoint(
     args: argparse.Namespace,  # from train_parser
 ) -> 'tuple[Config, Tokenizer]':
     "Return model configuration and tokenizer of the checkpoint of --init"
-    from eva.checkpoints.pretrained import load_pretrained
+    from eva.checkpoints.parts import check_headers
+    from eva.checkpoints.pretrained import PretrainedFolder
     from eva.checkpoints.tokenizers import load_tokenizer
 
     for o in ('preset', 'vocab_size', 'model', *MODEL_ARGUMENTS):
@@ -100,7 +107,9 @@ def from_checkpoint(
         )
     tokenizer_files(args.init)  # unreadable files raise an error here
     tok = load_tokenizer(args.init / 'tokenizer.json', args.init)
-    cfg = load_pretrained(args.init).cfg
+    folder = PretrainedFolder(args.init)
+    check_headers(folder)
+    cfg = folder.cfg
     if args.sparse:
         cfg = with_indexers(cfg, args.sparse)
     start_token(args, cfg)  # raises an error if there is none
@@ -192,29 +201,67 @@ def tokenizer_to_save(
     return None if about.get('init') and there else tok
 
 # %% ../../nbs/15_cli/05_train_init.ipynb #2f03ea40
-def start_model(
-    cfg: 'Config',  # of the model
+def init_folder(
     about: dict,  # content of run.json
-) -> 'DeepSeekV3':  # in float32
-    "Return a model with random weights, or with those of --init"
-    from eva.checkpoints.pretrained import load_pretrained
-    from eva.model.transformer import DeepSeekV3
+) -> 'PretrainedFolder | None':  # None for a run with fresh weights
+    "Open the folder of --init, which must hold the model that the run was started from"
+    from eva.checkpoints.pretrained import PretrainedFolder
 
     if not about.get('init'):
-        return DeepSeekV3(cfg)
-    model = load_pretrained(about['init']).float()
+        return None
+    folder = PretrainedFolder(about['init'])
     sparse = about.get('arguments', {}).get('sparse')
-    made = with_indexers(model.cfg, sparse) if sparse else model.cfg
+    made = with_indexers(folder.cfg, sparse) if sparse else folder.cfg
     if made.to_dict() != about['model']:
         raise ValueError(
             f'{about["init"]}: is another model than the one this run was '
             f'started from; put that back, or start another run with --out'
         )
-    if not sparse:
-        return model
-    from eva.training.sparse import make_sparse
+    return folder
 
-    return make_sparse(model, made)
+
+def fill_model(
+    model: 'DeepSeekV3',  # with memory for its weights, whole or divided
+    seed: int,  # of fresh weights
+    folder: 'PretrainedFolder | None' = None,  # of --init
+    part_of: 'Callable[[Tensor], Part] | None' = None,  # what this process holds; None: all
+) -> None:
+    "Give a model fresh weights, or those of --init; indexers that --init lacks are fresh"
+    from eva.checkpoints.parts import load_weights
+    from eva.model.initialization import init_weights, whole_part
+
+    part_of = part_of or whole_part
+    if folder is None or folder.cfg != model.cfg:
+        init_weights(model, seed, part_of)
+    if folder is not None:
+        load_weights(model, folder, part_of)
+
+
+def start_model(
+    cfg: 'Config',  # of the model
+    about: dict,  # content of run.json
+    seed: int = 0,  # of fresh weights
+    device: str = 'cpu',  # or cuda
+    parallel: 'Parallel | None' = None,  # None for a single process
+) -> 'DeepSeekV3':  # in float32; for several processes on the meta device
+    """Return a model with fresh weights, or with those of --init
+
+    Several processes divide it before they give memory and values to their parts.
+    """
+    from eva.model.initialization import materialize, meta_model
+
+    folder = init_folder(about)
+    model = meta_model(cfg)
+    if folder is not None:
+        model.generation_config = folder.model.generation_config
+    if parallel is not None:
+        from eva.distributed.construction import local_part
+
+        parallel.weights = partial(fill_model, seed=seed, folder=folder, part_of=local_part)
+        return model
+    materialize(model, device)
+    fill_model(model, seed, folder)
+    return model
 
 # %% ../../nbs/15_cli/05_train_init.ipynb #cd290149
 def warm_up_indexers(
@@ -228,9 +275,8 @@ def warm_up_indexers(
     "Let the indexers of a new run learn where dense attention looks"
     from tqdm.auto import tqdm
 
-    from eva.training.evaluation import quick_estimate
+    from eva.training.evaluation import quick_estimate, summed_loss
     from eva.training.sparse import dense_attention, warm_up
-    from eva.training.strategy import summed_loss
 
     def bits() -> float:
         found = quick_estimate(

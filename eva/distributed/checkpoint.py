@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['runs', 'place', 'done_future', 'write_items', 'SafetensorsStorageWriter', 'whole_tensor', 'read_items',
-           'SafetensorsStorageReader', 'dtensor_like', 'save_safetensors', 'load_safetensors']
+           'SafetensorsStorageReader', 'dtensor_like', 'CopiedTensors', 'save_safetensors', 'load_safetensors']
 
 # %% ../../nbs/10_distributed/04_checkpoint.ipynb #4ce7e83b
 import itertools
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint import (
     StorageReader,
     StorageWriter,
 )
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -239,12 +241,31 @@ def dtensor_like(
     )
 
 
+class CopiedTensors(DefaultSavePlanner):
+    "A plan by the places of some tensors, with the values of their copies"
+
+    def __init__(
+        self,
+        copies: dict[str, Tensor],  # this rank's part of each tensor, by name
+    ):
+        super().__init__()
+        self.copies = copies
+
+    def resolve_data(self, write_item):
+        "Return this rank's part, in the shape that the plan has for it"
+        return self.copies[write_item.index.fqn].view(write_item.tensor_data.chunk.sizes)
+
+
 def save_safetensors(
     path: Path,  # of the file
     tensors: dict[str, Tensor],  # Tensor or DTensor by name
+    copies: dict[str, Tensor] | None = None,  # values to write; None: those of `tensors`
+    group: dist.ProcessGroup | None = None,  # of all ranks, for the messages; None: the default
 ):
     "Write one file from all ranks"
-    dcp.save(tensors, storage_writer=SafetensorsStorageWriter(path))
+    planner = None if copies is None else CopiedTensors(copies)
+    writer = SafetensorsStorageWriter(path)
+    dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
 
 # %% ../../nbs/10_distributed/04_checkpoint.ipynb #8b5145f4
 def load_safetensors(

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
+from .expert_fp8 import multiply_in_fp8, senders
 from eva.distributed.private import (
     TorchDispatchMode,
     collective_name,
@@ -129,17 +131,24 @@ def compute_held(
     gate_up: Tensor,  # stacked gate and up projections of this rank's experts
     down: Tensor,  # stacked down projections of this rank's experts
     act: Callable[[Tensor], Tensor],  # activation
+    fp8: Any = None,  # layer whose backends multiply in FP8; None: multiply in the weights' type
+    received: Sequence[int] = (),  # with fp8: rows from each rank
 ) -> Tensor:  # weighted sum over this rank's experts (rows, hidden_size)
     "Return the weighted sum of the outputs of this rank's experts for each row"
     row, slot = (expert_ids < len(down)).nonzero(as_tuple=True)
     order = expert_ids[row, slot].argsort(stable=True)
     row = row[order]
     slot = slot[order]
-    counts = torch.bincount(expert_ids[row, slot], minlength=len(down))
-    offsets = counts.cumsum(0).int()
+    expert = expert_ids[row, slot]
     table = slot_table(row, len(states))
-    gate, up = grouped_linear(gather_rows(states, row, table), gate_up, offsets).chunk(2, -1)
-    y = grouped_linear(act(gate) * up, down, offsets)
+    rows = gather_rows(states, row, table)
+    if fp8 is not None:
+        sender = senders(received, row)
+        y = multiply_in_fp8(rows, expert, sender, len(received), gate_up, down, fp8)
+    else:
+        offsets = torch.bincount(expert, minlength=len(down)).cumsum(0).int()
+        gate, up = grouped_linear(rows, gate_up, offsets).chunk(2, -1)
+        y = grouped_linear(act(gate) * up, down, offsets)
     return gather(y * factors[row, slot].to(y.dtype)[:, None], table)
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #3e93fbda
@@ -158,7 +167,9 @@ class ExpertParallel(Experts):
         self.ranks = mesh.size()
         self.count = len(experts.down_proj)
         self.recompute = recompute
-        rank = mesh.get_local_rank()
+        # Rows of the passes of a step: sent to other ranks, received from them, kept here.
+        self.traffic = [0, 0, 0]
+        self.rank = rank = mesh.get_local_rank()
         held = slice(rank * self.count // self.ranks, (rank + 1) * self.count // self.ranks)
         for name, p in experts.named_parameters(recurse=False):
             here = p.data[held].clone()  # a view would keep all of them alive
@@ -177,17 +188,39 @@ class ExpertParallel(Experts):
         token, theirs, sent = dispatch_plan(indices, self.count // self.ranks, self.ranks)
         one = [1] * self.ranks
         received = all_to_all(torch.tensor(sent, device=x.device), one, one, self.group).tolist()
+        self.count_rows(sent, received)
         table = slot_table(token, len(x))
         states = AllToAll.apply(gather_rows(x, token, table), sent, received, self.group)
         factors = AllToAll.apply(weights[token], sent, received, self.group)
         expert_ids = all_to_all(theirs.to(torch.int32), sent, received, self.group).long()
         work = states, factors, expert_ids, local(self.gate_up_proj), local(self.down_proj)
+        fp8 = self if 'product' in vars(self) else None
+        compute = partial(compute_held, act=self.act, fp8=fp8, received=received)
         if self.recompute and torch.is_grad_enabled():
             # only the computation is repeated; the exchanges are outside
-            y = checkpoint(compute_held, *work, self.act, use_reentrant=False)
+            y = checkpoint(compute, *work, use_reentrant=False)
         else:
-            y = compute_held(*work, self.act)
+            y = compute(*work)
         return gather(AllToAll.apply(y, received, sent, self.group), table)
+
+    def count_rows(
+        self,
+        sent: list[int],  # rows for each rank
+        received: list[int],  # rows from each rank
+    ):
+        "Add the rows of a pass that will be differentiated to the traffic of the step"
+        if torch.is_grad_enabled():
+            kept = sent[self.rank]
+            for i, rows in enumerate((sum(sent) - kept, sum(received) - kept, kept)):
+                self.traffic[i] += rows
+
+    def weights_to_multiply(self) -> list[Tensor]:  # uninitialised, (experts, out, in)
+        "Return tensors of the shapes by which backends of FP8 multiply on this rank"
+        held = self.count // self.ranks
+        return [
+            torch.empty(held, *p.shape[1:], dtype=p.dtype, device=p.device)
+            for p in (self.gate_up_proj, self.down_proj)
+        ]
 
 # %% ../../nbs/10_distributed/01_expert_parallel.ipynb #97116a7a
 def parallelize_experts(
@@ -239,13 +272,13 @@ def collective_bytes(
         return 'all-to-all', to_each_rank(args[1], args[4], size, rank)
     if name == 'send':
         return 'send', [_nbytes(args[0]) if to == args[2] else 0 for to in range(size)]
-    if name == '_allgather_base_':
+    if name in ('_allgather_base_', 'all_gather_into_tensor'):
         kind = 'all-gather'
-        count = _nbytes(args[1]) * (size - 1)
-    elif name == '_reduce_scatter_base_':
+        count = _nbytes(args[1] if name[0] == '_' else args[0]) * (size - 1)
+    elif name in ('_reduce_scatter_base_', 'reduce_scatter_tensor'):
         kind = 'reduce-scatter'
-        count = _nbytes(args[1]) * (size - 1) // size
-    elif name == 'allreduce_':
+        count = _nbytes(args[1] if name[0] == '_' else args[0]) * (size - 1) // size
+    elif name in ('allreduce_', 'all_reduce'):
         kind = 'all-reduce'
         count = 2 * _nbytes(args[0]) * (size - 1) // size
     elif name == 'broadcast_':
@@ -266,7 +299,9 @@ class CommTracker(TorchDispatchMode):
         self.calls: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == 'c10d':
+        if DTensor in types:
+            return NotImplemented  # it is seen again as operators on this rank's part
+        if func.namespace in ('c10d', '_c10d_functional'):
             group = process_group_of(args)
             if group is not None:
                 self.count(collective_name(func), args, group)

@@ -25,10 +25,14 @@ from torch.distributed.pipelining.schedules import ScheduleDualPipeV
 from ..attention.rope import rope_cos_sin
 from ..config import Config
 from .stage_losses import StepLosses, losses_of_states
+from .stage_sharding import gathered, scatter_gradients
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..layout import stage_to_rank
-from ..model.transformer import DeepSeekV3
+from ..model.transformer import DeepSeekV3, positions_and_mask
 from ..planner.stages import stage_layers
+from ..training.config import TrainConfig
+from ..training.evaluation import document_mask_ids
+from ..training.step import StepShares
 
 # %% ../../nbs/10_distributed/02_pipeline.ipynb #e0abb651
 SCHEDULES = {
@@ -43,12 +47,16 @@ def run_blocks(
     cfg: Config,  # of the model
     blocks: Iterable[nn.Module],  # in order
     states: Tensor,  # (batch, seq, hidden_size)
+    documents: Tensor | None = None,  # document of each token (batch, seq); None: all see all
 ) -> Tensor:  # the same shape
     "Apply some blocks to the states of whole sequences"
-    positions = torch.arange(states.shape[1], device=states.device)[None]
+    like = (
+        states.detach()[..., 0] if documents is None else documents
+    )  # gives batch, seq and device
+    positions, mask = positions_and_mask(like, document_ids=documents)
     rope = rope_cos_sin(cfg, positions, states.dtype)
     for block in blocks:
-        states = block(states, rope)
+        states = block(states, rope, mask)
     return states
 
 # %% ../../nbs/10_distributed/02_pipeline.ipynb #9a110c35
@@ -89,17 +97,23 @@ class Stage(nn.Module):
         # hidden_size)
         x: Tensor,
         tokens: Tensor,  # the windows, for all stages
-        counted: Tensor,  # does MTP learn from this sequence? (batch,)
+        # does MTP learn from this sequence: 2 here, 1 on another data rank, 0 nowhere (batch,)
+        counted: Tensor,
+        loss_mask: Tensor | None = None,  # which tokens are learned, as the windows; None for all
     ) -> Tensor:  # states, or the loss in the last stage
         "Return the states for the next stage, or the loss"
+        assert self.rules is not None
         seq = tokens.shape[1] - 1 - self.cfg.num_nextn_predict_layers
+        apart = self.rules.cfg.mask_documents
         states = self.embed_tokens(tokens[:, :seq]) if self.first else x
-        states = run_blocks(self.cfg, self.blocks, states)
+        documents = document_mask_ids(self.model[0], tokens[:, :seq], apart)
+        states = run_blocks(self.cfg, self.blocks, states, documents)
         if not self.last:
-            return states if self.rules is None else self.rules.balanced(states)
-        rows = int(counted.sum())
-        losses = losses_of_states(self.model[0], self.norm(states), tokens, rows)
-        return losses[0] if self.rules is None else self.rules.total(losses, len(tokens), rows)
+            return self.rules.balanced(states)
+        rows = int((counted == 2).sum())
+        part = self.rules.part(tokens, loss_mask, rows, bool(counted.any()))
+        losses = losses_of_states(self.model[0], self.norm(states), part, apart)
+        return self.rules.total(losses, part)
 
 # %% ../../nbs/10_distributed/02_pipeline.ipynb #dd5db6e7
 def drop_other_stages(
@@ -182,6 +196,8 @@ def evaluate_stages(
     group: dist.ProcessGroup,  # pipeline ranks
     rows: Tensor,  # windows (batch, seq + 1)
     like: Tensor,  # gives dtype and device of the computation
+    documents: Tensor | None = None,  # document of each input token (batch, seq); None: see all
+    on: Tensor | None = None,  # the tokens that count (batch, seq), None for all
 ) -> float:  # nats
     "Return the summed loss of some windows, computed stage by stage, on all ranks"
     ranks = dist.get_process_group_ranks(group)
@@ -195,9 +211,12 @@ def evaluate_stages(
             shape = len(rows), rows.shape[1] - 1, cfg.hidden_size
             states = torch.empty(shape, dtype=like.dtype, device=like.device)
             dist.recv(states, ranks[owners[index - 1]], group=group)
-        states = run_blocks(cfg, stage.blocks, states)
+        states = run_blocks(cfg, stage.blocks, states, documents)
         if stage.last:
-            loss = linear_cross_entropy(stage.norm(states), stage.lm_head, rows[:, 1:])
+            hidden, targets = stage.norm(states), rows[:, 1:]
+            if on is not None:
+                hidden, targets = hidden[on], targets[on]
+            loss = linear_cross_entropy(hidden, stage.lm_head, targets)
         elif owners[index + 1] != owners[index]:
             dist.send(states.contiguous(), ranks[owners[index + 1]], group=group)
     dist.broadcast(loss, ranks[owners[-1]], group=group)
@@ -227,10 +246,14 @@ class Pipeline:
         # first and last stage each keep a copy of the embedding
         self.shares = needs and self.owners[0] != self.owners[-1]
         drop_other_stages(model, self.layers, self.mine)
-        self.device = next(model.parameters()).device
         self.model = model
         self.stages = {s: Stage(model, s, self.layers) for s in self.mine}
         self.made: dict[tuple, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        "Where the weights of this rank are"
+        return next(self.model.parameters()).device
 
     def schedule(
         self,
@@ -238,9 +261,9 @@ class Pipeline:
         n: int,  # micro-batches
     ):
         "Return PyTorch's schedule for a shape; it is made once and kept"
-        key = tuple(windows.shape), n
+        like = next(self.model.parameters())
+        key = tuple(windows.shape), n, like.dtype
         if key not in self.made:
-            like = next(self.model.parameters())
             count = len(self.owners)
             stages = [
                 make_stage(self.stages[s], s, count, windows, like, self.group) for s in self.mine
@@ -248,42 +271,69 @@ class Pipeline:
             self.made[key] = make_schedule(self.kind, stages, n, self.mesh.size())
         return self.made[key]
 
+    def check_schedules(
+        self,
+        cfg: TrainConfig,  # of the run
+        ranks: int,  # number of data ranks
+    ):
+        "Raise a `ValueError` at once, not in some step, for a batch that the schedule refuses"
+        length = cfg.seq_len + 1 + self.model.cfg.num_nextn_predict_layers
+        windows = torch.empty(cfg.micro_batch, length, dtype=torch.int64)
+        for size in sorted({cfg.sequences(i + 1) - cfg.sequences(i) for i in range(cfg.steps)}):
+            self.schedule(windows, size // ranks // cfg.micro_batch)
+
     def gradients(
         self,
         trainer,  # of the run
         batch: Tensor,  # windows of this data rank (sequences, seq + 1 + depths)
         ahead: int,  # number of sequences, from the first, that MTP learns from
         mtp_weight: float,  # lambda
+        loss_mask: Tensor | None = None,  # the tokens that are learned, as the windows; None: all
     ) -> Tensor:  # this data rank's shares of the losses, on every rank of the pipeline
         "Run forward and backward passes of all micro-batches in the order of the schedule"
-        n = len(batch) // trainer.cfg.micro_batch
-        ranks = trainer.parallel.ranks
-        rules = StepLosses(trainer, n * ranks, ahead * ranks, mtp_weight)
+        cfg = trainer.cfg
+        n = len(batch) // cfg.micro_batch
+        shares = StepShares.of_step(trainer.parallel, cfg.seq_len, ahead, loss_mask)
+        rules = StepLosses(trainer, shares, n * shares.ranks, mtp_weight)
         for stage in self.stages.values():
             stage.rules = rules
-        schedule = self.schedule(batch[: trainer.cfg.micro_batch], n)
-        schedule.step(
-            *([batch] if 0 in self.mine else []),
-            target=batch if len(self.owners) - 1 in self.mine else None,
-            tokens=batch,
-            counted=torch.arange(len(batch), device=batch.device) < ahead,
-            return_outputs=False,
-        )
+        place = torch.arange(len(batch), device=batch.device)
+        of_sequences = dict(tokens=batch, counted=1 * (place < ahead) + 1 * (place < shares.most))
+        if loss_mask is not None:
+            of_sequences['loss_mask'] = loss_mask
+        with gathered(self.model):
+            self.schedule(batch[: cfg.micro_batch], n).step(
+                *([batch] if 0 in self.mine else []),
+                target=batch if len(self.owners) - 1 in self.mine else None,
+                return_outputs=False,
+                **of_sequences,
+            )
+            scatter_gradients(self.model, trainer.opt.params, trainer.opt.masters)
         trainer.opt.accumulate_grads()
-        for stage in self.stages.values():
-            stage.rules = None
+        return self.sum_losses(rules.seen)
+
+    def sum_losses(
+        self,
+        seen: list[Tensor],  # of the micro-batches: main loss, then each MTP depth; or none
+    ) -> Tensor:  # their sums (1 + depths,), on every rank of the pipeline
+        "Share the losses of a step, which only the last stage has"
         wide = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         depths = self.model.cfg.num_nextn_predict_layers
-        total = torch.zeros(1 + depths, dtype=wide, device=batch.device)
-        for row in rules.seen:
+        total = torch.zeros(1 + depths, dtype=wide, device=self.device)
+        for row in seen:
             total[: len(row)] += row.to(total)
-        dist.all_reduce(total, group=self.group)  # only the last stage saw losses
+        dist.all_reduce(total, group=self.group)
         return total
 
     def evaluate_batch(
         self,
         rows: Tensor,  # windows (batch, seq + 1)
+        mask_documents: bool = False,  # may tokens not look into other documents?
+        on: Tensor | None = None,  # the tokens that count (batch, seq), None for all
     ) -> float:  # nats
-        "Return the summed loss of some windows, the same on all ranks"
+        "Return the summed loss of some windows, the same on all ranks of the pipeline"
         like = next(self.model.parameters())
-        return evaluate_stages(self.model.cfg, self.stages, self.owners, self.group, rows, like)
+        documents = document_mask_ids(self.model, rows[:, :-1], mask_documents)
+        stages = self.model.cfg, self.stages, self.owners, self.group
+        with gathered(self.model):
+            return evaluate_stages(*stages, rows, like, documents, on)

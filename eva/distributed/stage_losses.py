@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..model.transformer import DeepSeekV3
 from ..moe.load_balancing import BALANCE_LOSSES
+from ..training.evaluation import document_ids
+from ..training.step import MicroBatch, StepShares
 
 # %% ../../nbs/10_distributed/09_stage_losses.ipynb #ca57b7da
 class AddAuxiliaryLoss(torch.autograd.Function):
@@ -34,21 +36,33 @@ class StepLosses:
 
     def __init__(
         self,
-        trainer,  # has the attributes cfg and meter
+        trainer,  # has the attributes cfg, meter and mixed
+        shares: StepShares,  # totals of the step
         micro_batches: int,  # number in the step, on all data ranks
-        ahead: int,  # number of sequences that MTP learns from, on all data ranks
         mtp_weight: float,  # lambda
     ):
         self.cfg = trainer.cfg
         self.meter = trainer.meter
+        self.scale = trainer.mixed.scale
+        self.scale(torch.zeros((), device=trainer.mixed.device))  # a stage may have no loss
+        self.shares = shares
         self.n = micro_batches
-        self.ahead = ahead
         self.mtp_weight = mtp_weight
         self.seen: list[Tensor] = []
 
+    def part(
+        self,
+        tokens: Tensor,  # windows of a micro-batch (batch, seq + 1 + depths)
+        loss_mask: Tensor | None,  # which tokens are learned, None for all
+        mtp_rows: int,  # sequences that MTP learns from: the first ones
+        mtp_runs: bool,  # does MTP learn from this micro-batch on any data rank?
+    ) -> MicroBatch:
+        "Return a micro-batch with its weight in the step"
+        return MicroBatch(tokens, loss_mask, 1 / self.n, mtp_rows, mtp_runs)
+
     def balance(self, sequences: int) -> Tensor | None:
         "Return the balance loss of tokens routed since the last call; None if there were none"
-        routings = self.meter.routings
+        routings = [r for r in self.meter.routings if len(r.scores)]
         self.meter.routings = []
         if not routings:
             return None
@@ -59,37 +73,37 @@ class StepLosses:
     def balanced(self, h: Tensor) -> Tensor:
         "Return the states of an inner stage with its balance loss attached for the backward pass"
         loss = self.balance(len(h))
-        return h if loss is None else AddAuxiliaryLoss.apply(h, loss)
+        return h if loss is None else AddAuxiliaryLoss.apply(h, self.scale(loss))
 
-    def total(self, losses: list[Tensor], sequences: int, rows: int) -> Tensor:
-        "Return the contribution of a micro-batch to the loss of the step"
-        loss = losses[0] / self.n
-        balance = self.balance(sequences)
-        row = torch.zeros(len(losses) if rows else 1, dtype=loss.dtype)
-        row[0] = losses[0].item() / self.n
-        if rows:
-            share = rows / self.ahead
-            loss = loss + self.mtp_weight / (len(losses) - 1) * share * sum(losses[1:])
-            row[1:] = share * torch.stack([o.detach() for o in losses[1:]])
+    def total(self, losses: list[Tensor], part: MicroBatch) -> Tensor:
+        "Return the contribution of a micro-batch to the scaled loss of the step"
+        loss, row = self.shares.total(losses, part, self.mtp_weight)
         self.seen.append(row)
-        return loss if balance is None else loss + balance
+        balance = self.balance(len(part.tokens))
+        return self.scale(loss if balance is None else loss + balance)
 
 # %% ../../nbs/10_distributed/09_stage_losses.ipynb #81de32e5
 def losses_of_states(
     model: DeepSeekV3,  # its main layers ran on other ranks
     states: Tensor,  # normalized, of the last main layer (batch, seq, hidden_size)
-    tokens: Tensor,  # windows (batch, seq + 1 + depths)
-    rows: int,  # number of sequences that MTP learns from
+    part: MicroBatch,  # the sequences that were read
+    mask_documents: bool = False,  # may tokens not look into other documents?
 ) -> list[Tensor]:  # mean over these tokens: the main loss, then one for each MTP depth
     "Return the model's losses computed from given states of its last layer"
 
     def given_states(*args, **kw):
         return states
 
-    document_ids = cast(Tensor, tokens == model.cfg.bos_token_id).cumsum(1)
     instance = cast(Any, model)  # an attribute of the instance hides the method for one call
     instance.hidden = given_states
     try:
-        return model.losses(tokens, mtp_rows=rows, document_ids=document_ids)
+        return model.losses(
+            part.tokens,
+            mtp_rows=part.mtp_rows,
+            mtp_runs=part.mtp_runs,
+            document_ids=document_ids(part.tokens, model.cfg.bos_token_id),
+            mask_documents=mask_documents,
+            loss_mask=part.loss_mask,
+        )
     finally:
         del instance.hidden

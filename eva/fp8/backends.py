@@ -236,6 +236,7 @@ class TransformerEngineBackend:
         self.te, recipes = transformer_engine()
         self.recipe = te_recipe(recipe, recipes)
         self.remembers = recipe.history > 0
+        self.group: Any = None  # processes whose magnitudes share a scale; None: this one
         options = dict(bias=False, params_dtype=W.dtype, device=W.device)
         if W.dim() == 2:
             self.layer = self.te.Linear(W.shape[1], W.shape[0], **options)
@@ -257,7 +258,9 @@ class TransformerEngineBackend:
         "See `GemmBackend`; delayed scales change whenever gradients are on, whatever `update` is"
         self.layer.__dict__.update(zip(self.names, [W] if ends is None else W.unbind(0)))
         try:
-            with self.te.autocast(enabled=True, recipe=self.recipe):
+            with self.te.autocast(
+                enabled=True, recipe=self.recipe, amax_reduction_group=self.group
+            ):
                 if ends is not None:
                     return self.layer(x, torch.tensor(group_sizes(ends)))
                 return self.layer(F.pad(x, (0, 0, 0, -len(x) % 16)))[: len(x)]  # rows in sixteens

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['PRODUCTS', 'Classes', 'FP8_CLASSES', 'PLAIN_CLASSES', 'multiply', 'rows_fit_grouped_mm', 'weight_gradient',
            'FakeQuantizedLinearFunction', 'is_training_call', 'FP8Linear', 'FP8Experts', 'EmulatedBackend',
-           'attach_backends', 'detach_backends', 'resolve_backend', 'make_backends', 'layers_to_convert', 'convert',
-           'named_backends', 'fp8_state', 'load_fp8_state']
+           'attach_backends', 'detach_backends', 'resolve_backend', 'make_backends', 'layers_to_convert', 'convert']
 
 # %% ../../nbs/04_fp8/02_linear.ipynb #7c5efe59
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -274,7 +273,9 @@ def detach_backends(
     module: nn.Module,  # a layer of an FP8 kind, changed in place
 ) -> None:
     "Let a layer multiply as it did before `attach_backends`"
-    module.__class__ = module.__dict__.pop('was', PLAIN_CLASSES[type(module)])
+    was = module.__dict__.pop('was', PLAIN_CLASSES.get(type(module)))
+    if was is not None:  # the class was changed
+        module.__class__ = was
     for name in ('product', 'product2', 'fp8', 'recipe'):
         module.__dict__.pop(name, None)
 
@@ -306,7 +307,10 @@ def make_backends(
     backend: str,  # emulate, native or te
 ) -> list[GemmBackend]:  # one for each weight
     "Make what multiplies by the weights of a layer"
-    weights = [W for name, W in module.named_parameters(recurse=False) if name != 'bias']
+    if hasattr(module, 'weights_to_multiply'):
+        weights = cast(Any, module).weights_to_multiply()
+    else:
+        weights = [W for name, W in module.named_parameters(recurse=False) if name != 'bias']
     return [PRODUCTS[backend](named_recipe(recipe), W) for W in weights]
 
 # %% ../../nbs/04_fp8/02_linear.ipynb #f7279035
@@ -320,6 +324,7 @@ def layers_to_convert(
     for name, module in model.named_modules():
         last = name.rpartition('.')[2]
         changes = type(module) in FP8_CLASSES or type(module) in PLAIN_CLASSES
+        changes = changes or hasattr(module, 'weights_to_multiply')  # has its own code for FP8
         if isinstance(module, MLP):  # of the gated layers only shared experts store their inputs
             changes = bool(recipe and recipe.swiglu_inputs) and last == 'shared_experts'
         if changes and last not in keep:
@@ -347,54 +352,9 @@ def convert(
         backend = resolve_backend(backend, device, recipe)
         made = {name: make_backends(layer, recipe, backend) for name, layer in chosen.items()}
     for module in model.modules():
-        if type(module) in PLAIN_CLASSES:
+        if type(module) in PLAIN_CLASSES or 'fp8' in vars(module):
             detach_backends(module)
     for name, products in made.items():
         about = f'{recipe}, {backend}'
         attach_backends(chosen[name], products, about, recipe_of_layer(found, name))
     return model
-
-# %% ../../nbs/04_fp8/02_linear.ipynb #7aceaf2a
-def named_backends(
-    model: nn.Module,  # a model that `convert` may have changed
-) -> dict[str, GemmBackend]:  # "module.product" or "module.product2" to what multiplies
-    "Return the backends of all layers in eight bits by name"
-    made = {}
-    for name, module in model.named_modules():
-        for attribute in ('product', 'product2'):
-            if 'fp8' in vars(module) and attribute in vars(module):
-                made[f'{name}.{attribute}'.lstrip('.')] = vars(module)[attribute]
-    return made
-
-
-def fp8_state(
-    model: nn.Module,  # a model that `convert` may have changed
-) -> dict[str, Tensor]:  # "model.layers.0.mlp.up_proj.product.x.seen" to a tensor on the CPU
-    "Return what the recipe remembers from call to call; empty for recipes that do not"
-    state: dict[str, Tensor] = {}
-    for name, made in named_backends(model).items():
-        state |= {f'{name}.{key}': value for key, value in made.state().items()}
-    return state
-
-# %% ../../nbs/04_fp8/02_linear.ipynb #59615d45
-def load_fp8_state(
-    model: nn.Module,  # converted with the recipe and the backend that the state was made with
-    state: dict[str, Tensor],  # from `fp8_state`
-) -> None:
-    "Put back what the recipe remembered; refuse what belongs to other layers or another recipe"
-    found = {}
-    unknown = set(state)
-    remember = {name: made for name, made in named_backends(model).items() if made.remembers}
-    for name in remember:
-        keys = [key for key in state if key.startswith(f'{name}.')]
-        found[name] = {key.removeprefix(f'{name}.'): state[key] for key in keys}
-        unknown -= set(keys)
-    wrong = sorted(unknown) + sorted(set(fp8_state(model)) - set(state))
-    if wrong:
-        raise ValueError(
-            f'FP8 state: {wrong[0]} and {len(wrong) - 1} others are '
-            f'{"not in the model" if unknown else "missing"}; '
-            'convert the model with the recipe and backend that the state was made with'
-        )
-    for name, made in remember.items():
-        made.load_state(found[name])

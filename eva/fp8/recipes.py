@@ -102,6 +102,10 @@ class DelayedScale:
         self.history = history
         self.seen = torch.empty(0)  # largest magnitudes of the last calls (calls,), float32
         self.overflow: int | Tensor = 0  # values that saturated since it was set to 0
+        self.by_step = False  # remember steps, which `close_step` ends, or single calls?
+        self.pending: Tensor | None = (
+            None  # largest magnitude of the calls of this step (), float32
+        )
 
     def scale(
         self,
@@ -120,10 +124,21 @@ class DelayedScale:
         scale = scale_from_history(seen, amax, limit)
         # Tensors without values (none at all, or on the meta device) have no magnitude to remember.
         if update and x.numel() and not x.is_meta:
-            self.seen = torch.cat((seen, amax[None]))[-self.history :]
+            if self.by_step:
+                self.pending = amax if self.pending is None else torch.maximum(self.pending, amax)
+            else:
+                self.close_step(amax)
             saturated = (magnitude > scale * (limit * (1 + 1e-6))).sum()
             self.overflow = torch.as_tensor(self.overflow, device=x.device) + saturated
         return scale
+
+    def close_step(
+        self,
+        amax: Tensor,  # largest magnitude of a call, or of all calls of a step (), float32
+    ) -> None:
+        "Add a magnitude to the history"
+        self.seen = torch.cat((self.seen.to(amax.device), amax[None]))[-self.history :]
+        self.pending = None
 
     def quantize(
         self,

@@ -14,11 +14,11 @@ from .private import in_transform
 # %% ../../nbs/12_kernels/09_tracing.ipynb #c2a90008
 def is_eager(
     x: Tensor,  # an argument of the operator
-) -> bool:  # False under torch.compile, in transforms, for fake and meta tensors
+) -> bool:  # False under torch.compile, in transforms, for fake, meta and divided tensors
     "Say whether an operator runs eagerly, and is not traced, transformed or run on fake tensors"
     if torch.compiler.is_compiling() or x.is_meta or in_transform():
         return False
-    return type(x).__name__ != 'FakeTensor'
+    return type(x).__name__ not in ('FakeTensor', 'DTensor')
 
 
 def has_readable_values(

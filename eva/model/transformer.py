@@ -22,7 +22,14 @@ from ..kernels.linear import Linear
 from ..kernels.tracing import has_readable_values
 from .block import TransformerBlock
 from .generation_config import GenerationConfig
-from .mtp import MTPModule, TrainingWindows, mtp_losses, next_token_loss, window_loss
+from eva.model.mtp import (
+    MTPModule,
+    TrainingWindows,
+    losses_without_rows,
+    mtp_losses,
+    next_token_loss,
+    window_loss,
+)
 from ..sparse_fields import indexer_layers
 
 # %% ../../nbs/05_model/01_transformer.ipynb #c0900001
@@ -156,6 +163,8 @@ class DeepSeekV3(nn.Module):
         document_ids: Tensor | None = None,
         mask_documents: bool = False,  # may tokens not look into other documents either?
         loss_mask: Tensor | None = None,  # True for tokens to be predicted, as large as tokens
+        # run MTP without rows too? Processes that share its weights wait for each other there
+        mtp_runs: bool = False,
     ) -> list[Tensor]:  # nats per token: the main loss, then one for each MTP depth
         "Mean next-token loss, and that of each MTP module"
         windows = TrainingWindows(tokens, len(self.mtp), document_ids, loss_mask)
@@ -165,6 +174,9 @@ class DeepSeekV3(nn.Module):
         h = self.hidden(windows.inputs(), document_ids=seen)
         main_loss = window_loss(h, self.lm_head, windows)
         rows = len(tokens) if mtp_rows is None else min(mtp_rows, len(tokens))
+        if self.mtp and mtp_runs and rows == 0:
+            rope = rope_cos_sin(self.cfg, torch.arange(windows.seq, device=h.device)[None], h.dtype)
+            return [main_loss, *losses_without_rows(self.mtp, self.model['embed_tokens'], h, rope)]
         if not self.mtp or rows == 0:
             return [main_loss]
         seen = None if seen is None else seen[:rows]

@@ -114,8 +114,9 @@ def check_words(
         raise ValueError(
             f'optimizer_state_dtype={cfg.optimizer_state_dtype!r}: must be fp32 or bf16'
         )
-    if not isinstance(cfg.mask_documents, bool):
-        raise ValueError(f'mask_documents={cfg.mask_documents!r}: must be True or False')
+    for name in ('mask_documents', 'async_save'):
+        if not isinstance(getattr(cfg, name), bool):
+            raise ValueError(f'{name}={getattr(cfg, name)!r}: must be True or False')
     check_choice('on_spike', cfg.on_spike, ('log', 'skip', 'rewind', 'stop'))
     check_choice('on_collapse', cfg.on_collapse, ('log', 'rewind', 'stop'))
 
@@ -149,7 +150,7 @@ class TrainConfig:
     precision: str = 'fp32'  # of the products: fp32, bf16, fp16 or fp8; master weights are float32
     recipe: str = 'block_pow2'  # of fp8: one of eva.fp8.recipes.RECIPES
     optimizer_state_dtype: str = 'fp32'  # of the optimizers' moments: fp32 or bf16 (V3)
-    seed: int = 0  # of the order of the data
+    seed: int = 0  # of the order of the data, and of fresh weights
     eval_every: int = 50  # steps between quick evaluations
     save_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # checkpoints to keep
@@ -157,6 +158,9 @@ class TrainConfig:
     mask_documents: bool = False  # True: tokens do not attend to other documents of their window
     on_spike: str = 'log'  # response to a loss spike: log, skip, rewind or stop
     on_collapse: str = 'log'  # response to dead experts and collapsed loads: log, rewind or stop
+    # True: checkpoints are copied, and written while training goes on (a copy of the state in host
+    # memory); False: training waits until they are written
+    async_save: bool = False
 
     def __post_init__(self):
         check_numbers(self)

@@ -6,13 +6,17 @@
 __all__ = ['master_dtype', 'round_masters', 'MixedPrecision']
 
 # %% ../../nbs/07_training/05_mixed_precision.ipynb #86001a33
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..fp8.backends import best_backend
-from ..fp8.linear import convert, fp8_state, load_fp8_state
+from ..fp8.linear import convert
+from ..fp8.state import close_step, fp8_state, load_fp8_state, remember_steps
 from .config import DTYPES, check_choice
 from .optimizer import MixedPrecisionOptimizer
+from .strategy import SingleProcess, Strategy
 
 # %% ../../nbs/07_training/05_mixed_precision.ipynb #61d79325
 def master_dtype(
@@ -28,12 +32,14 @@ def round_masters(
     precision: str,  # fp32, bf16, fp16 or fp8
     recipe: str,  # of fp8
     fp8_memory: dict[str, Tensor],  # state of delayed scales, by name of the layer; may be empty
+    group: Any = None,  # process group whose ranks share delayed scales; None: this process alone
 ):
     "Convert a model to a precision, and round the master weights into it"
     convert(model, None)
     model.to(master_dtype(optimizer) if precision == 'fp32' else DTYPES[precision])
     if precision == 'fp8':
         convert(model, recipe)
+        remember_steps(model, group)
         if fp8_memory:
             load_fp8_state(model, fp8_memory)
     optimizer.sync_params()
@@ -47,7 +53,9 @@ class MixedPrecision:
         model: nn.Module,  # changed in place
         optimizer: MixedPrecisionOptimizer,  # with the masters of the model
         recipe: str,  # of fp8: one of `eva.fp8.recipes.RECIPES`
+        strategy: Strategy | None = None,  # for one process or many; None: one
     ):
+        self.strategy: Strategy = strategy or SingleProcess()
         self.model = model
         self.optimizer = optimizer
         self.recipe = recipe
@@ -64,7 +72,8 @@ class MixedPrecision:
 
         The state of the FP8 recipe is kept while the model is in another precision."""
         self.fp8_memory = self.recipe_state()
-        round_masters(self.model, self.optimizer, precision, self.recipe, self.fp8_memory)
+        group = self.strategy.history_group
+        round_masters(self.model, self.optimizer, precision, self.recipe, self.fp8_memory, group)
 
     def recipe_state(self) -> dict[str, Tensor]:  # by name of the layer
         "The state of the FP8 recipe: the magnitudes of delayed scales; empty without FP8"
@@ -83,7 +92,9 @@ class MixedPrecision:
             self.fp8_memory = {}
         self.compute_in(precision)
         self.precision = precision
-        self.scaler = torch.amp.GradScaler(self.device.type) if precision == 'fp16' else None
+        self.scaler = None
+        if precision == 'fp16':
+            self.scaler = self.strategy.grad_scaler(self.device.type)
 
     def restore(
         self,
@@ -114,6 +125,11 @@ class MixedPrecision:
         "Lower the loss scale after an overflow, or raise it after many steps without one"
         if self.scaler is not None:
             self.scaler.update()
+
+    def close_step(self):
+        "Add the magnitudes of a step, of all micro-batches and processes, to delayed scales"
+        if self.precision == 'fp8':
+            close_step(self.model, self.strategy.largest)
 
     @property
     def can_lower_scale(self) -> bool:  # if so, an overflow lowers the scale

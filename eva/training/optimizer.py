@@ -8,6 +8,7 @@ __all__ = ['local', 'summed_gradient', 'make_masters', 'param_group', 'split_gat
 
 # %% ../../nbs/07_training/03_optimizer.ipynb #de986330
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ def load_memory(
     optimizer: torch.optim.Optimizer,  # Muon or AdamW
     p: Tensor,  # one of its parameters
     name: str,  # of the parameter
-    saved: dict[str, Tensor],  # from `MixedPrecisionOptimizer.state_dict`
+    saved: Mapping[str, Tensor],  # from `MixedPrecisionOptimizer.state_dict`
 ):
     "Replace the state of one weight by a saved one; without a saved one it has none afterwards"
     keys = memory_keys(optimizer)
@@ -107,7 +108,7 @@ def load_memory(
 # %% ../../nbs/07_training/03_optimizer.ipynb #25b93b5b
 def load_masters(
     masters: dict[str, nn.Parameter],  # by name, changed in place
-    saved: dict[str, Tensor],  # from `MixedPrecisionOptimizer.state_dict`
+    saved: Mapping[str, Tensor],  # from `MixedPrecisionOptimizer.state_dict`
 ):
     "Copy saved master weights; raise a `ValueError` for one that is missing or does not fit"
     for name, master in masters.items():
@@ -247,7 +248,7 @@ class MixedPrecisionOptimizer:
     @torch.no_grad()
     def load_state_dict(
         self,
-        state: dict[str, Tensor],  # from `state_dict`
+        state: Mapping[str, Tensor],  # from `state_dict`; each tensor is read once
     ):
         "Load masters and optimizer state, and round the masters into the model"
         load_masters(self.masters, state)

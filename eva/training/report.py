@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..moe.load_balancing import load_metrics
+from .step_times import time_shares
 
 # %% ../../nbs/07_training/14_report.ipynb #a4820b92
 def balance_summary(
@@ -60,7 +61,7 @@ def plot_run(
     # of a task, in bits per token; all values above are then bits per token too
     optimum: float | None = None,
 ):
-    "Write a figure with the loss, the held-out bits per byte and the expert load of a run"
+    "Write a figure with loss, held-out bits per byte, step time and expert load of a run"
     from matplotlib.figure import Figure
 
     good = [r for r in rows if not r.get('skipped')]
@@ -68,8 +69,9 @@ def plot_run(
         raise ValueError('no finished step in these metrics: nothing to draw')
     load = torch.tensor([r['expert_load'] for r in good if r['expert_load']], dtype=torch.float)
     layers = load.shape[1] if load.numel() else 0
-    heights = [4, 1.3 * layers] if layers else [4]
-    fig = Figure(figsize=(10, 4 + 1.2 * layers), layout='constrained')
+    shares = time_shares(rows)
+    heights = [4] + [1.1] * bool(shares) + [1.3 * layers] * bool(layers)
+    fig = Figure(figsize=(10, 4 + 1.1 * bool(shares) + 1.2 * layers), layout='constrained')
     top, *below = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     left, right = top.subplots(1, 2)
     _draw_loss(left, good, np.array([r['tokens'] for r in good]) / 1e6)
@@ -81,9 +83,26 @@ def plot_run(
         right.set(ylabel='bits per token', title='Held-out documents')
     right.set_xlabel('million tokens')
     right.legend(fontsize=8)
+    if shares:
+        _draw_times(below[0], shares)
     if layers:
-        _draw_load(below[0], load)
+        _draw_load(below[-1], load)
     fig.savefig(path, dpi=110, format='png')
+
+# %% ../../nbs/07_training/14_report.ipynb #c0f2edf3
+def _draw_times(fig, shares: dict[str, float]):
+    "Draw the parts of a step's time as one bar, each with its share"
+    ax = fig.subplots()
+    step = sum(shares.values())
+    left = 0.0
+    hatches = ('', '//', '..', 'xx', '--', '++')
+    for (name, seconds), hatch in zip(shares.items(), hatches):
+        share = 100 * seconds / step
+        label = f'{name} {share:.1f} %'
+        ax.barh(0, share, 0.8, left, hatch=hatch, ec='w', label=label)
+        left += share
+    ax.set(xlim=(0, 100), yticks=[], xlabel='% of the time', title=f'A step takes {step:.3g} s')
+    ax.legend(loc='center left', bbox_to_anchor=(1.0, 0.5), fontsize=8)
 
 # %% ../../nbs/07_training/14_report.ipynb #8ddc55fd
 def _draw_load(fig, load):

@@ -153,6 +153,8 @@ class IndexLoss:
     def _see(self, attention: SparseMLA, args: tuple, kwargs: dict):
         "Compute the loss of one indexer from the input of its layer"
         h, rope = args[0].detach(), args[1]
+        if not len(h):
+            return  # MTP, in a process that has no sequence for it
         mask = args[2] if len(args) > 2 else kwargs.get('mask')
         scores = score_all(attention, h, rope)
         visible = visible_positions(mask, scores).expand_as(scores)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MicroBatch', 'mtp_sequences', 'split_batch', 'count_targets', 'StepShares', 'GradientAccumulator', 'StepOutcome',
-           'apply_gradients', 'step_events', 'finite_or_none', 'split_load', 'loss_figures']
+           'apply_gradients', 'step_events', 'finite_or_none', 'outcome_figures', 'split_load', 'loss_figures']
 
 # %% ../../nbs/07_training/08_step.ipynb #a81987c5
 import math
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..model.transformer import DeepSeekV3
-from ..moe.load_balancing import BALANCE_LOSSES, ExpertLoadTracker
+from ..moe.load_balancing import ExpertLoadTracker
 from .config import TrainConfig
 from .evaluation import document_ids
 from .mixed_precision import MixedPrecision
@@ -33,6 +33,7 @@ class MicroBatch(NamedTuple):
     loss_mask: Tensor | None  # which tokens are learned, None for all (sequences, seq + 1 + depths)
     share: float  # weight in the step of all processes
     mtp_rows: int  # sequences that MTP learns from: the first ones
+    mtp_runs: bool = False  # does MTP learn from this micro-batch, here or in another process?
 
 
 def mtp_sequences(
@@ -52,13 +53,16 @@ def split_batch(
     size: int,  # sequences of a micro-batch, the last one may have fewer
     ahead: int,  # sequences that MTP learns from: the first ones
     ranks: int,  # processes that share the step
+    most: int | None = None,  # the most such sequences of any process; None: as many as here
 ) -> Iterator[MicroBatch]:
     "Split a batch into micro-batches"
+    most = ahead if most is None else most
     for first in range(0, len(batch), size):
         tokens = batch[first : first + size]
         marks = None if loss_mask is None else loss_mask[first : first + size]
         share = len(tokens) / (len(batch) * ranks)
-        yield MicroBatch(tokens, marks, share, min(max(0, ahead - first), len(tokens)))
+        rows = min(max(0, ahead - first), len(tokens))
+        yield MicroBatch(tokens, marks, share, rows, most > first)
 
 # %% ../../nbs/07_training/08_step.ipynb #4992ee5d
 def count_targets(
@@ -73,22 +77,34 @@ def count_targets(
 class StepShares:
     "The totals of a step, from which the weights of its micro-batches follow"
 
-    ahead: int  # sequences that MTP learns from, in this process
+    ahead: int  # sequences that MTP learns from, of all processes
     ranks: int  # processes that share the step
     seq_len: int  # tokens that are predicted in each sequence
     learned: float = 1  # learned tokens of all processes
     mtp_learned: float = 1  # of those, in the sequences that MTP learns from
 
-    def count_learned(
-        self,
-        loss_mask: Tensor,  # of the batch (sequences, seq + 1 + depths)
+    @classmethod
+    def of_step(
+        cls,
         strategy: Strategy,  # sums over processes
-    ):
-        "Count the learned tokens of all processes"
-        every = strategy.sum(count_targets(loss_mask, self.seq_len))
-        in_mtp = strategy.sum(count_targets(loss_mask[: self.ahead], self.seq_len))
-        self.learned = max(1, every.item())
-        self.mtp_learned = max(1, in_mtp.item())
+        seq_len: int,  # tokens that are predicted in each sequence
+        ahead: int,  # sequences of this process that MTP learns from: the first ones
+        loss_mask: Tensor | None,  # of its batch (sequences, seq + 1 + depths), None for all
+    ) -> 'StepShares':
+        "Sum the MTP sequences and the learned tokens of all processes"
+        together = int(strategy.sum(torch.tensor(ahead)).item())
+        shares = cls(together, strategy.ranks, seq_len)
+        if loss_mask is not None:
+            every = strategy.sum(count_targets(loss_mask, seq_len))
+            in_mtp = strategy.sum(count_targets(loss_mask[:ahead], seq_len))
+            shares.learned = max(1, every.item())
+            shares.mtp_learned = max(1, in_mtp.item())
+        return shares
+
+    @property
+    def most(self) -> int:  # MTP's sequences are dealt out one by one
+        "The most sequences of a process that MTP learns from"
+        return -(-self.ahead // self.ranks)
 
     def weigh_learned(
         self,
@@ -103,10 +119,26 @@ class StepShares:
             return [main, *losses[1:]]
         targets = count_targets(part.loss_mask[: part.mtp_rows], self.seq_len)
         further = [
-            loss * targets / self.mtp_learned * self.ahead * self.ranks / part.mtp_rows
-            for loss in losses[1:]
+            loss * targets / self.mtp_learned * self.ahead / part.mtp_rows for loss in losses[1:]
         ]
         return [main, *further]
+
+    def total(
+        self,
+        losses: list[Tensor],  # of a micro-batch: main loss, then each MTP depth
+        part: MicroBatch,  # whose losses these are
+        mtp_weight: float,  # lambda
+    ) -> tuple[Tensor, Tensor]:  # scalar; main loss and each MTP depth's, detached
+        "Return what a micro-batch adds to the loss of the step, and to each of its parts"
+        losses = self.weigh_learned(losses, part)
+        loss = part.share * losses[0]
+        shares = [part.share]
+        if len(losses) > 1:
+            share = part.mtp_rows / self.ahead
+            loss = loss + mtp_weight / (len(losses) - 1) * share * sum(losses[1:])
+            shares += [share] * (len(losses) - 1)
+        parts = [share * each.detach() for share, each in zip(shares, losses)]
+        return loss, torch.stack(parts).cpu()
 
 # %% ../../nbs/07_training/08_step.ipynb #151c6216
 class GradientAccumulator:
@@ -134,12 +166,19 @@ class GradientAccumulator:
         "Return the balance loss of the routings since the last call; sequences weigh the same"
         routings = self.meter.routings
         self.meter.routings = []
-        balance_loss = BALANCE_LOSSES[self.cfg.balance_over]
+        balance_loss = self.strategy.balance_loss(self.cfg.balance_over)
         total = torch.zeros((), device=self.mixed.device)
         for routing in routings:
-            weight = len(routing.scores) / sequences
-            total = total + weight * balance_loss(routing.scores, routing.indices)
+            if len(routing.scores):
+                weight = len(routing.scores) / sequences
+                total = total + weight * balance_loss(routing.scores, routing.indices)
         return total
+
+    def index_figures(self) -> dict[str, float]:  # empty for dense attention
+        "Return the indexers' mean loss since the last call, over all processes"
+        figures = self.index_loss.figures()
+        means = {n: torch.tensor(o, dtype=torch.float64) for n, o in figures.items()}
+        return {n: self.strategy.sum(o).item() / self.strategy.ranks for n, o in means.items()}
 
     def losses(
         self,
@@ -150,6 +189,7 @@ class GradientAccumulator:
             return self.model.losses(
                 part.tokens,
                 mtp_rows=part.mtp_rows,
+                mtp_runs=part.mtp_runs,
                 document_ids=document_ids(part.tokens, self.model.cfg.bos_token_id),
                 mask_documents=self.cfg.mask_documents,
                 loss_mask=part.loss_mask,
@@ -165,25 +205,19 @@ class GradientAccumulator:
         "Run forward and backward passes of a batch, and return its losses"
         depths = len(self.model.mtp)
         optimizer = self.mixed.optimizer
-        shares = StepShares(ahead, self.strategy.ranks, self.cfg.seq_len)
-        if loss_mask is not None:
-            shares.count_learned(loss_mask, self.strategy)
+        shares = StepShares.of_step(self.strategy, self.cfg.seq_len, ahead, loss_mask)
         dtype = next(iter(optimizer.masters.values())).dtype
         total = torch.zeros(1 + depths, dtype=dtype)
-        for part in split_batch(batch, loss_mask, self.cfg.micro_batch, ahead, shares.ranks):
+        size = self.cfg.micro_batch
+        for part in split_batch(batch, loss_mask, size, ahead, shares.ranks, shares.most):
             try:
-                losses = shares.weigh_learned(self.losses(part), part)
+                losses = self.losses(part)
             except FloatingPointError:
                 return total.fill_(math.nan)
-            main = losses[0] + self.cfg.balance_weight * self.balance(len(part.tokens))
-            loss = part.share * (main + self.index_loss.take())
-            total[0] += part.share * losses[0].item()
-            if part.mtp_rows:
-                sequences = ahead * shares.ranks
-                weight = mtp_weight / depths * part.mtp_rows / sequences
-                loss = loss + weight * sum(losses[1:])
-                each = torch.stack([mtp_loss.detach() for mtp_loss in losses[1:]])
-                total[1:] += part.mtp_rows / sequences * each.cpu()
+            loss, parts = shares.total(losses, part, mtp_weight)
+            total[: len(parts)] += parts
+            further = self.cfg.balance_weight * self.balance(len(part.tokens))
+            loss = loss + part.share * (further + self.index_loss.take())
             self.mixed.scale(loss).backward()
             optimizer.accumulate_grads()
         return total
@@ -222,6 +256,7 @@ def apply_gradients(
     overflow = wanted and not applied and mixed.can_lower_scale
     if finite:
         mixed.update()
+    mixed.close_step()
     return StepOutcome(losses, grad_norm, applied, overflow, spike)
 
 
@@ -241,6 +276,15 @@ def finite_or_none(
 ) -> float | None:
     "Return a number, or None if it is not finite"
     return x if math.isfinite(x) else None
+
+
+def outcome_figures(
+    outcome: StepOutcome,  # of the step
+    lr: float,  # of AdamW in this step
+) -> dict[str, float | None]:  # entries of its line in metrics.jsonl
+    "Return loss, learning rate and gradient norm of a step; None where they are not finite"
+    loss = finite_or_none(outcome.losses[0].item())
+    return dict(loss=loss, lr=lr, grad_norm=finite_or_none(outcome.grad_norm))
 
 
 def split_load(

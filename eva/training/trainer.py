@@ -6,9 +6,9 @@
 __all__ = ['Trainer']
 
 # %% ../../nbs/07_training/06_trainer.ipynb #571ace6f
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,20 @@ from ..data.text import TokenStream
 from ..kernels.memory import freed_memory_kept
 from ..model.transformer import DeepSeekV3
 from ..moe.load_balancing import ExpertLoadTracker
+from .async_save import BackgroundSave
 from .checkpointing import checkpoints, cut_metrics, prune
 from .config import DTYPES, TrainConfig, check_choice
 from .evaluation import quick_estimate
 from .mixed_precision import MixedPrecision
 from .monitoring import AnomalyDetector, Event, GradientMonitor
+from .prefetch import Prefetcher, read_windows, window_requests
 from .recovery import DivergedError, advice, recovery_action, stop_on_interrupt, stopped
 from eva.training.state import (
-    COUNTERS,
     check_buffers,
     check_model_and_text,
     check_settings,
+    checkpoint_contents,
     load_random_states,
-    prefixed,
-    random_states,
     read_counters,
     read_precision,
     run_settings,
@@ -42,11 +42,12 @@ from eva.training.step import (
     GradientAccumulator,
     StepOutcome,
     apply_gradients,
-    finite_or_none,
     loss_figures,
     mtp_sequences,
+    outcome_figures,
     step_events,
 )
+from .step_times import StepClock, training_flops
 from .strategy import SingleProcess, Strategy
 
 # %% ../../nbs/07_training/06_trainer.ipynb #64f920ac
@@ -64,24 +65,27 @@ class Trainer:
         parallel: Strategy | None = None,
     ):
         self.parallel: Strategy = parallel or SingleProcess()
-        check_model_and_text(model, train, held_out, cfg, self.parallel.pp)
+        check_model_and_text(model, train, held_out, cfg)
         self.model = model
         self.train = train
         self.held_out = held_out
         self.cfg = cfg
         self.out = Path(out)
-        self.device = next(model.parameters()).device
         self.parallel.wrap(model, cfg)
+        self.device = next(model.parameters()).device
         # Created before the model is rounded, so that the masters are exact.
         dtype = torch.bfloat16 if cfg.optimizer_state_dtype == 'bf16' else None
         self.opt = self.parallel.optimizer(
             model, cfg.lr, cfg.muon_lr, weight_decay=cfg.weight_decay, optimizer_state_dtype=dtype
         )
         self.meter = ExpertLoadTracker(model, attach=False)
-        self.mixed = MixedPrecision(model, self.opt, cfg.recipe)
+        self.mixed = MixedPrecision(model, self.opt, cfg.recipe, self.parallel)
         self.accumulator = GradientAccumulator(model, self.mixed, self.meter, cfg, self.parallel)
         self.monitor: GradientMonitor | None = None
         self.guard = AnomalyDetector()
+        self.input = Prefetcher(partial(read_windows, self))  # a thread of its own during `fit`
+        self.clock = StepClock(training_flops(model.cfg, cfg.seq_len))
+        self.log_to: Sequence[str] | None = None  # writers, see `eva.training.metric_writers`
         self.counting = False  # are the meter's hooks on the model?
         self.use(cfg.precision)
         self.step = 0  # number of finished steps
@@ -93,6 +97,7 @@ class Trainer:
         self.rewound = 0  # number of rewinds
         self.rewinds = 0  # number of rewinds since the last save
         self.stop: str | None = None  # name of the signal that asked to stop
+        self.background = BackgroundSave()  # writes checkpoints with `async_save`
         self.events: list[Event] = []  # of the last step
 
     @property
@@ -160,56 +165,50 @@ class Trainer:
 
     def train_step(self) -> dict:  # one line of metrics.jsonl
         "Train on one batch; the hooks that count tokens are registered only during this call"
-        start = time.perf_counter()
+        self.clock.start()
+        self.parallel.step_begins()
         cfg = self.cfg
         rate = cfg.rate(self.step)
         size = cfg.sequences(self.step + 1) - cfg.sequences(self.step)
         ahead = mtp_sequences(cfg, size, len(self.model.mtp))
-        with self.counted():
-            losses = self._losses_of_batch(size, ahead)
-            outcome = apply_gradients(
-                self.opt, self.mixed, self.guard, self.monitor, losses, rate, cfg
-            )
+        with self.counted(), self.parallel.timed(self.clock):
+            losses = self._losses_of_batch(ahead)
+            with self.clock.part('optimizer'):
+                outcome = apply_gradients(
+                    self.opt, self.mixed, self.guard, self.monitor, losses, rate, cfg
+                )
             load = self._move_biases(outcome)
         self._count(outcome)
-        self.events = step_events(outcome)
+        self.events = step_events(outcome) + self.parallel.step_ends()
         if outcome.applied:
             self.events += self.guard.update(losses[0].item(), load)
-        seconds = time.perf_counter() - start
+        seconds = self.clock.stop(size * cfg.seq_len)
         self.step += 1
         self.tokens += size * cfg.seq_len
         self.seconds += seconds
-        row = dict(
-            step=self.step,
-            tokens=self.tokens,
-            seconds=round(self.seconds, 3),
-            loss=finite_or_none(losses[0].item()),
-            lr=cfg.lr * rate,
-            grad_norm=finite_or_none(outcome.grad_norm),
-            tokens_per_second=round(size * cfg.seq_len / seconds),
-        )
+        progress = dict(step=self.step, tokens=self.tokens, seconds=round(self.seconds, 3))
+        speed = round(size * cfg.seq_len / seconds)
+        row = progress | outcome_figures(outcome, cfg.lr * rate) | dict(tokens_per_second=speed)
         layers = self.model.cfg.num_hidden_layers
-        row |= self.accumulator.index_loss.figures()
+        row |= self.parallel.step_figures(self.clock) | self.accumulator.index_figures()
         return row | loss_figures(outcome, load, layers, bool(ahead), self.events)
 
-    def _losses_of_batch(self, size: int, ahead: int) -> Tensor:
+    def _losses_of_batch(self, ahead: int) -> Tensor:
         "Read the next windows, compute their gradients, and return the losses of all processes"
-        batch, loss_mask = self.parallel.batch(
-            self.train,
-            self.cfg.sequences(self.step) + self.skipped_windows,
-            size,
-            self.cfg.seq_len,
-            1 + len(self.model.mtp),
-            self.cfg.seed,
-        )
-        losses = self.parallel.gradients(
-            self,
-            batch.to(self.device),
-            self.parallel.local_count(ahead),
-            self.cfg.mtp_weight_at(self.step),
-            loss_mask if loss_mask is None else loss_mask.to(self.device),
-        )
-        return self.parallel.sum(losses)
+        with self.clock.part('input'):
+            request, *following = window_requests(
+                self.cfg, self.step, self.skipped_windows, self.input.ahead
+            )
+            batch, loss_mask = self.input.take(request, following)
+        with self.clock.part('compute'):
+            losses = self.parallel.gradients(
+                self,
+                batch.to(self.device, non_blocking=True),
+                self.parallel.local_count(ahead),
+                self.cfg.mtp_weight_at(self.step),
+                loss_mask if loss_mask is None else loss_mask.to(self.device),
+            )
+            return self.parallel.sum(losses)
 
     def _move_biases(self, outcome: StepOutcome) -> dict[str, Tensor]:
         "Update the routing biases by the load of all processes, and return this load"
@@ -232,31 +231,33 @@ class Trainer:
         def evaluate_batch(rows, learned):
             return self.parallel.evaluate_batch(self.model, rows, self.cfg.mask_documents, learned)
 
+        at_a_time = self.cfg.micro_batch * self.parallel.ranks
         return quick_estimate(
-            evaluate_batch, self.held_out, self.cfg.seq_len, self.cfg.micro_batch, self.device
+            evaluate_batch, self.held_out, self.cfg.seq_len, at_a_time, self.device
         )
 
     def save(self):
-        "Write a checkpoint of this step and remove the oldest beyond `keep_checkpoints`"
+        """Write a checkpoint of this step and remove the oldest beyond `keep_checkpoints`
+
+        With `async_save` it is written while training goes on; `background.wait()` waits for it."""
         path = self.out / 'checkpoints' / f'step-{self.step:06d}'
-        state = {name: getattr(self, name) for name in COUNTERS}
-        state |= dict(precision=self.precision, watch=self.guard.state_dict(), **self.settings)
-        if self.scaler is not None:
-            state['scaler'] = self.scaler.state_dict()
-        if self.monitor is not None:
-            state['monitor'] = self.monitor.state_dict()
-        tensors = self.opt.state_dict()
-        tensors |= prefixed('buffer.', dict(self.model.named_buffers()))
-        tensors |= prefixed('fp8.', self.recipe_state()) | random_states()
-        self.parallel.save(path, tensors, state)
+        tensors, state = checkpoint_contents(self)
         self.rewinds = 0
-        if self.parallel.rank == 0:
-            prune(path.parent, self.cfg.keep_checkpoints)
+
+        def remove_old():
+            if self.parallel.rank == 0:
+                prune(path.parent, self.cfg.keep_checkpoints)
+
+        if self.cfg.async_save:
+            self.background.save(self.parallel, path, tensors, state, remove_old)
+        else:
+            self.parallel.save(path, tensors, state)
+            remove_old()
 
     def restore(
         self,
         path: Path,  # of the checkpoint, for messages
-        tensors: dict[str, Tensor],  # from it
+        tensors: Mapping[str, Tensor],  # from it
         state: dict,  # from it
     ):
         """Replace the whole state of the run by that of a checkpoint
@@ -276,7 +277,7 @@ class Trainer:
             setattr(self, name, value)
         self.bad_row = 0
 
-    def _take_up(self, tensors: dict[str, Tensor], state: dict, precision: str):
+    def _take_up(self, tensors: Mapping[str, Tensor], state: dict, precision: str):
         "Load weights, optimizer state, detector, monitor, precision and random states"
         self.guard.load_state_dict(state.get('watch', AnomalyDetector().state_dict()))
         if self.monitor is not None:
@@ -294,6 +295,7 @@ class Trainer:
 
     def resume(self) -> str:  # one sentence for the user
         "Continue from the newest complete checkpoint, or from the start if there is none"
+        self.background.wait()
         path, tensors, state, said = self.parallel.newest(self.out / 'checkpoints')
         if path is not None:
             self.restore(path, tensors, state)
@@ -315,6 +317,7 @@ class Trainer:
         "Return to the last checkpoint, and skip the windows read since"
         read = self.cfg.sequences(self.step) + self.skipped_windows
         times = dict(rewinds=self.rewinds + 1, rewound=self.rewound + 1)
+        self.background.wait()
         path, tensors, state, said = self.parallel.newest(self.out / 'checkpoints')
         if path is None or times['rewinds'] > 3:
             reason = 'went wrong three times after the same checkpoint'
@@ -354,12 +357,15 @@ class Trainer:
         "Take steps, write the log, respond to events, and save checkpoints"
         cfg = self.cfg
         saved = self.step
-        with stop_on_interrupt(self), self.parallel.log(self.out, self.step) as log:
+        opened = self.parallel.log(self.out, self.step, self.log_to)
+        written = self.background.written_at_the_end()
+        with stop_on_interrupt(self), opened as log, written, self.input:
             may_rewind = 'rewind' in (cfg.on_spike, cfg.on_collapse)
             if may_rewind and not checkpoints(self.out / 'checkpoints'):
                 self.save()  # a checkpoint to rewind to
             while self.step < cfg.steps and not self.parallel.should_stop(self):
                 row = self.train_step()
+                self.background.check()
                 if self.step % cfg.eval_every == 0 or self.step == cfg.steps:
                     row |= self.quick_eval()
                 log.write(row)
