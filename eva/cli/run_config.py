@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FIELDS', 'MODEL_FIELDS', 'TRAIN_FIELDS', 'SECTIONS', 'OUTSIDE', 'PATHS', 'EXPECTED', 'Key', 'is_kind',
-           'nearest_key', 'option_of', 'read_any', 'is_run_file', 'run_file_options', 'apply_run_file', 'model_config',
-           'started_ranks', 'layout_of_run', 'source_path', 'run_config', 'run_config_text', 'run_settings']
+           'nearest_key', 'option_of', 'yaml_loader', 'read_any', 'is_run_file', 'run_file_options', 'apply_run_file',
+           'model_config', 'started_ranks', 'layout_of_run', 'source_path', 'run_config', 'run_config_text',
+           'run_settings']
 
 # %% ../../nbs/15_cli/22_run_config.ipynb #ef46172f
 import argparse
 import json
 import os
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,11 +112,23 @@ def option_of(
         return NONE if key.optional else None
     value = [value] if key.kind == 'list' and isinstance(value, str) else value
     if not is_kind(key.kind, value):
-        how = ' (in YAML 1e-3 is text; write 1.0e-3)' if key.kind == 'float' else ''
-        raise ValueError(f'{place}={value!r:.60}: must be {EXPECTED[key.kind]}{how}')
+        raise ValueError(f'{place}={value!r:.60}: must be {EXPECTED[key.kind]}')
     return Path(value) if key.option in PATHS else value
 
 # %% ../../nbs/15_cli/22_run_config.ipynb #588a4bce
+@lru_cache
+def yaml_loader() -> type:
+    "Return PyYAML's safe loader, with numbers such as 1e-3 as numbers too"
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        "YAML 1.1 asks for a point in them, and JSON and Python do not"
+
+    number = re.compile(r'[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+')
+    Loader.add_implicit_resolver('tag:yaml.org,2002:float', number, list('-+.0123456789'))
+    return Loader
+
+
 def read_any(
     path: Path,  # a run file or a published config.json
 ) -> dict[str, Any]:
@@ -127,7 +142,7 @@ def read_any(
     import yaml
 
     try:
-        found = yaml.safe_load(read_text(path))
+        found = yaml.load(read_text(path), yaml_loader())
     except yaml.YAMLError as e:
         said = ' '.join(str(e).split())
         raise ValueError(f'{path}: no YAML ({said}); see eva_train --print_config yaml') from None
@@ -228,15 +243,13 @@ def layout_of_run(
     gpus: int | None = None,  # number of ranks; None: those that torchrun started
 ) -> Layout:  # not yet checked
     "Return the layout of a run"
-    pp = args.pp or 1
+    sizes = {name: getattr(args, name) for name in ('pp', 'ep', 'tp', 'cp')}
+    sizes = {name: 1 if size is None else size for name, size in sizes.items()}
     local = os.environ.get('LOCAL_WORLD_SIZE') if started_ranks() > 1 else None
     return Layout(
         gpus=gpus or started_ranks(),
-        pp=pp,
-        ep=args.ep or 1,
-        tp=args.tp or 1,
-        cp=args.cp or 1,
-        fsdp=pp == 1 if args.fsdp is None else args.fsdp,
+        **sizes,
+        fsdp=sizes['pp'] == 1 if args.fsdp is None else args.fsdp,
         batch=tcfg.batch_size,
         seq=tcfg.seq_len,
         micro_batch=tcfg.micro_batch,

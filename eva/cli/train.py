@@ -112,8 +112,8 @@ def parallel_of(
     "Return the group of processes that torchrun started"
     import os
 
-    sizes = {name: v for name in ('ep', 'pp', 'tp', 'cp') if (v := getattr(args, name) or 1) > 1}
-    if 'TORCHELASTIC_RUN_ID' not in os.environ and not sizes:
+    sizes = {name: v for name in ('ep', 'pp', 'tp', 'cp') if (v := getattr(args, name)) is not None}
+    if 'TORCHELASTIC_RUN_ID' not in os.environ and max(sizes.values(), default=1) == 1:
         return None
     from eva.distributed.parallel import Parallel
 
