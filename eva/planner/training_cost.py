@@ -65,7 +65,8 @@ def product_seconds(
     "Return the seconds of a stage's matrix products for one micro-batch, forward"
     g = GPUS[gpu]
     counts = layer_counts(cfg)
-    rate = g.fp32 * a.fp32 if lay.precision == 'fp32' else g.bf16 * a.bf16
+    peak, share = (g.fp32, a.fp32) if lay.precision == 'fp32' else (g.bf16, a.bf16)
+    rate = peak * share
     low_rate = g.fp8 * a.fp8 if lay.precision == 'fp8' else rate
     uses = {'head': 1 + cfg.num_nextn_predict_layers}
 
@@ -76,7 +77,7 @@ def product_seconds(
     rest = total('products') - low
     products = 2 * lay.tokens * (low / low_rate + rest / rate)
     pairs = sum(mean_pairs(cfg, counts[o], lay.seq) for o in stage)
-    core = 2 * lay.tokens * pairs / (rate / a.bf16 * a.attention)
+    core = 2 * lay.tokens * pairs / (peak * a.attention)
     up = cfg.num_attention_heads * (
         (cfg.q_lora_rank or 0) * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
         + cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
