@@ -22,13 +22,13 @@ from eva.checkpoints.portable import portable
 from eva.checkpoints.pretrained import load_pretrained, save_pretrained
 from eva.config import Config
 from eva.distributed.expert_parallel import parallelize_experts
-from eva.distributed.export import check_layout
 from eva.fp8.linear import convert
 from eva.generation.engine import Engine
 from eva.generation.generate import generate
 from eva.generation.scheduling import RequestSettings
 from eva.model.transformer import DeepSeekV3
 from eva.planner.stages import layer_counts
+from eva.trainable import check_packed
 
 YARN = dict(
     type='yarn', factor=4.0, original_max_position_embeddings=4, mscale=1.0, mscale_all_dim=0.7
@@ -248,13 +248,13 @@ def test_what_cannot_carry_a_setting_refuses_before_it_begins(name, tmp_path):
     assert ('DeepSeek', 'differs') in found and ('torchtitan', 'differs') in found
     if cfg.model_type == 'mistral4':
         with pytest.raises(ValueError, match='train it in one process'):
-            check_layout(cfg)
+            check_packed(cfg)
         save_pretrained(DeepSeekV3(cfg), tmp_path / 'packed')
         with pytest.raises(ValueError, match='holds all experts of a layer'):
             convert_checkpoint(tmp_path / 'packed', tmp_path / 'eight', 'fp8')
         assert not list(tmp_path.glob('eight*'))
     else:
-        check_layout(cfg)
+        check_packed(cfg)
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import Say
-from .train_arguments import check_arguments_again, given_arguments, train_config_kwargs
+from .train_arguments import check_arguments_again, given_arguments, train_settings
 from eva.cli.train_data import (
     NewRun,
     is_large,
@@ -45,16 +45,14 @@ def new_run(
 
     check_sparse(args, args.seq_len or TrainConfig.seq_len)
     sources = args.data or ['stdlib']
-    preset = args.preset or 'mini'
+    preset = args.preset or ('mini' if args.model is None else str(args.model.resolve()))
     manifest = manifest or Manifest(args.out)
     if args.init is None and any(o.startswith('synthetic:') for o in sources):
         return new_task_run(args, sources, preset, say, manifest)
     if args.fim is not None and not 0 <= args.fim <= 1:
         raise ValueError(f'--fim {args.fim}: must lie between 0 and 1 (V3: 0.1)')
-    rates: dict[str, Any] = {} if args.init is None else dict(lr=0.002, muon_lr=0.002)
-    tcfg = TrainConfig(
-        **rates | train_config_kwargs(args)
-    )  # invalid settings raise an error before anything is read
+    # invalid settings raise an error before anything is read
+    tcfg = train_settings(args, 'text' if args.init is None else 'init')
     start = None if args.init is None else from_checkpoint(args)
     data = read_data(args, sources, say)
     if start is not None and data.content == 'messages':
@@ -180,6 +178,7 @@ def open_run_on_ranks(
 # Files that runs write; large models are saved in shards with an index.
 RUN_FILES = [
     'run.json',
+    'run_config.json',
     'config.json',
     'generation_config.json',
     'chat_template.jinja',

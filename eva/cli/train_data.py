@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_WHOLE_BYTES', 'MAX_WHOLE_FILES', 'MAX_TASK_TOKENS', 'NewRun', 'new_small_run', 'is_large', 'new_corpus_run',
-           'new_answers_run', 'new_task_run']
+           'new_answers_run', 'new_task_run', 'task_settings']
 
 # %% ../../nbs/15_cli/06_train_data.ipynb #43479ca3
 import argparse
@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .common import Say, device_of
-from .train_arguments import DEFAULT_VOCAB_SIZE, train_config_kwargs
+from .run_config import model_config
+from .train_arguments import DEFAULT_VOCAB_SIZE, train_settings
 from .train_init import start_token
 from .train_memory import check_memory
 
@@ -48,7 +49,6 @@ def new_small_run(
     manifest: 'Manifest',  # of the files of the run
 ) -> NewRun:
     "Start a run on a small text corpus, which is read whole"
-    from eva.config import Config
     from eva.data.shards import clear_folder
     from eva.data.text import (
         bigram_bits_per_byte,
@@ -68,9 +68,7 @@ def new_small_run(
         + (f'; passed over {skipped}' if skipped else '')
     )
     tok = _tokenizer_of([d.text for d in to_train], args.vocab_size or DEFAULT_VOCAB_SIZE, say)
-    cfg = Config.from_preset(
-        preset, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1
-    )
+    cfg = model_config(args, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1)
     check_memory(cfg, tcfg, device_of(args))
     clear_folder(args.out / 'tokens', manifest)
     add_eos_token = args.add_eos_token is not False
@@ -220,16 +218,13 @@ def _model_of_texts(
     preset: str,  # size of the model
 ) -> 'tuple[Config, Tokenizer]':
     "Train a tokenizer on texts, and return it with a model configuration"
-    from eva.config import Config
     from eva.data.corpus import FIM_TOKENS
     from eva.data.tokenizer import train_tokenizer
 
     tok = train_tokenizer(
         texts, args.vocab_size or DEFAULT_VOCAB_SIZE, FIM_TOKENS if args.fim else ()
     )
-    cfg = Config.from_preset(
-        preset, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1
-    )
+    cfg = model_config(args, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1)
     return cfg, tok
 
 
@@ -253,11 +248,8 @@ def new_answers_run(
     from eva.data.conversations import CHAT_TEMPLATE, write_conversations
     from eva.data.shards import clear_folder
     from eva.generation.chat_templates import ChatTemplate
-    from eva.training.config import TrainConfig
 
-    tcfg = TrainConfig(
-        **dict(lr=0.002, muon_lr=0.002, mask_documents=True) | train_config_kwargs(args)
-    )
+    tcfg = train_settings(args, 'answers')
     check_memory(cfg, tcfg, device_of(args))
     bos = start_token(args, cfg)
     end = next(iter(cfg.eos_token_ids), bos)  # pads rows
@@ -318,7 +310,6 @@ def new_task_run(
     import math
     from dataclasses import asdict
 
-    from eva.config import Config
     from eva.data.shards import clear_folder
     from eva.data.synthetic import synthetic
     from eva.data.text import bigram_bits_per_byte, write_synthetic
@@ -327,8 +318,8 @@ def new_task_run(
     name = _task_name(args, data)
     test = synthetic(name, 512, args.seed or 0, held_out=True)
     length = test.tokens.shape[1]
-    tcfg = _task_settings(args, name, length)
-    cfg = Config.from_preset(preset, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
+    tcfg = task_settings(args, data)
+    cfg = model_config(args, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
     check_memory(cfg, tcfg, device_of(args))
     windows = tcfg.sequences(tcfg.steps) + 1  # one more for shifted targets
     count = min(
@@ -373,19 +364,18 @@ def _task_name(
     return data[0].removeprefix('synthetic:')
 
 
-def _task_settings(
+def task_settings(
     args: argparse.Namespace,  # from train_parser
-    name: str,  # of the task
-    length: int,  # tokens of a document
+    data: list[str],  # of --data: synthetic:NAME alone
 ) -> 'TrainConfig':
     "Return the training settings of a task: sequences of whole documents, lower rates"
-    from eva.training.config import TrainConfig
+    from eva.data.synthetic import synthetic
 
-    tcfg = TrainConfig(
-        **dict(seq_len=length, batch_size=128, lr=0.01, muon_lr=0.01, bias_update_rate=0.001)
-        | train_config_kwargs(args)
-    )
-    tcfg.micro_batch = max(1, 2048 // tcfg.seq_len)
+    name = _task_name(args, data)
+    length = synthetic(name, 1, args.seed or 0).tokens.shape[1]
+    tcfg = train_settings(args, 'task', seq_len=length)
+    if args.micro_batch is None:
+        tcfg.micro_batch = max(1, 2048 // tcfg.seq_len)
     if tcfg.seq_len % length:
         raise ValueError(
             f'--seq_len {tcfg.seq_len}: documents of {name} have {length} '

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import Say
+from .train_arguments import MODEL_ARGUMENTS
 
 # %% ../../nbs/15_cli/05_train_init.ipynb #b1b613d7
 if TYPE_CHECKING:  # for annotations only, so that `--help` does not import PyTorch
@@ -95,7 +96,7 @@ def from_checkpoint(
     from eva.checkpoints.pretrained import PretrainedFolder
     from eva.checkpoints.tokenizers import load_tokenizer
 
-    for o in ('preset', 'vocab_size'):
+    for o in ('preset', 'vocab_size', 'model', *MODEL_ARGUMENTS):
         if getattr(args, o) is not None:
             raise ValueError(
                 f'--{o} {getattr(args, o)}: comes from --init {args.init}; leave it out'

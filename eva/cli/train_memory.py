@@ -99,10 +99,10 @@ def check_sizes(
     "Raise an error for sizes beyond the memory of the machine"
     import os
 
-    from eva.config import PRESETS, Config
+    from eva.cli.run_config import model_config
 
     have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    width = Config.from_preset(args.preset if args.preset in PRESETS else 'mini').hidden_size
+    width = model_config(args).hidden_size if args.init is None else 0
     batch = args.batch_size or 16
     window = args.seq_len or 512
     vocab = args.vocab_size or 0

@@ -23,6 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .launch import agree_on_start, reach
 from .private import default_store, flatten_mesh
+from ..layout import Layout, check_fields, check_ranks
+from ..trainable import check_stage_parts
 from ..training.checkpointing import owned_write
 
 T = TypeVar('T')
@@ -36,18 +38,10 @@ def check_division(
     tp: int = 1,  # ranks that share heads and widths
 ):
     "Raise a ValueError if the ranks cannot be divided like this"
-    if pp > 1 and cp * tp > 1:
-        raise ValueError(
-            f'pp={pp}, cp={cp}, tp={tp}: the stages of a pipeline pass on whole sequences; '
-            'leave pp out, or cp and tp'
-        )
-    if min(ep, pp, cp, tp) < 1 or world % (ep * pp * cp * tp):
-        others = f', cp={cp}, tp={tp}' if cp != 1 or tp != 1 else ''
-        product = 'ep*pp*cp*tp' if others else 'ep*pp'
-        raise ValueError(
-            f'ep={ep}, pp={pp}{others}: their product must divide the {world} ranks; '
-            f'use {product} of {", ".join(str(n) for n in range(1, world + 1) if world % n == 0)}'
-        )
+    lay = Layout(world, pp, ep, tp, cp, schedule='1f1b', per_node=world)
+    check_fields(lay)
+    check_ranks(lay)
+    check_stage_parts(lay)
 
 
 def make_mesh(

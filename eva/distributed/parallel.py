@@ -29,12 +29,10 @@ from eva.distributed.context_parallel import (
     share_sequences,
 )
 from .expert_parallel import ExpertParallel, parallelize_experts, shutdown
-from .export import check_layout, export_together, single_process_trainer
+from .export import export_together, single_process_trainer
 from eva.distributed.fsdp import (
     apply_fsdp,
     blocks_of,
-    check_batches,
-    check_dense,
     checkpoint_activations,
     copies_of,
     let_nan_pass,
@@ -54,14 +52,16 @@ from eva.distributed.mesh import (
     write_together_to,
 )
 from .optimizer import ShardedOptimizer
-from .pipeline import Pipeline, stage_to_rank
+from .pipeline import Pipeline
 from .private import default_store, waiting_functions
 from .stragglers import StragglerMonitor
-from .tensor_parallel import check_sequence_division, divide_block
+from .tensor_parallel import divide_block
+from ..layout import Layout
 from ..model.transformer import DeepSeekV3
 from ..moe.experts import MoE
 from ..moe.load_balancing import BALANCE_LOSSES
 from ..moe.router import Router
+from ..trainable import check_packed, check_schedule, check_trainable, layout_of
 from eva.training.checkpointing import (
     latest_checkpoint,
     not_written,
@@ -190,7 +190,7 @@ class Parallel:
         self.device = device
         self.world = dist.get_world_size()
         check_division(self.world, ep, pp, cp, tp)
-        stage_to_rank(schedule, pp)  # refuses a schedule that it does not know
+        check_schedule(Layout(schedule=schedule))
         self.mesh = make_mesh(device, self.world, ep, pp, cp, tp)
         self.data = data_mesh(self.mesh)  # ranks that see different sequences
         self.groups = joined_groups(self.mesh, self.data)
@@ -247,16 +247,14 @@ class Parallel:
         cfg: TrainConfig,  # its batches must be divisible too
     ):
         "Divide a model among the ranks, and construct one that is on the meta device"
-        check_layout(model.cfg)
-        check_dense(model.cfg, self.pp, self.recompute)
-        check_batches(cfg, self.data.size(), self.pp)
-        shards = self.data.size() if self.fsdp else 1
-        check_sequence_division(model.cfg, cfg.seq_len, self.cp, self.tp, shards)
+        check_packed(model.cfg)
+        check_trainable(layout_of(self, cfg), model.cfg, cfg)
         self.gates = {n: len(m.weight) for n, m in model.named_modules() if isinstance(m, Router)}
         let_nan_pass(model)
-        self.pipe = Pipeline(model, self.mesh['pp'], self.schedule) if self.pp > 1 else None
-        if self.pipe:
-            self.pipe.check_schedules(cfg, self.ranks)
+        self.pipe = None
+        if self.pp > 1:
+            self.pipe = Pipeline(model, self.mesh['pp'], self.schedule, cfg.seq_len)
+            self.pipe.check_schedules(cfg, self.data.size())
         if self.pipe and self.pipe.shares:
             self.ends = self._both_ends()
         self.model = model

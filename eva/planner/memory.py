@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALE', 'STATES', 'training_state_bytes', 'selective_activations', 'norm_bytes', 'all_activations',
-           'block_activations', 'activation_bytes', 'block_kinds', 'add_states', 'stage_memory', 'stages_on', 'memory',
-           'expected_devices', 'devices_visited', 'routing_traffic', 'ring', 'zero_traffic', 'communication_bytes']
+           'block_activations', 'activation_bytes', 'block_kinds', 'add_states', 'has_second_embedding', 'stage_memory',
+           'stages_on', 'gathered_bytes', 'memory', 'expected_devices', 'devices_visited', 'routing_traffic', 'ring',
+           'zero_traffic', 'communication_bytes']
 
 # %% ../../nbs/11_planner/02_memory.ipynb #63bb74cf
 import math
@@ -13,7 +14,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..config import Config
+from ..layout import stage_to_rank
 from .layout import GPUS, Layout
+from .schedules import in_flight
 from .stages import layer_counts, stages
 
 if TYPE_CHECKING:  # named in annotations; `eva_plan` does not wait for PyTorch
@@ -26,12 +29,12 @@ SCALE = 4 / 128**2  # bytes per weight: one float32 scale for each block of 128 
 def training_state_bytes(
     n: float,  # parameters on this GPU
     low: float = 0,  # number of these that are stored in FP8 if the precision is fp8
-    precision: str = 'bf16',  # fp32, bf16 or fp8
+    precision: str = 'bf16',  # fp32, bf16, fp16 or fp8
     optimizer_state_dtype: str = 'bf16',  # of AdamW: bf16 or fp32
     shards: float = 1,  # number of GPUs among which ZeRO-1 divides the optimizer state
 ) -> dict[str, float]:  # part -> bytes
     "Return the bytes of weights, gradients and optimizer state of some parameters"
-    weights = dict(fp32=4 * n, bf16=2 * n, fp8=2 * n - low * (1 - SCALE))[precision]
+    weights = dict(fp32=4 * n, bf16=2 * n, fp16=2 * n, fp8=2 * n - low * (1 - SCALE))[precision]
     masters = 0 if precision == 'fp32' else 4 * n  # float32 weights need no master copy
     moment_bytes = dict(bf16=2, fp32=4)[optimizer_state_dtype]
     return dict(
@@ -153,13 +156,17 @@ def add_states(
     routed = counts.get('routed', 0)
     low = counts.get('low', 0)
     dense = split / lay.tp + whole
-    group = lay.dp * lay.tp * lay.copies
     low_dense = (low - routed) * dense / (split + whole)
     experts = routed / lay.ep
-    for name, n, in_fp8, shards in (
-        ('dense', dense, low_dense, lay.dp * lay.copies),
-        ('expert', experts, experts, group / lay.ep),
+    for name, n, in_fp8, copies in (
+        ('dense', dense, low_dense, lay.dp),
+        ('expert', experts, experts, lay.dp * lay.cp * lay.tp / lay.ep),
     ):
+        parts = max(1.0, min(copies, lay.dp / lay.ep if name == 'expert' else lay.dp))
+        if lay.fsdp:  # weights, gradients and moments are divided
+            n, in_fp8, shards = n / parts, in_fp8 / parts, 1.0
+        else:
+            shards = copies * lay.copies if lay.zero1 else 1.0
         states = training_state_bytes(n, in_fp8, lay.precision, lay.optimizer_state_dtype, shards)
         out[f'{name} weights'] += states['weights']
         out[f'{name} gradients'] += states['gradients']
@@ -169,6 +176,17 @@ def add_states(
 STATES = ('dense weights', 'expert weights', 'dense gradients', 'expert gradients', 'optimizer')
 
 # %% ../../nbs/11_planner/02_memory.ipynb #fb27706d
+def has_second_embedding(
+    cfg: Config,  # the model
+    lay: Layout,  # checked
+    stage: list[str],  # kinds of its layers
+) -> bool:
+    "Return whether a stage needs a copy of the embedding that its rank does not have"
+    needs = 'mtp' in stage or ('head' in stage and cfg.tie_word_embeddings)
+    owners = stage_to_rank(lay.schedule, lay.pp)
+    return needs and 'embedding' not in stage and lay.copies == 1 and owners[0] != owners[-1]
+
+
 def stage_memory(
     cfg: Config,  # the model
     lay: Layout,  # checked
@@ -178,8 +196,7 @@ def stage_memory(
     "Return the memory of one pipeline stage"
     counts = layer_counts(cfg)
     out = dict.fromkeys((*STATES, 'activations'), 0.0)
-    second_embedding = 'mtp' in stage and lay.copies == 1 and 'embedding' not in stage
-    for piece in stage + ['embedding'] * second_embedding:
+    for piece in stage + ['embedding'] * has_second_embedding(cfg, lay, stage):
         add_states(out, counts[piece], lay)
     extra = {
         'head': 4 * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers),
@@ -199,7 +216,28 @@ def stages_on(
     if lay.schedule == 'dualpipe':
         half = (lay.pp + 1) / 2
         return [(rank, half), (lay.pp - 1 - rank, half)]
-    return [(rank, min(lay.micro_batches, lay.pp - rank))]
+    if lay.schedule == 'zb1p':
+        return [(rank, min(lay.micro_batches, lay.pp - rank))]
+    return list(in_flight(lay.schedule, lay.pp, lay.micro_batches)[rank].items())
+
+
+def gathered_bytes(
+    cfg: Config,  # the model
+    lay: Layout,  # checked
+    kinds: Iterable[str],  # of the blocks: dense or moe
+) -> float:  # on one GPU
+    "Return the bytes of whole weights that FSDP has at a time: a block, embedding and head"
+    if not lay.fsdp or lay.dp == 1:
+        return 0.0
+    counts = layer_counts(cfg)
+
+    def whole(kind: str) -> float:
+        c = counts[kind]
+        return c.get('split', 0) / lay.tp + c.get('whole', 0) + c.get('routed', 0) / lay.ep
+
+    return (max(map(whole, kinds)) + whole('embedding') + whole('head')) * (
+        4 if lay.precision == 'fp32' else 2
+    )
 
 
 def memory(
@@ -208,7 +246,7 @@ def memory(
 ) -> list[dict[str, float]]:  # for each pipeline rank: part -> bytes on each of its GPUs
     "Return the memory of the GPUs of each pipeline rank"
     lay.check(cfg)
-    cut = stages(cfg, lay.pp, lay.seq)
+    cut = stages(cfg, lay.stages, lay.seq)
     kinds = {o for stage in cut for o in stage} & {'dense', 'moe'}
 
     def largest_block(recompute):
@@ -219,7 +257,8 @@ def memory(
     for rank in range(lay.pp):
         parts = [stage_memory(cfg, lay, cut[s], kept) for s, kept in stages_on(rank, lay)]
         total = {name: sum(part[name] for part in parts) for name in parts[0]}
-        out.append(total | dict(recomputed=working))
+        gathered = gathered_bytes(cfg, lay, kinds)
+        out.append(total | dict(recomputed=working) | (dict(gathered=gathered) if gathered else {}))
     return out
 
 # %% ../../nbs/11_planner/02_memory.ipynb #0d9ea11b
@@ -287,16 +326,29 @@ def zero_traffic(
     cfg: Config,  # the model
     lay: Layout,  # checked
 ) -> dict[str, float]:  # kind -> bytes that one GPU sends
-    "Return the bytes sent for ZeRO-1 in one step"
-    states = [stage_memory(cfg, lay, o, 0) for o in stages(cfg, lay.pp, lay.seq)]
+    "Return the bytes sent in one step to sum gradients and to gather weights, ZeRO-1 or FSDP"
+    kept = Layout(**vars(lay) | dict(fsdp=False))
+    states = [stage_memory(cfg, kept, o, 0) for o in stages(cfg, lay.stages, lay.seq)]
     if lay.copies == 2:
         states = [{k: a[k] + b[k] for k in a} for a, b in zip(states, states[::-1])]
-    dense = max(o['dense weights'] + o['dense gradients'] for o in states)
-    expert = max(o['expert weights'] + o['expert gradients'] for o in states)
+    elif lay.stages > lay.pp:
+        owners = stage_to_rank(lay.schedule, lay.pp)
+        of_rank = [[o for o, r in zip(states, owners) if r == rank] for rank in range(lay.pp)]
+        states = [{k: sum(o[k] for o in own) for k in own[0]} for own in of_rank]
+    # FSDP gathers weights for each forward and backward pass, and sums gradients after each
+    if lay.fsdp:
+        gathers, sums = 2 * lay.micro_batches, lay.micro_batches
+    else:  # copies without ZeRO-1 sum gradients on all GPUs, and gather nothing
+        gathers, sums = (1, 1) if lay.zero1 else (0, 2)
+    dense, expert = (
+        max(gathers * o[f'{kind} weights'] + sums * o[f'{kind} gradients'] for o in states)
+        for kind in ('dense', 'expert')
+    )
     holders = lay.dp * lay.copies
     # holders of the same dense weights in one machine
-    g = math.gcd(lay.dp * lay.tp, lay.per_node) // math.gcd(lay.tp, lay.per_node)
-    same = lay.dp * lay.tp * lay.copies / lay.ep  # GPUs with the same experts
+    part = lay.tp * lay.cp
+    g = math.gcd(lay.dp * part, lay.per_node) // math.gcd(part, lay.per_node)
+    same = lay.dp * part * lay.copies / lay.ep  # GPUs with the same experts
     inside = lay.ep < lay.per_node  # some of them in the same machine
     return dict(
         zero_nvlink=dense * ring(g) + expert * ring(same) * inside,

@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['Operation', 'Entry', 'one_f_one_b_rank', 'order_1f1b', 'DualPipeRank', 'dualpipe_rank', 'order_dualpipe',
-           'operations_of', 'needed_by', 'most_open', 'Simulation', 'simulate', 'bubble_seconds', 'schedule_orders']
+           'operations_of', 'needed_by', 'most_open', 'Simulation', 'simulate', 'bubble_seconds', 'pytorch_orders',
+           'schedule_orders', 'in_flight']
 
 # %% ../../nbs/11_planner/05_schedules.ipynb #8663a32e
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias, cast
+
+from ..layout import PLANNED_SCHEDULES
 
 Operation: TypeAlias = tuple[str, int, int, int]  # kind, direction, stage, micro-batch
 Entry: TypeAlias = Operation | tuple[Operation, Operation]  # of a list: two run together
@@ -171,6 +175,12 @@ class Simulation:
         self.done: dict[Operation, float] = {}
         self.place = [0] * len(orders)
         self.free = [0.0] * len(orders)
+        self.home = {
+            (op[1], op[2]): rank
+            for rank, entries in enumerate(orders)
+            for e in entries
+            for op in operations_of(e)
+        }  # direction and stage -> rank
         self.log: list[list] = [[] for _ in orders]
 
     def start(self, rank: int, group: tuple[Operation, ...]) -> float | None:
@@ -182,7 +192,8 @@ class Simulation:
                 continue
             if need not in self.done:
                 return None
-            starts.append(self.done[need] + self.lag * (need[2] != op[2]))
+            moved = self.home[need[1], need[2]] != rank
+            starts.append(self.done[need] + self.lag * moved)
         return max(starts)
 
     def advance(self, rank: int) -> bool:
@@ -232,7 +243,7 @@ def simulate(
 
 # %% ../../nbs/11_planner/05_schedules.ipynb #de3db1ba
 def bubble_seconds(
-    schedule: str,  # 1f1b, zero_bubble or dualpipe
+    schedule: str,  # 1f1b, zb1p or dualpipe
     pp: int,  # stages
     F: float,  # seconds of a forward pass of one stage
     B: float,  # of a backward pass
@@ -243,17 +254,72 @@ def bubble_seconds(
     together = F + B if pair is None else pair
     return {
         '1f1b': (pp - 1) * (F + B),
-        'zero_bubble': (pp - 1) * (F + B - 2 * W),
+        'zb1p': (pp - 1) * (F + B - 2 * W),
         'dualpipe': (pp // 2 - 1) * (together + B - 3 * W),
     }[schedule]
 
+# %% ../../nbs/11_planner/05_schedules.ipynb #6a2d387c
+def pytorch_orders(
+    schedule: str,  # zero_bubble, zbv or dualpipev
+    pp: int,  # ranks, two stages on each
+    m: int,  # micro-batches
+) -> list[list[Entry]]:  # for each rank its operations
+    "Return the order of work that PyTorch, and so the trainer, gives to each rank"
+    from eva.distributed.private import schedule_actions  # which imports PyTorch
+
+    names = dict(zero_bubble='InterleavedZeroBubble', zbv='ZBVZeroBubble', dualpipev='DualPipeV')
+    kinds = dict(FORWARD='F', BACKWARD_INPUT='I', BACKWARD_WEIGHT='W', FULL_BACKWARD='B')
+    lists = schedule_actions(names[schedule], pp, m, stages=2)
+    if lists is None:
+        raise ValueError(
+            f'schedule={schedule!r}: this release of PyTorch does not list its order; '
+            'use torch 2.11 to 2.14, or plan 1f1b'
+        )
+
+    def entries(actions: list) -> list[Entry]:
+        parts = [o for a in actions if a is not None for o in (a.sub_actions or [a])]
+        return [
+            (kinds[a.computation_type.name], 0, a.stage_index, a.microbatch_index)
+            for a in parts
+            if a.computation_type.name in kinds
+        ]
+
+    return [entries(actions) for actions in lists]
+
 
 def schedule_orders(
-    schedule: str,  # 1f1b, zero_bubble or dualpipe
-    pp: int,  # stages
+    schedule: str,  # one of `eva.layout.SCHEDULES`
+    pp: int,  # pipeline ranks
     m: int,  # micro-batches
 ) -> list[list[Entry]]:  # for each rank its operations
     "Return the order of work of each rank for a schedule"
+    if pp == 1 and schedule not in PLANNED_SCHEDULES:
+        return order_1f1b(1, m)  # there is no pipeline
     if schedule == 'dualpipe':
         return order_dualpipe(pp, m)
-    return order_1f1b(pp, m, schedule == 'zero_bubble')
+    if schedule in ('1f1b', 'zb1p'):
+        return order_1f1b(pp, m, schedule == 'zb1p')
+    return pytorch_orders(schedule, pp, m)
+
+# %% ../../nbs/11_planner/05_schedules.ipynb #a16f2f71
+@lru_cache
+def in_flight(
+    schedule: str,  # one of `eva.layout.SCHEDULES`
+    pp: int,  # pipeline ranks
+    m: int,  # micro-batches
+) -> tuple[dict[int, int], ...]:  # for each rank: stage -> micro-batches
+    "Return the open micro-batches of each stage at the time when its rank has most of them"
+    ran = simulate(schedule_orders(schedule, pp, m), lambda *ops: float(len(ops)))
+    most = []
+    for log in ran['log']:
+        now: dict[int, int] = {}
+        fullest: dict[int, int] = {}
+        for _, _, group in log:
+            for kind, _, stage, _ in group:
+                now[stage] = now.get(stage, 0) + (kind == 'F')
+            if sum(now.values()) > sum(fullest.values()):
+                fullest = dict(now)
+            for kind, _, stage, _ in group:
+                now[stage] -= kind in 'BW'
+        most.append(fullest)
+    return tuple(most)

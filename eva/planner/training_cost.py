@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['COMPUTING', 'SENDING', 'TRAFFIC', 'Assumptions', 'product_seconds', 'exchange_seconds', 'stage_seconds', 'seconds_of',
-           'step_seconds', 'plan', 'table_line', 'gigabytes', 'heading', 'table']
+           'step_seconds', 'plan', 'table_line', 'gigabytes', 'sums_name', 'heading', 'table']
 
 # %% ../../nbs/11_planner/06_training_cost.ipynb #7188f11d
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
+from textwrap import wrap
 from typing import Any
 
 from ..config import Config
@@ -22,6 +23,7 @@ from eva.planner.schedules import (
     simulate,
 )
 from .stages import layer_counts, mean_pairs, stages
+from ..trainable import refusals
 
 # %% ../../nbs/11_planner/06_training_cost.ipynb #d3953ec9
 @dataclass
@@ -30,6 +32,7 @@ class Assumptions:
 
     fp8: float = 0.6  # of FP8 products
     bf16: float = 0.7  # of bfloat16 products
+    fp32: float = 0.7  # of float32 products
     attention: float = 0.5  # of bfloat16, in attention itself
     hbm: float = 0.8  # of the memory's rate, in elementwise work
     nvlink: float = 1.0  # of NVLink's rate
@@ -62,7 +65,9 @@ def product_seconds(
     "Return the seconds of a stage's matrix products for one micro-batch, forward"
     g = GPUS[gpu]
     counts = layer_counts(cfg)
-    low_rate = g.fp8 * a.fp8 if lay.precision == 'fp8' else g.bf16 * a.bf16
+    peak, share = (g.fp32, a.fp32) if lay.precision == 'fp32' else (g.bf16, a.bf16)
+    rate = peak * share
+    low_rate = g.fp8 * a.fp8 if lay.precision == 'fp8' else rate
     uses = {'head': 1 + cfg.num_nextn_predict_layers}
 
     def total(name):
@@ -70,9 +75,9 @@ def product_seconds(
 
     low = total('low_products')
     rest = total('products') - low
-    products = 2 * lay.tokens * (low / low_rate + rest / (g.bf16 * a.bf16))
+    products = 2 * lay.tokens * (low / low_rate + rest / rate)
     pairs = sum(mean_pairs(cfg, counts[o], lay.seq) for o in stage)
-    core = 2 * lay.tokens * pairs / (g.bf16 * a.attention)
+    core = 2 * lay.tokens * pairs / (peak * a.attention)
     up = cfg.num_attention_heads * (
         (cfg.q_lora_rank or 0) * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
         + cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
@@ -156,7 +161,7 @@ def step_seconds(
 ) -> dict[str, float]:  # part -> seconds; the sum is the time of a step
     "Return the time of a training step by part, for an average GPU"
     sent = communication_bytes(cfg, lay)
-    cut = stages(cfg, lay.pp, lay.seq)
+    cut = stages(cfg, lay.stages, lay.seq)
     costs = [stage_seconds(cfg, lay, gpu, a, stage, sent) for stage in cut]
     for cost in costs:
         cost['B'] = {k: cost['I'][k] + cost['W'][k] for k in cost['I']}
@@ -186,6 +191,7 @@ def plan(
     lay: Layout,  # division among GPUs
     gpu: str = 'h800',  # one of GPUS
     assumed: Assumptions | None = None,  # shares of the peaks
+    tcfg: Any = None,  # `TrainConfig` of a run that would use the layout
 ) -> dict[str, Any]:  # all figures that eva_plan prints
     "Return memory, traffic, time and GPU hours of a run"
     if gpu not in GPUS:
@@ -205,7 +211,8 @@ def plan(
         gpu=gpu,
         layout=asdict(lay) | dict(dp=lay.dp, micro_batches=lay.micro_batches),
         assumptions=asdict(a),
-        stages=[len(block_kinds(cfg, stage)) for stage in stages(cfg, lay.pp, lay.seq)],
+        planned_only=refusals(lay, cfg, tcfg),
+        stages=[len(block_kinds(cfg, stage)) for stage in stages(cfg, lay.stages, lay.seq)],
         memory=fullest,
         memory_total=sum(fullest.values()),
         fits=sum(fullest.values()) <= GPUS[gpu].memory,
@@ -241,6 +248,15 @@ def gigabytes(v: float) -> str:
     return f'{v / 1e9:9.2f} GB'
 
 
+def sums_name(
+    p: dict[str, Any],  # from plan
+    name: str,  # of a figure, as for V3's ZeRO-1
+) -> str:
+    "Return the name of a figure in the table: gradients are summed for ZeRO-1, FSDP or copies"
+    lay = p['layout']
+    return name.replace('ZeRO-1', 'FSDP' if lay['fsdp'] else 'ZeRO-1' if lay['zero1'] else 'copies')
+
+
 def heading(
     p: dict[str, Any],  # from plan
 ) -> Iterable[str]:  # lines
@@ -248,7 +264,9 @@ def heading(
     lay = p['layout']
     yield (
         f'{lay["gpus"]} {p["gpu"]}: pp {lay["pp"]} · dp {lay["dp"]} · '
-        f'tp {lay["tp"]}, ep {lay["ep"]}'
+        + (f'cp {lay["cp"]} · ' if lay['cp'] > 1 else '')
+        + f'tp {lay["tp"]}, ep {lay["ep"]}'
+        + (', fsdp' if lay['fsdp'] else '')
     )
     yield (
         f'{lay["schedule"]}, {lay["precision"]}, recompute {lay["recompute"]}, '
@@ -260,6 +278,9 @@ def heading(
     )
     runs = [(n, len(list(same))) for n, same in groupby(p['stages'])]
     yield 'stages: ' + ', '.join(f'{count} of {n} blocks' for n, count in runs)
+    for reason in p['planned_only']:
+        sentence, _, how = reason.replace(': planned only', '').partition('; ')
+        yield from wrap(f'planned only, {sentence}: {how}', 80, subsequent_indent='  ')
 
 # %% ../../nbs/11_planner/06_training_cost.ipynb #ff8dbda7
 def table(
@@ -281,10 +302,14 @@ def table(
             ),
             '',
             'bytes that a GPU sends',
-            *(table_line(TRAFFIC[k], f'{v / 1e6:9.1f} MB') for k, v in p['traffic'].items() if v),
+            *(
+                table_line(sums_name(p, TRAFFIC[k]), f'{v / 1e6:9.1f} MB')
+                for k, v in p['traffic'].items()
+                if v
+            ),
             '',
             'seconds of a step, of an average GPU',
-            *(table_line(k, f'{v:9.3f} s ') for k, v in p['seconds'].items()),
+            *(table_line(sums_name(p, k), f'{v:9.3f} s ') for k, v in p['seconds'].items()),
             table_line('together', f'{p["step_seconds"]:9.3f} s '),
             '',
             table_line('tokens per GPU and second', f'{p["tokens_per_gpu_second"]:9,.0f}   '),
