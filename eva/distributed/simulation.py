@@ -6,7 +6,7 @@
 __all__ = ['simulated_rank', 'divided', 'Box', 'RankPlan', 'boxes_of', 'bytes_of_state', 'plan_rank', 'simulate_ranks',
            'check_collectives', 'check_sends', 'overlap', 'check_boxes', 'check_plans']
 
-# %% ../../nbs/10_distributed/24_simulation.ipynb #5e725588
+# %% ../../nbs/10_distributed/24_simulation.ipynb #bd55931a
 import copy
 import itertools
 import math
@@ -27,7 +27,7 @@ from ..model.transformer import DeepSeekV3
 from ..training.config import DTYPES, TrainConfig
 from ..training.optimizer import memory_keys
 
-# %% ../../nbs/10_distributed/24_simulation.ipynb #6832abfe
+# %% ../../nbs/10_distributed/24_simulation.ipynb #88ecd950
 @contextmanager
 def simulated_rank(
     rank: int,  # that this process is within the context
@@ -50,6 +50,7 @@ def simulated_rank(
 def divided(
     model: DeepSeekV3,  # on the meta device, whole; it is copied
     settings: TrainConfig,  # of the run
+    tries_schedules: bool = True,  # make the schedules of a pipeline, which takes a while?
     **layout: Any,  # arguments of `Parallel`
 ) -> tuple[Parallel, ShardedOptimizer]:  # the strategy with its part of the model, the optimizer
     "Build what the present rank has of a model, without memory"
@@ -61,11 +62,12 @@ def divided(
         )
     parallel.device = 'meta'
     parallel.weights = lambda model: None
+    parallel.tries_schedules = tries_schedules
     parallel.wrap(copy.deepcopy(model), settings)
     parallel.model.to(DTYPES[settings.precision])
     return parallel, parallel.optimizer(parallel.model, settings.lr, settings.muon_lr)
 
-# %% ../../nbs/10_distributed/24_simulation.ipynb #94822250
+# %% ../../nbs/10_distributed/24_simulation.ipynb #3fb48d91
 class Box(NamedTuple):
     "The part of a tensor that a rank holds, and would write into a checkpoint"
 
@@ -137,12 +139,18 @@ def simulate_ranks(
     ranks: Iterable[int] | None = None,  # to simulate; None: all
     **layout: Any,  # arguments of `Parallel`
 ) -> Iterator[RankPlan]:
-    "Be some ranks in turn, and yield what each holds and sends"
-    for rank in range(world) if ranks is None else ranks:
-        with simulated_rank(rank, world):
-            yield plan_rank(model, settings, rows, **layout)
+    """Be some ranks in turn, and yield what each holds and sends
 
-# %% ../../nbs/10_distributed/24_simulation.ipynb #e3ecf159
+    The schedules of a pipeline are made once for the ranks that have the same stages."""
+    tried = set()
+    for rank in range(world) if ranks is None else ranks:
+        place = rank * layout.get('pp', 1) // world
+        with simulated_rank(rank, world):
+            again = place not in tried
+            yield plan_rank(model, settings, rows, tries_schedules=again, **layout)
+        tried.add(place)
+
+# %% ../../nbs/10_distributed/24_simulation.ipynb #185458c1
 def check_collectives(
     plans: list[RankPlan],  # of all ranks
 ):
