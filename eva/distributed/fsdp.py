@@ -127,12 +127,13 @@ def copies_of(
     names = {'dp', 'ep', 'cp', 'tp'}
     own = set(p.device_mesh.mesh_dim_names or ()) if isinstance(p, DTensor) else set()
     own |= {'dp', 'ep'} if 'data' in own else set()
-    copies = math.prod(mesh[name].size() for name in names - own)
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape))
+    copies = math.prod(sizes[name] for name in names - own)
     if isinstance(p, DTensor):
         # A `DTensor` that is whole on some ranks has the same gradient on all of them.
-        sizes = zip(p.device_mesh.shape, p.placements)
-        copies *= math.prod(size for size, placed in sizes if placed.is_replicate())
-    wide = frozenset(name for name in names - own if mesh[name].size() > 1)
+        pairs = zip(p.device_mesh.shape, p.placements)
+        copies *= math.prod(size for size, placed in pairs if placed.is_replicate())
+    wide = frozenset(name for name in names - own if sizes[name] > 1)
     return groups[wide] if wide else None, copies
 
 

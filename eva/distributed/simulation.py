@@ -6,7 +6,7 @@
 __all__ = ['simulated_rank', 'divided', 'Box', 'RankPlan', 'boxes_of', 'bytes_of_state', 'plan_rank', 'simulate_ranks',
            'check_collectives', 'check_sends', 'overlap', 'check_boxes', 'check_plans']
 
-# %% ../../nbs/10_distributed/24_simulation.ipynb #bd55931a
+# %% ../../nbs/10_distributed/24_simulation.ipynb #187fe994
 import copy
 import itertools
 import math
@@ -27,7 +27,7 @@ from ..model.transformer import DeepSeekV3
 from ..training.config import DTYPES, TrainConfig
 from ..training.optimizer import memory_keys
 
-# %% ../../nbs/10_distributed/24_simulation.ipynb #88ecd950
+# %% ../../nbs/10_distributed/24_simulation.ipynb #2ff8696d
 @contextmanager
 def simulated_rank(
     rank: int,  # that this process is within the context
@@ -63,11 +63,10 @@ def divided(
     parallel.device = 'meta'
     parallel.weights = lambda model: None
     parallel.tries_schedules = tries_schedules
-    parallel.wrap(copy.deepcopy(model), settings)
-    parallel.model.to(DTYPES[settings.precision])
+    parallel.wrap(copy.deepcopy(model).to(DTYPES[settings.precision]), settings)
     return parallel, parallel.optimizer(parallel.model, settings.lr, settings.muon_lr)
 
-# %% ../../nbs/10_distributed/24_simulation.ipynb #3fb48d91
+# %% ../../nbs/10_distributed/24_simulation.ipynb #22c81f83
 class Box(NamedTuple):
     "The part of a tensor that a rank holds, and would write into a checkpoint"
 
@@ -150,7 +149,7 @@ def simulate_ranks(
             yield plan_rank(model, settings, rows, tries_schedules=again, **layout)
         tried.add(place)
 
-# %% ../../nbs/10_distributed/24_simulation.ipynb #185458c1
+# %% ../../nbs/10_distributed/24_simulation.ipynb #751c087e
 def check_collectives(
     plans: list[RankPlan],  # of all ranks
 ):
