@@ -4,6 +4,7 @@ A node that is slow, a node that dies, a rank that dies, fewer nodes, a rendezvo
 check, and a job of Slurm.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -109,6 +110,17 @@ def kill(p):
     p.wait()
 
 
+def environment(p, name):
+    "A variable in the environments of the ranks that an agent started"
+    found = []
+    for pid in children(p):
+        with contextlib.suppress(OSError):  # it may just have ended
+            found += re.findall(
+                rf'(?:^|\0){name}=([^\0]*)', Path(f'/proc/{pid}/environ').read_text()
+            )
+    return found
+
+
 def stop(*agents):
     "Kill what still runs"
     for p in agents:
@@ -143,9 +155,10 @@ def test_a_slow_node_is_named_and_the_run_goes_on_without_it(tmp_path):
         while not events(tmp_path):
             assert first.poll() is None and second.poll() is None and time.time() < end
             time.sleep(0.2)
+        when(tmp_path, 6, first, second)  # after a checkpoint
         kill(second)
         lost = len(read_metrics(tmp_path / 'run' / 'metrics.jsonl'))
-        while not started_alone(first):
+        while environment(first, 'WORLD_SIZE') != ['1']:
             assert first.poll() is None and time.time() < end
             time.sleep(0.2)
         when(tmp_path, lost + 5, first)
@@ -161,12 +174,6 @@ def test_a_slow_node_is_named_and_the_run_goes_on_without_it(tmp_path):
     rows = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
     assert [r['step'] for r in rows] == list(range(1, len(rows) + 1))
     assert 'another rank is gone' in err and 'Traceback' not in err, err
-
-
-def started_alone(p):
-    "Is the only rank of an agent one of a run of one rank?"
-    found = [Path(f'/proc/{pid}/environ').read_text() for pid in children(p)]
-    return len(found) == 1 and '\0WORLD_SIZE=1\0' in found[0]
 
 
 def test_a_rendezvous_that_fails_is_one_sentence(capfd):
@@ -317,7 +324,7 @@ def test_a_node_whose_cable_is_pulled_is_named(tmp_path, two_networks):
     try:
         when(tmp_path, 10, *agents)
         time.sleep(25)  # two reports of each rank
-        first = agents[0 if ranks_of(agents[0]) == ['0'] else 1]
+        first = agents[0 if environment(agents[0], 'RANK') == ['0'] else 1]
         assert network('-n', names[1], 'link', 'set', cable[1], 'down')
         start = time.time()
         os.set_blocking(first.stderr.fileno(), False)
@@ -330,12 +337,6 @@ def test_a_node_whose_cable_is_pulled_is_named(tmp_path, two_networks):
         assert 'rank 1 on' in said and took < 60
     finally:
         stop(*agents)
-
-
-def ranks_of(p):
-    "Numbers of the ranks that an agent started"
-    environments = [Path(f'/proc/{pid}/environ').read_text() for pid in children(p)]
-    return re.findall(r'(?:^|\0)RANK=(\d+)', '\0'.join(environments))
 
 
 # ---- Slurm
