@@ -151,7 +151,7 @@ def test_a_slow_node_is_named_and_the_run_goes_on_without_it(tmp_path):
     first = agent(tmp_path, port, 2, '1:2', *options, PACE='0', REPORT='2')
     second = agent(tmp_path, port, 3, '1:2', *options, PACE='0.5', REPORT='2')
     try:
-        end = time.time() + 300
+        end = time.time() + 500
         while not events(tmp_path):
             assert first.poll() is None and second.poll() is None and time.time() < end
             time.sleep(0.2)
