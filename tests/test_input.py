@@ -25,19 +25,23 @@ from eva.fileio.manifest import Manifest
 from eva.training import metric_writers
 from eva.training.checkpointing import read_metrics
 from eva.training.metric_writers import step_numbers
+from eva.training.monitoring import Event
+from eva.training.prefetch import Prefetcher
 from eva.training.step_times import PARTS
 
 SHORT = dict(model=dict(num_hidden_layers=2), batch_size=4, mtp_batch_ratio=1.0)
-BACK = SHORT | dict(
-    spoil=True,
-    steps=48,
-    seq_len=32,
-    save_every=10,
-    on_spike='rewind',
-    lr=0.02,
-    muon_lr=0.02,
-    batch_size_warmup=8 / 48,  # so that the strange windows are those of one step
-)
+# The batch grows at steps 4 and 8; a rewind in between returns to windows of other requests
+BACK = SHORT | dict(steps=12, save_every=3, on_spike='rewind', batch_size_warmup=8 / 12)
+
+
+def back_once(t, step=6):
+    "As if the loss had risen at a step, once"
+
+    def step_ends():
+        due = t.step == step - 1 and not t.rewound
+        return [Event('spike', 'loss 9.0 after 3.0')] if due else []
+
+    t.parallel.step_ends = step_ends
 
 
 def prefetch_threads():
@@ -47,10 +51,12 @@ def prefetch_threads():
 def trained(out, ahead, stop_at=None, **settings):
     "A run with so many batches read ahead, stopped and resumed if asked; its losses"
     t = ranks.trainer(out, **settings)
+    back_once(t)
     t.input.ahead = ahead
     if stop_at:
         t.fit(lambda row: setattr(t, 'stop', 'SIGTERM') if row['step'] == stop_at else None)
         t = ranks.trainer(out, **settings)
+        back_once(t)
         t.input.ahead = ahead
         t.resume()
     t.fit()
@@ -66,7 +72,7 @@ def plainly(tmp_path_factory):
     return plain, losses
 
 
-@pytest.mark.parametrize('stop_at', [None, 17])
+@pytest.mark.parametrize('stop_at', [None, 7])
 def test_runs_read_the_same_with_a_growing_batch_a_rewind_and_a_restart(tmp_path, plainly, stop_at):
     plain, losses = plainly
     t, theirs = trained(tmp_path / 'ahead', 3, stop_at, **BACK)
@@ -87,6 +93,7 @@ def test_the_next_batch_is_read_before_the_step_ends(tmp_path):
     t.train.batch = batch
 
     def watch(row):
+        assert all(thread.daemon for thread in prefetch_threads())
         if row['step'] < 6:
             assert was_read[row['step']].wait(timeout=60), 'nothing is read beside the step'
 
@@ -129,6 +136,18 @@ t.fit()
 """
 
 
+def test_a_reader_that_hangs_does_not_keep_the_loop():
+    "The thread is left behind after a second"
+    hangs = threading.Event()
+    with pytest.raises(KeyboardInterrupt), Prefetcher(lambda i: i and hangs.wait(60), 1) as ahead:
+        ahead.take((0,), [(1,)])
+        start = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - start < 30
+    hangs.set()
+
+
+@pytest.mark.slow
 def test_a_reader_that_hangs_does_not_keep_the_process(tmp_path):
     "The first Ctrl-C asks to stop after the step, the second one ends the process"
     ranks.stream(tmp_path / 'train.npy')
@@ -175,13 +194,14 @@ def test_writers_get_every_step_and_every_rewind(tmp_path, monkeypatch):
     monkeypatch.setattr(metric_writers, 'is_installed', lambda name: True)
     monkeypatch.setattr(Recorder, 'calls', [])
     t = ranks.trainer(tmp_path / 'run', **BACK)
+    back_once(t)
     t.log_to = ['mlflow']
     t.fit()
     found = dict(step for step in Recorder.calls if isinstance(step[0], int))
     assert found == {r['step']: step_numbers(r) for r in read_metrics(t.out / 'metrics.jsonl')}
     assert [c for c in Recorder.calls if isinstance(c[0], str)] == [
         ('open', 0),
-        ('back', 40),
+        ('back', 3),
         ('close', None),
     ]
     assert 'mlflow' in Manifest(t.out).folders and not (t.out / 'tensorboard').exists()

@@ -1,8 +1,10 @@
 """Several agents of torchrun, each on an address or in a network of its own, as on several nodes
 
-A node that dies, a rank that dies, fewer nodes, a check, and a job of Slurm.
+A node that is slow, a node that dies, a rank that dies, fewer nodes, a rendezvous that fails, a
+check, and a job of Slurm.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -16,22 +18,35 @@ import pytest
 from safetensors.torch import load_file
 from test_distributed import ENV, HERE
 
+from eva.distributed.launch import launch
 from eva.training.checkpointing import read_metrics
 
 ROOT = HERE.parent
 SLURM = ROOT / 'tools' / 'slurm'
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='addresses of Linux')
-SMALL = dict(vocab_size=270, steps=240, seq_len=16, batch_size=4, mtp_batch_ratio=1, save_every=4)
-FIXED = dict(precision='fp32', device='cpu', data='text.txt', out='run')
-# A node counts as lost after twelve seconds, and the others wait as long for another one
-SOON = 'join_timeout=300,read_timeout=300,last_call_timeout=12'
+PATHS = ENV | dict(PYTHONPATH=f'{HERE}{os.pathsep}{ENV["PYTHONPATH"]}')
+STEPS = 40
+SMALL = dict(vocab_size=270, steps=STEPS, seq_len=16, batch_size=4, mtp_batch_ratio=1, save_every=4)
+FIXED = dict(precision='fp32', device='cpu', data='text.txt', out='run', on_spike='log')
+FIXED |= dict(lr=0.002, muon_lr=0.002)
+# A node counts as lost after twelve seconds, and the others wait for another one
+SOON = 'join_timeout=300,read_timeout=300,last_call_timeout=4'
 SOON += ',keep_alive_interval=3,keep_alive_max_attempt=4'
+# Steps take so long that a signal comes in time, and longer on the node that is slow
 GO = """
-import sys
+import os, sys, time
 from eva.config import PRESETS
 from sizes import TINY
 PRESETS['mini'] |= TINY
 from eva.cli.train import eva_train
+if 'TORCHELASTIC_RUN_ID' in os.environ:
+    from eva.distributed.parallel import Parallel
+    right = Parallel.gradients
+    def slowly(*args):
+        time.sleep(float(os.environ.get('PACE', 0.1)))
+        return right(*args)
+    Parallel.gradients = slowly
+    Parallel.straggler_seconds = float(os.environ.get('REPORT', 10))
 sys.exit(eva_train())
 """
 
@@ -52,8 +67,8 @@ def arguments(**options):
     return [w for pair in words for w in pair] + [f'--{n}' for n, v in given.items() if v is True]
 
 
-def agent(folder, port, number, nodes, *options, within=(), host='127.0.0', restarts=3):
-    """Start the agent of one node in a session of its own, so that it can be killed with its ranks
+def agent(folder, port, number, nodes, *options, within=(), host='127.0.0', restarts=3, **env):
+    """Start the agent of one node
 
     Node 2 has the store of the rendezvous."""
     address = f'{host}.{number}'
@@ -64,7 +79,7 @@ def agent(folder, port, number, nodes, *options, within=(), host='127.0.0', rest
         + ['--rdzv-conf', f'{SOON},is_host={int(number == 2)}', '--local-addr', address, 'go.py']
         + [*options],
         cwd=folder,
-        env=ENV | dict(PYTHONPATH=f'{HERE}{os.pathsep}{ENV["PYTHONPATH"]}'),
+        env=PATHS | env,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -78,7 +93,7 @@ def when(folder, step, *agents, patience=500):
     while len(read_metrics(folder / 'run' / 'metrics.jsonl')) < step:
         ended = [p.communicate() for p in agents if p.poll() is not None]
         assert not ended and time.time() < end, ended
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def children(p):
@@ -87,15 +102,92 @@ def children(p):
     return [int(pid) for pid in found.stdout.split()]
 
 
+def kill(p):
+    "Kill an agent and its ranks, each of which has a session of its own, as the end of a node does"
+    p.send_signal(signal.SIGSTOP)  # so that no rank is started anew
+    for pid in [*children(p), p.pid]:
+        os.kill(pid, signal.SIGKILL)
+    p.wait()
+
+
+def environment(p, name):
+    "A variable in the environments of the ranks that an agent started"
+    found = []
+    for pid in children(p):
+        with contextlib.suppress(OSError):  # it may just have ended
+            found += re.findall(
+                rf'(?:^|\0){name}=([^\0]*)', Path(f'/proc/{pid}/environ').read_text()
+            )
+    return found
+
+
+def stop(*agents):
+    "Kill what still runs"
+    for p in agents:
+        if p.poll() is None:
+            kill(p)
+
+
 def ended(*agents):
     "Exit codes and what was printed"
     try:
         told = [p.communicate(timeout=600) for p in agents]
     finally:
-        for p in agents:
-            if p.poll() is None:
-                os.killpg(p.pid, signal.SIGKILL)
+        stop(*agents)
     return [(p.returncode, out, err) for p, (out, err) in zip(agents, told)]
+
+
+def events(folder):
+    "What the run logged besides numbers"
+    path = folder / 'run' / 'events.jsonl'
+    rows = read_metrics(path) if path.exists() else []
+    return [row['message'] for row in rows if row['kind'] == 'slow_rank']
+
+
+def test_a_slow_node_is_named_and_the_run_goes_on_without_it(tmp_path):
+    "Of two nodes one is slow, is named, and dies; the other goes on from the checkpoint alone"
+    port = prepared(tmp_path)
+    options = arguments(resume=True, steps=100_000)
+    first = agent(tmp_path, port, 2, '1:2', *options, PACE='0', REPORT='2')
+    second = agent(tmp_path, port, 3, '1:2', *options, PACE='0.5', REPORT='2')
+    try:
+        end = time.time() + 500
+        while not events(tmp_path):
+            assert first.poll() is None and second.poll() is None and time.time() < end
+            time.sleep(0.2)
+        when(tmp_path, 6, first, second)  # after a checkpoint
+        kill(second)
+        lost = len(read_metrics(tmp_path / 'run' / 'metrics.jsonl'))
+        while environment(first, 'WORLD_SIZE') != ['1']:
+            assert first.poll() is None and time.time() < end
+            time.sleep(0.2)
+        when(tmp_path, lost + 5, first)
+        first.send_signal(signal.SIGTERM)
+        ((code, out, err),) = ended(first)
+    finally:
+        stop(first, second)
+    (said,) = {re.sub(r'[\d.]+ times', 'N times', s) for s in events(tmp_path)}
+    assert re.match(r'rank 1 on \S+ takes N times as long as the others', said), said
+    assert code == 128 + signal.SIGTERM, err[-3000:]
+    at = int(re.search(r'going on from step (\d+) of 100000', out)[1])
+    assert lost - 8 <= at <= lost + 1 and 'nothing is lost' in out, out
+    rows = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+    assert [r['step'] for r in rows] == list(range(1, len(rows) + 1))
+    assert 'another rank is gone' in err and 'Traceback' not in err, err
+
+
+def test_a_rendezvous_that_fails_is_one_sentence(capfd):
+    "The second node never comes"
+    conf = ['--rdzv-conf', 'join_timeout=1', '--rdzv-id', 'job', '--nnodes', '2']
+    where = ['--rdzv-backend', 'c10d', '--rdzv-endpoint', '127.0.0.1:0']
+    assert launch([*where, *conf, '--no-python', 'true']) == 1
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith('launch: ')]
+    assert len(said) == 1
+    assert '127.0.0.1:0: no rendezvous of 2 nodes for --rdzv-id job (timeout)' in said[0], said
+    assert said[0].endswith(
+        'start the same command on every node, and see that the first node is '
+        'up and that this port is open'
+    )
 
 
 @pytest.mark.slow
@@ -105,18 +197,17 @@ def test_a_dead_node_leaves_a_run_of_fewer_ranks(tmp_path):
     options = arguments(resume=True)
     first, second = (agent(tmp_path, port, n, '1:2', *options) for n in (2, 3))
     when(tmp_path, 10, first, second)
-    os.killpg(second.pid, signal.SIGKILL)
+    kill(second)
     ((code, out, err),) = ended(first)
-    second.wait()
     assert code == 0, err[-3000:]
-    assert re.search(r'going on from step \d+ of 240', out), out
+    assert re.search(r'going on from step \d+ of 40', out), out
     rows = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
-    assert [r['step'] for r in rows] == list(range(1, 241))
+    assert [r['step'] for r in rows] == list(range(1, STEPS + 1))
     assert 'another rank is gone' in err and 'Traceback' not in err, err
     one = subprocess.run(  # the same run by one process
         [sys.executable, 'go.py', *arguments(out='alone')],
         cwd=tmp_path,
-        env=ENV | dict(PYTHONPATH=f'{HERE}{os.pathsep}{ENV["PYTHONPATH"]}'),
+        env=PATHS,
         capture_output=True,
         text=True,
     )
@@ -136,9 +227,8 @@ def test_a_layout_that_fewer_nodes_cannot_run(tmp_path):
     options = arguments(resume=True, ep=2)
     agents = [agent(tmp_path, port, n, '1:2', *options, restarts=1) for n in (2, 3)]
     when(tmp_path, 10, *agents)
-    os.killpg(agents[1].pid, signal.SIGKILL)
+    kill(agents[1])
     ((code, _, err),) = ended(agents[0])
-    agents[1].wait()
     assert code == 1
     assert err.count('ep=2, pp=1: their product must divide the 1 ranks; use ep*pp of 1') == 1
     assert 'Traceback' not in err, err
@@ -157,7 +247,7 @@ def test_a_dead_rank_is_replaced_on_both_nodes(tmp_path, place):
     assert [code for code, _, _ in told] == [0, 0], told
     assert sum(out.count('going on from step') for _, out, _ in told) == 2
     rows = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
-    assert [r['step'] for r in rows] == list(range(1, 241))
+    assert [r['step'] for r in rows] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
@@ -234,7 +324,7 @@ def test_a_node_whose_cable_is_pulled_is_named(tmp_path, two_networks):
     try:
         when(tmp_path, 10, *agents)
         time.sleep(25)  # two reports of each rank
-        first = agents[0 if ranks_of(agents[0]) == ['0'] else 1]
+        first = agents[0 if environment(agents[0], 'RANK') == ['0'] else 1]
         assert network('-n', names[1], 'link', 'set', cable[1], 'down')
         start = time.time()
         os.set_blocking(first.stderr.fileno(), False)
@@ -246,15 +336,7 @@ def test_a_node_whose_cable_is_pulled_is_named(tmp_path, two_networks):
         print(f'named after {took:.0f} s: {said[-300:]}')
         assert 'rank 1 on' in said and took < 60
     finally:
-        for p in agents:
-            os.killpg(p.pid, signal.SIGKILL)
-            p.wait()
-
-
-def ranks_of(p):
-    "Numbers of the ranks that an agent started"
-    environments = [Path(f'/proc/{pid}/environ').read_text() for pid in children(p)]
-    return re.findall(r'(?:^|\0)RANK=(\d+)', '\0'.join(environments))
+        stop(*agents)
 
 
 # ---- Slurm
@@ -308,7 +390,7 @@ def test_a_job_of_slurm(tmp_path):
     path = f'{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ["PATH"]}'
     slurm = dict(SLURM_JOB_NODELIST='127.0.0.[2-3]', SLURM_JOB_ID='7', SLURM_JOB_NUM_NODES='2')
     env = ENV | slurm | dict(PATH=path, EVA_SCRIPTS=str(SLURM), EVA_PORT=str(port), EVA_RANKS='1')
-    env |= dict(PYTHONPATH=f'{HERE}{os.pathsep}{ENV["PYTHONPATH"]}')
+    env |= dict(PYTHONPATH=PATHS['PYTHONPATH'])
     for again in (False, True):
         done = subprocess.run(
             ['bash', SLURM / 'train.sbatch', *arguments()],
