@@ -36,11 +36,6 @@ def check_division(
     tp: int = 1,  # ranks that share heads and widths
 ):
     "Raise a ValueError if the ranks cannot be divided like this"
-    if pp > 1 and cp * tp > 1:
-        raise ValueError(
-            f'pp={pp}, cp={cp}, tp={tp}: the stages of a pipeline pass on whole sequences; '
-            'leave pp out, or cp and tp'
-        )
     if min(ep, pp, cp, tp) < 1 or world % (ep * pp * cp * tp):
         others = f', cp={cp}, tp={tp}' if cp != 1 or tp != 1 else ''
         product = 'ep*pp*cp*tp' if others else 'ep*pp'

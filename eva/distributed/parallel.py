@@ -254,9 +254,10 @@ class Parallel:
         check_sequence_division(model.cfg, cfg.seq_len, self.cp, self.tp, shards)
         self.gates = {n: len(m.weight) for n, m in model.named_modules() if isinstance(m, Router)}
         let_nan_pass(model)
-        self.pipe = Pipeline(model, self.mesh['pp'], self.schedule) if self.pp > 1 else None
-        if self.pipe:
-            self.pipe.check_schedules(cfg, self.ranks)
+        self.pipe = None
+        if self.pp > 1:
+            self.pipe = Pipeline(model, self.mesh['pp'], self.schedule, self.sequence)
+            self.pipe.check_schedules(cfg, self.data.size())
         if self.pipe and self.pipe.shares:
             self.ends = self._both_ends()
         self.model = model
@@ -283,11 +284,11 @@ class Parallel:
 
     def _both_ends(self) -> dist.ProcessGroup:
         "Return the ranks of first and last stage that hold the same part of the embedding"
-        first, *_, last = self.mesh.mesh.flatten(1).tolist()
+        stages = self.mesh.mesh.flatten(1, 2).flatten(2)  # (pp, data ranks, sequence ranks)
+        ends = stages[[0, -1]].transpose(0, 1).flatten(1)
         if not self.fsdp:
-            return dist.new_group(first + last)
-        pairs = [dist.new_group(list(pair)) for pair in zip(first, last)]
-        return pairs[self.place]
+            return dist.new_group(ends.flatten().tolist())
+        return [dist.new_group(members.tolist()) for members in ends][self.place]
 
     def check_precision(self, precision: str):
         "Accept every precision"
@@ -306,7 +307,8 @@ class Parallel:
         "Return the group that holds copies of a parameter's part, and the number of copies"
         if self.pipe and self.pipe.shares and name == 'model.embed_tokens.weight':
             # MTP's copy is the same weight
-            return self.ends, 2 if hasattr(p, 'placements') else 2 * self.ranks
+            copies = self.cp * self.tp if hasattr(p, 'placements') else self.ranks
+            return self.ends, 2 * copies
         return copies_of(p, self.mesh, self.groups)
 
     def _group(self, *dims: str) -> dist.ProcessGroup | None:

@@ -6,13 +6,10 @@
 __all__ = ['AddAuxiliaryLoss', 'StepLosses', 'losses_of_states']
 
 # %% ../../nbs/10_distributed/09_stage_losses.ipynb #c808e1dd
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 
 from ..model.transformer import DeepSeekV3
-from ..moe.load_balancing import BALANCE_LOSSES
 from ..training.evaluation import document_ids
 from ..training.step import MicroBatch, StepShares
 
@@ -36,7 +33,7 @@ class StepLosses:
 
     def __init__(
         self,
-        trainer,  # has the attributes cfg, meter and mixed
+        trainer,  # has the attributes cfg, meter, mixed and parallel
         shares: StepShares,  # totals of the step
         micro_batches: int,  # number in the step, on all data ranks
         mtp_weight: float,  # lambda
@@ -49,6 +46,7 @@ class StepLosses:
         self.n = micro_batches
         self.mtp_weight = mtp_weight
         self.seen: list[Tensor] = []
+        self.balance_loss = trainer.parallel.balance_loss(self.cfg.balance_over)
 
     def part(
         self,
@@ -66,8 +64,9 @@ class StepLosses:
         self.meter.routings = []
         if not routings:
             return None
-        balance_loss = BALANCE_LOSSES[self.cfg.balance_over]
-        terms = [len(r.scores) / sequences * balance_loss(r.scores, r.indices) for r in routings]
+        terms = [
+            len(r.scores) / sequences * self.balance_loss(r.scores, r.indices) for r in routings
+        ]
         return self.cfg.balance_weight / self.n * sum(terms)
 
     def balanced(self, h: Tensor) -> Tensor:
@@ -94,8 +93,11 @@ def losses_of_states(
     def given_states(*args, **kw):
         return states
 
-    instance = cast(Any, model)  # an attribute of the instance hides the method for one call
-    instance.hidden = given_states
+    # An attribute of the instance hides the method for one call. Where ranks share sequences, the
+    # attribute of `share_sequences` stands there.
+    instance = vars(model)
+    before = instance.get('hidden')
+    instance['hidden'] = given_states
     try:
         return model.losses(
             part.tokens,
@@ -106,4 +108,6 @@ def losses_of_states(
             loss_mask=part.loss_mask,
         )
     finally:
-        del instance.hidden
+        del instance['hidden']
+        if before is not None:
+            instance['hidden'] = before
