@@ -49,7 +49,11 @@ from .optimizer import ShardedOptimizer
 from .pipeline import Pipeline, stage_to_rank
 from .private import default_store, waiting_functions
 from .stragglers import StragglerMonitor
-from .tensor_parallel import check_sequence_division, divide_block
+from eva.distributed.tensor_parallel import (
+    check_sequence_division,
+    check_tensor_precision,
+    divide_block,
+)
 from .together import Together, all_loads, figures_of_ranks, share_evaluation
 from ..model.transformer import DeepSeekV3
 from ..moe.experts import MoE
@@ -185,7 +189,8 @@ class Parallel(Together):
         return [dist.new_group(members.tolist()) for members in ends][self.place]
 
     def check_precision(self, precision: str):
-        "Accept every precision"
+        "Refuse FP8 with tensor parallelism"
+        check_tensor_precision(precision, self.tp)
 
     def optimizer(self, *args, **kw) -> ShardedOptimizer:
         "Return an optimizer of this rank's weights; arguments as for `MixedPrecisionOptimizer`"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WholeInput', 'WholeInputOf', 'TensorParallelMLA', 'divide_mlp', 'divide_block', 'check_sequence_division',
-           'tensor_traffic']
+           'check_tensor_precision', 'tensor_traffic']
 
 # %% ../../nbs/10_distributed/14_tensor_parallel.ipynb #bda5def7
 import math
@@ -136,6 +136,18 @@ def check_sequence_division(
                 f'tp={tp}, fsdp=True: {name}={size} does not divide among {shards} data ranks; '
                 'use fsdp=False, or another number of data ranks'
             )
+
+
+def check_tensor_precision(
+    precision: str,  # of the run
+    tp: int,  # ranks that share heads and widths
+):
+    "Raise a `ValueError` for FP8 with divided weights"
+    if precision == 'fp8' and tp > 1:
+        raise ValueError(
+            f'precision=fp8, tp={tp}: the layers of FP8 multiply by whole weights; '
+            'use bf16, or cp in place of tp'
+        )
 
 # %% ../../nbs/10_distributed/14_tensor_parallel.ipynb #cbb8f7ad
 def tensor_traffic(
