@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GatherPositions', 'SequenceRanks', 'Stripe', 'SequencePart', 'SequenceMLA', 'PartOfWindows', 'part_of_windows',
            'hidden_of_part', 'losses_of_part', 'mtp_losses_of_part', 'share_sequences', 'balance_loss_of_part',
-           'evaluate_part', 'latent_traffic']
+           'inputs_and_targets', 'evaluate_part', 'latent_traffic']
 
 # %% ../../nbs/10_distributed/13_context_parallel.ipynb #af848496
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from ..attention.mla import MLA, expanded_attention
 from ..attention.rope import rope_cos_sin
 from ..config import Config
-from .fsdp import blocks_of
 from .private import all_gather_single, reduce_scatter_single
 from ..kernels.linear import widest
 from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..model.block import TransformerBlock
 from ..model.mtp import TrainingWindows, window_loss
 from ..model.transformer import DeepSeekV3, positions_and_mask
 from ..training.evaluation import document_mask_ids
@@ -276,7 +276,7 @@ def share_sequences(
     ranks: SequenceRanks,  # that share the sequences
 ):
     "Let a model compute the states and losses of this rank's positions"
-    for block in blocks_of(model):
+    for block in [module for module in model.modules() if isinstance(module, TransformerBlock)]:
         if not isinstance(block.self_attn, SequenceMLA):
             block.self_attn = SequenceMLA(block.self_attn)
     instance: Any = model  # attributes of the instance hide the methods
@@ -303,6 +303,17 @@ def balance_loss_of_part(
     return (f * P).sum(-1).mean()
 
 # %% ../../nbs/10_distributed/13_context_parallel.ipynb #4548404d
+def inputs_and_targets(
+    rows: Tensor,  # windows (batch, seq + 1)
+    on: Tensor | None,  # the tokens that count (batch, seq), None for all
+    ranks: SequenceRanks | None,  # that share the sequences; None: this rank alone
+) -> tuple[Tensor, Tensor]:  # tokens that are read, and to be predicted, -100 where none counts
+    "Return what is read and what is predicted, padded until the positions can be divided"
+    targets = rows[:, 1:] if on is None else rows[:, 1:].masked_fill(~on, -100)
+    missing = 0 if ranks is None else -targets.shape[1] % (ranks.size * ranks.chunks)
+    return F.pad(rows[:, :-1], (0, missing)), F.pad(targets, (0, missing), value=-100)
+
+
 def evaluate_part(
     model: DeepSeekV3,  # the same on all ranks of a sequence
     ranks: SequenceRanks,  # that share the sequences
@@ -311,10 +322,7 @@ def evaluate_part(
     on: Tensor | None = None,  # the tokens that count (batch, seq), None for all
 ) -> float:  # nats, the same on all ranks
     "Return the summed loss of some windows, each rank computing its positions"
-    targets = rows[:, 1:] if on is None else rows[:, 1:].masked_fill(~on, -100)
-    missing = -targets.shape[1] % (ranks.size * ranks.chunks)
-    inputs = F.pad(rows[:, :-1], (0, missing))
-    targets = F.pad(targets, (0, missing), value=-100)
+    inputs, targets = inputs_and_targets(rows, on, ranks)
     seen = document_mask_ids(model, inputs, mask_documents)
     part = SequencePart(model.cfg, ranks, inputs, None, torch.float32)
     h = model.hidden(inputs, document_ids=seen)

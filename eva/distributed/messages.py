@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from .expert_parallel import ExpertParallel
 from .optimizer import ShardedOptimizer
 from .parallel import Parallel
-from .stage_sharding import sharding_group
+from .stage_sharding import sharding_of
 from ..moe.router import Router
 from ..training.config import DTYPES, TrainConfig
 from ..training.muon import orthogonal_dtype
@@ -112,7 +112,7 @@ def sharding_exchanges(
             p.device_mesh.mesh_dim_names or ()
         ):
             continue
-        ranks = members(sharding_group(p))
+        ranks = members(sharding_of(p).group)
         size = (len(ranks) - 1) * chunk_numbers(p, len(ranks))
         sums = 1 if once else passes(name)
         gathers = 1 if once else 2 * units(name)

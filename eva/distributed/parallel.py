@@ -54,7 +54,13 @@ from ..model.transformer import DeepSeekV3
 from ..moe.experts import MoE
 from ..moe.load_balancing import BALANCE_LOSSES
 from ..moe.router import Router
-from ..trainable import check_packed, check_schedule, check_trainable, layout_of
+from eva.trainable import (
+    check_packed,
+    check_schedule,
+    check_tensor_precision,
+    check_trainable,
+    layout_of,
+)
 from ..training.config import TrainConfig
 from ..training.monitoring import Event
 from eva.training.step_times import (
@@ -148,7 +154,7 @@ class Parallel(Together):
         let_nan_pass(model)
         self.pipe = None
         if self.pp > 1:
-            self.pipe = Pipeline(model, self.mesh['pp'], self.schedule, cfg.seq_len)
+            self.pipe = Pipeline(model, self.mesh['pp'], self.schedule, cfg.seq_len, self.sequence)
             if self.tries_schedules:
                 self.pipe.check_schedules(cfg, self.data.size())
         if self.pipe and self.pipe.shares:
@@ -177,14 +183,15 @@ class Parallel(Together):
 
     def _both_ends(self) -> dist.ProcessGroup:
         "Return the ranks of first and last stage that hold the same part of the embedding"
-        first, *_, last = self.mesh.mesh.flatten(1).tolist()
+        stages = self.mesh.mesh.flatten(1, 2).flatten(2)  # (pp, data ranks, sequence ranks)
+        ends = stages[[0, -1]].transpose(0, 1).flatten(1)
         if not self.fsdp:
-            return dist.new_group(first + last)
-        pairs = [dist.new_group(list(pair)) for pair in zip(first, last)]
-        return pairs[self.place]
+            return dist.new_group(ends.flatten().tolist())
+        return [dist.new_group(members.tolist()) for members in ends][self.place]
 
     def check_precision(self, precision: str):
-        "Accept every precision"
+        "Refuse FP8 with tensor parallelism"
+        check_tensor_precision(precision, self.tp)
 
     def optimizer(self, *args, **kw) -> ShardedOptimizer:
         "Return an optimizer of this rank's weights; arguments as for `MixedPrecisionOptimizer`"
@@ -200,7 +207,8 @@ class Parallel(Together):
         "Return the group that holds copies of a parameter's part, and the number of copies"
         if self.pipe and self.pipe.shares and name == 'model.embed_tokens.weight':
             # MTP's copy is the same weight
-            return self.ends, 2 if hasattr(p, 'placements') else 2 * self.ranks
+            copies = self.cp * self.tp if hasattr(p, 'placements') else self.ranks
+            return self.ends, 2 * copies
         return copies_of(p, self.mesh, self.groups)
 
     def _group(self, *dims: str) -> dist.ProcessGroup | None:
