@@ -616,7 +616,7 @@ def test_the_list_costs_a_step_nothing(tmp_path, monkeypatch):
             '_save',
             lambda self, *args, **kw: count.append(self.path) or save(self, *args, **kw),
         )
-        with RunLog(folder, board=False) as log:
+        with RunLog(folder, log_to=[]) as log:
             for i in range(1, steps + 1):
                 log.write(dict(step=i, loss=1.0 / i, expert_load=[[1, 2, 3]] * 4))
                 if i % (steps // 3) == 0:
