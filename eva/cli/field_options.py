@@ -160,7 +160,7 @@ def add_file_options(
     p.add_argument(
         '--print_config',
         nargs='?',
-        const='',
+        const=True,
         choices=('json', 'yaml'),
         help='print the full file that the run would use, and do not train',
     )

@@ -146,6 +146,8 @@ def check_ranks_of_run(
     try:
         ranks = started_ranks()
         if args.gpus not in (None, ranks):
+            if args.gpus < 1:
+                raise ValueError(f'gpus={args.gpus}: must be a positive integer')
             raise ValueError(
                 f'gpus={args.gpus}: torchrun started {ranks} of them; start it with '
                 f'--nproc-per-node {args.gpus} on one machine, or add --gpus {ranks}'
@@ -297,7 +299,8 @@ def print_config(
 ) -> None:
     "Print the full file that a run would use, in the form of --print_config or of --config"
     is_yaml = args.config is not None and args.config.suffix in ('.yaml', '.yml')
-    form = args.print_config or ('yaml' if is_yaml else 'json')
+    form = 'yaml' if is_yaml else 'json'
+    form = form if args.print_config is True else args.print_config
     print(run_config_text(run_config(args, *run_settings(args, scan=True)), form), end='')
 
 # %% ../../nbs/15_cli/09_train.ipynb #4f473379
