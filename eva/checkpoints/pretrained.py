@@ -272,8 +272,7 @@ def stored_dtype(
     if len(counts) < 2:
         return next(iter(counts), torch.bfloat16)
     named = about.get('dtype') or about.get('torch_dtype')
-    known = {str(t).removeprefix('torch.'): t for t in FLOAT_TYPES}
-    chosen = known.get(named) if isinstance(named, str) else None
+    chosen = {str(t).removeprefix('torch.'): t for t in FLOAT_TYPES}.get(str(named))
     if chosen is None:
         return max(counts, key=lambda t: (t.itemsize, counts[t]))
     found = ', '.join(f'{n} in {str(t).removeprefix("torch.")}' for t, n in counts.items())
@@ -333,11 +332,8 @@ def _left_over(names, used, cfg):
         names = names - set(images)
     # Files of A.X-K1 hold its third norm in dense layers too, where nothing uses it.
     spare = REPEATED + (('post_mlp_layernorm.weight',) if cfg.post_mlp_layernorm else ())
-    extra = sorted(
-        name
-        for name in names - tied
-        if not name.endswith(spare) and name.removesuffix('_scale_inv') not in used
-    )
+    scales = {f'{name}_scale_inv' for name in used}
+    extra = sorted(name for name in names - tied - scales if not name.endswith(spare))
     indexer = next((name for name in extra if '.indexer.' in name), None)
     if indexer:
         raise ValueError(
@@ -367,24 +363,19 @@ def _read(pieces, want, ck, block, dtype, device):
         piece = piece.to(device, torch.float32 if name.endswith(FLOAT32_SUFFIXES) else dtype)
         if not index:
             return piece
-        if out is None:
-            out = torch.empty(want.shape, dtype=piece.dtype, device=piece.device)
+        out = piece.new_empty(want.shape) if out is None else out
         out[index] = piece
     return out
 
 
 def _check_there(name, ck):
     "Raise an error for a tensor that the files do not hold"
-    if name not in ck and '.indexer.' in name:
-        raise ValueError(
-            f'{name}: missing, and config.json gives this layer a whole indexer; '
-            'check indexer_types and index_topk, or fetch the files again'
-        )
-    if name not in ck:
-        raise ValueError(
-            f'{name}: missing; check num_hidden_layers, first_k_dense_replace '
-            f'and n_routed_experts in config.json, or fetch the files again'
-        )
+    if name in ck:
+        return
+    wrong = 'missing; check num_hidden_layers, first_k_dense_replace and n_routed_experts'
+    if '.indexer.' in name:
+        wrong = 'missing, for a layer with a whole indexer; check indexer_types and index_topk'
+    raise ValueError(f'{name}: {wrong} in config.json, or fetch the files again')
 
 
 def _check_form(name, ck, dtype, shape, want):

@@ -232,9 +232,8 @@ class Trainer:
             return self.parallel.evaluate_batch(self.model, rows, self.cfg.mask_documents, learned)
 
         at_a_time = self.cfg.micro_batch * self.parallel.ranks
-        return quick_estimate(
-            evaluate_batch, self.held_out, self.cfg.seq_len, at_a_time, self.device
-        )
+        text = self.held_out, self.cfg.seq_len
+        return quick_estimate(evaluate_batch, *text, at_a_time, self.device)
 
     def save(self):
         """Write a checkpoint of this step and remove the oldest beyond `keep_checkpoints`
@@ -281,8 +280,7 @@ class Trainer:
         "Load weights, optimizer state, detector, monitor, precision and random states"
         self.guard.load_state_dict(state.get('watch', AnomalyDetector().state_dict()))
         if self.monitor is not None:
-            writes = self.parallel.rank == 0
-            self.monitor.load_state_dict(state.get('monitor') if writes else None)
+            self.monitor.load_state_dict(None if self.parallel.rank else state.get('monitor'))
         self.meter.reset()
         self.opt.load_state_dict(tensors)
         for name, buffer in self.model.named_buffers():
@@ -387,8 +385,7 @@ class Trainer:
         "Respond to the events of a step, and log the response"
         step = self.step
         events = self.events
-        action = self.recovery_action()
-        done = action
+        done = action = self.recovery_action()
         if action == 'rewind':
             try:
                 done = self.rewind()
