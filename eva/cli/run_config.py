@@ -247,7 +247,7 @@ def layout_of_run(
     sizes = {name: 1 if size is None else size for name, size in sizes.items()}
     local = os.environ.get('LOCAL_WORLD_SIZE') if started_ranks() > 1 else None
     return Layout(
-        gpus=gpus or started_ranks(),
+        gpus=started_ranks() if gpus is None else gpus,
         **sizes,
         fsdp=sizes['pp'] == 1 if args.fsdp is None else args.fsdp,
         batch=tcfg.batch_size,

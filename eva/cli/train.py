@@ -91,6 +91,10 @@ def prepare_trainer(
     model = start_model(cfg, {} if begun else about, tcfg.seed, device, parallel)
     if parallel is None:
         learn_sparse(model, (tcfg, train, held), {} if begun else about, say)
+        if args.recompute == 'full':
+            from eva.distributed.fsdp import blocks_of, checkpoint_activations
+
+            checkpoint_activations(blocks_of(model))
     t = Trainer(model, train, held, tcfg, out, parallel)
     if exists:
         say(t.resume())
