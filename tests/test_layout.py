@@ -153,8 +153,10 @@ def command(work, *argv):
     return code, out.getvalue(), err.getvalue()
 
 
-SMALL = '--preset tiny --hidden_size 48 --num_hidden_layers 3 --steps 3 --seq_len 16'.split()
-SMALL += '--batch_size 2 --vocab_size 300 --precision fp32 --weight_decay 0.2 --fim 0.5'.split()
+SMALL = (
+    '--preset tiny --hidden_size 48 --num_hidden_layers 3 --steps 3 --seq_len 16 --batch_size 2 '
+    '--vocab_size 300 --precision fp32 --weight_decay 0.2 --fim 0.5 --data a.txt'
+)
 
 
 def test_a_run_repeats_from_its_file(tmp_path, monkeypatch):
@@ -162,9 +164,9 @@ def test_a_run_repeats_from_its_file(tmp_path, monkeypatch):
         ''.join(f'def f{i}(x):\n    return x + {i}\n' for i in range(999))
     )
     monkeypatch.chdir(tmp_path)
-    code, printed, err = command(eva_train, *SMALL, '--data', 'a.txt', '--print_config')
+    code, printed, err = command(eva_train, *SMALL.split(), '--print_config')
     assert code == 0 and not (tmp_path / 'runs').exists(), err
-    assert command(eva_train, *SMALL, '--data', 'a.txt', '--out', 'one')[0] == 0
+    assert command(eva_train, *SMALL.split(), '--out', 'one')[0] == 0
     assert (tmp_path / 'one' / 'run_config.json').read_text() == printed
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
