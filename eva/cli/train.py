@@ -147,6 +147,8 @@ def check_ranks_of_run(
     alone = 'TORCHELASTIC_RUN_ID' not in os.environ
     if alone and any((getattr(args, name) or 1) > 1 for name in ('ep', 'pp', 'tp', 'cp')):
         return  # `parallel_of` says how to start several ranks
+    if args.init is not None and not (args.init / 'config.json').exists():
+        return  # what reads the checkpoint says what is missing
     try:
         ranks = started_ranks()
         if args.gpus not in (None, ranks):

@@ -141,8 +141,8 @@ class Parallel(Together):
         cfg: TrainConfig,  # its batches must be divisible too
     ):
         "Divide a model among the ranks, and construct one that is on the meta device"
+        check_packed(model.cfg)
         check_trainable(layout_of(self, cfg), model.cfg, cfg)
-        check_packed(model.cfg)  # by one rank under torchrun too
         self.gates = {n: len(m.weight) for n, m in model.named_modules() if isinstance(m, Router)}
         let_nan_pass(model)
         self.pipe = None
