@@ -16,8 +16,10 @@ from sizes import TINY
 from eva.checkpoints.files import SafetensorsFolder
 from eva.cli.common import guarded
 from eva.cli.convert import eva_convert
+from eva.cli.field_options import CHOICES as FIELD_WORDS
+from eva.cli.field_options import MODEL_ARGUMENTS, TRAIN_CONFIG_ARGUMENTS
 from eva.cli.train import eva_train
-from eva.cli.train_arguments import train_parser
+from eva.cli.train_arguments import check_arguments_again, started_with, train_parser
 from eva.config import Config
 from eva.training.checkpointing import checkpoints, read_metrics
 from eva.training.recovery import DivergedError
@@ -130,13 +132,23 @@ MAY_CHANGE = {
     'out',
     'resume',
     'check',
+    'config',
+    'print_config',
     'device',
+    'gpus',
+    'per_node',
     'ep',
     'pp',
+    'tp',
+    'cp',
     'schedule',
     'fsdp',
     'recompute',
-}  # where, and on how many processes
+    'prefetch',
+    'log_to',
+    'profile',
+    'peak_tflops',
+}  # where, on how many processes, and what is seen of it
 STARTED = dict(
     preset='mini',
     data='lines',
@@ -198,6 +210,25 @@ DEFAULTS = dict(
 )
 
 
+def generated(run):
+    "Fields of the model and of the settings of a run without an option in STARTED, by name"
+    about = json.loads((run / 'run.json').read_text())
+    names = {*MODEL_ARGUMENTS, *TRAIN_CONFIG_ARGUMENTS} - STARTED.keys()
+    return {name: started_with(name, about) for name in sorted(names)}
+
+
+def changed(name, value):
+    "Another value of a field"
+    if isinstance(value, bool):
+        return not value
+    if name in FIELD_WORDS:
+        return next(word for word in FIELD_WORDS[name] if word != value)
+    if isinstance(value, (int, float)):
+        return value + 1
+    others = dict(model_type='deepseek_v2', rope_scaling='{"type": "yarn"}', indexer_types='full')
+    return others.get(name, 7)
+
+
 def flags(options):
     "Options as they stand on a command line"
     return [
@@ -206,7 +237,7 @@ def flags(options):
         for word in (
             [f'--{"" if value else "no-"}{name}']
             if isinstance(value, bool)
-            else [f'--{name}', str(value)]
+            else [f'--{name}', json.dumps(value) if isinstance(value, dict) else str(value)]
         )
     ]
 
@@ -244,7 +275,8 @@ def finished(tmp_path_factory):
 def test_each_option_again(finished, monkeypatch):
     monkeypatch.chdir(finished)
     options = {action.dest for action in train_parser()._actions} - {'help'}
-    assert options == STARTED.keys() | {'init', 'sparse'} | MAY_CHANGE, (
+    fields = generated(finished / 'given')
+    assert options == STARTED.keys() | {'init', 'sparse', 'model'} | MAY_CHANGE | fields.keys(), (
         'say here whether a new option may change when a run is resumed'
     )
     for name, value in STARTED.items():
@@ -255,6 +287,8 @@ def test_each_option_again(finished, monkeypatch):
         code, out, err = resumed(run, **{name: value})
         assert code == 0 and 'this run is finished' in out and not err, (name, err)
     assert resumed('given', **STARTED)[0] == 0
+    fields = generated(finished / 'given')
+    assert resumed('given', **STARTED, **fields)[0] == 0  # the others all at once
     for name, value in dict(device='cpu', schedule='zbv', fsdp=True, recompute=True).items():
         assert resumed('given', **{name: value})[0] == 0, name
 
@@ -277,6 +311,15 @@ def test_each_option_changed(finished, monkeypatch):
                 and err.count('\n') == 1
                 and f'a run goes on as it was started, and not with --{name} ' in err
             ), (run, name, err)
+    about = json.loads((finished / 'given' / 'run.json').read_text())
+    for name, value in generated(finished / 'given').items():
+        args = train_parser().parse_args(flags({name: changed(name, value)}))
+        with pytest.raises(ValueError, match=f'and not with --{name} '):
+            check_arguments_again(finished / 'given', args, about)
+    code, _, err = resumed('given', hidden_size=32, weight_decay=0.3)
+    assert code == 2 and 'not with --hidden_size 32 (was: 16), --weight_decay 0.3 (was: 0.1)' in err
+    code, _, err = resumed('given', model='given')
+    assert code == 2 and '--model' in err
     code, _, err = resumed('begun', init='plain')
     assert code == 2 and f'--init {finished / "plain"} (was: {finished / "given"})' in err
     assert {p: p.stat().st_mtime_ns for p in finished.rglob('*') if p.is_file()} == before

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NONE', 'CHOICES', 'FROM_TOKENIZER', 'MODEL_ARGUMENTS', 'TRAIN_CONFIG_ARGUMENTS', 'DataField', 'source_fields',
-           'add_field_options', 'given_fields', 'add_model_and_settings', 'add_file_options']
+           'add_field_options', 'given_fields', 'add_model_and_settings', 'add_file_options', 'add_processes',
+           'add_sight']
 
 # %% ../../nbs/15_cli/21_field_options.ipynb #6def15c8
 import argparse
@@ -15,6 +16,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..layout import RECOMPUTE, TRAINED_SCHEDULES
 
 # %% ../../nbs/15_cli/21_field_options.ipynb #3e56ee09
 class DataField(NamedTuple):
@@ -160,7 +163,84 @@ def add_file_options(
     p.add_argument(
         '--print_config',
         nargs='?',
-        const='',
+        const=True,
         choices=('json', 'yaml'),
         help='print the full file that the run would use, and do not train',
+    )
+
+# %% ../../nbs/15_cli/21_field_options.ipynb #920a727e
+def add_processes(
+    p: argparse.ArgumentParser,  # of eva_train
+) -> None:
+    "Add the options for parallel training"
+    many = p.add_argument_group(
+        'many processes',
+        'torchrun --standalone --nproc-per-node N --max-restarts 3 --no-python eva_train …',
+    )
+    many.add_argument(
+        '--check',
+        action='store_true',
+        help='train nothing: check that all ranks see each other and --out, measure the network, '
+        'and exit with 1 for a fault',
+    )
+    for name, text in dict(
+        ep='ranks that share the experts (default: 1)',
+        pp='ranks that share the layers (default: 1)',
+        tp='ranks that share the heads and widths of attention and dense layers (default: 1)',
+        cp='ranks that share the positions of a sequence (default: 1)',
+        gpus='all ranks, for eva_plan; torchrun must have started as many (default: as many)',
+        per_node='ranks of a machine (default: as torchrun started, or 8)',
+    ).items():
+        many.add_argument(f'--{name}', type=int, metavar='N', help=text)
+    many.add_argument(
+        '--schedule', choices=TRAINED_SCHEDULES, help='of the pipeline (default: 1f1b)'
+    )
+    many.add_argument(
+        '--fsdp',
+        action=argparse.BooleanOptionalAction,
+        help='divide all other weights among ranks too (default: yes, unless there is a pipeline)',
+    )
+    many.add_argument(
+        '--recompute',
+        nargs='?',
+        const='full',
+        choices=RECOMPUTE,
+        help='keep fewer activations, and compute them again: none (default), or full where no '
+        'word follows; selective can only be planned',
+    )
+
+# %% ../../nbs/15_cli/21_field_options.ipynb #80b1391f
+def add_sight(
+    p: argparse.ArgumentParser,  # of eva_train
+) -> None:
+    "Add the options for reading ahead, for other tools' metrics, and for seeing where time goes"
+    add = p.add_argument_group('input and sight').add_argument
+    add(
+        '--prefetch',
+        type=int,
+        default=2,
+        metavar='N',
+        help='steps whose batches are read ahead (default: 2; 0: none)',
+    )
+    add(
+        '--log_to',
+        nargs='*',
+        choices=('tensorboard', 'wandb', 'mlflow'),
+        help='tools whose files the metrics are also written to, without a network: '
+        'tensorboard, wandb and mlflow (default: tensorboard, if it is installed; '
+        'without a name: none)',
+    )
+    add(
+        '--profile',
+        type=int,
+        metavar='N',
+        help='trace N steps of each rank into OUT/traces, for https://ui.perfetto.dev, '
+        'and print the operators that take most time',
+    )
+    add(
+        '--peak_tflops',
+        type=float,
+        metavar='X',
+        help='peak rate of one device, for the utilisation in the metrics '
+        '(default: that of a known GPU; of a CPU, what it reaches in a matrix product)',
     )

@@ -148,7 +148,9 @@ def planned_run(
         run.preset = args.preset
     cfg, tcfg = run_settings(run)
     sizes = [getattr(run, name) or 1 for name in ('pp', 'tp', 'cp', 'ep')]
-    lay = layout_of(args, layout_of_run(run, tcfg, run.gpus or math.prod(sizes)))
+    lay = layout_of(
+        args, layout_of_run(run, tcfg, math.prod(sizes) if run.gpus is None else run.gpus)
+    )
     tcfg = replace(
         tcfg,
         batch_size=lay.batch,

@@ -247,7 +247,7 @@ def layout_of_run(
     sizes = {name: 1 if size is None else size for name, size in sizes.items()}
     local = os.environ.get('LOCAL_WORLD_SIZE') if started_ranks() > 1 else None
     return Layout(
-        gpus=gpus or started_ranks(),
+        gpus=started_ranks() if gpus is None else gpus,
         **sizes,
         fsdp=sizes['pp'] == 1 if args.fsdp is None else args.fsdp,
         batch=tcfg.batch_size,
@@ -324,8 +324,8 @@ def run_settings(
     args: argparse.Namespace,  # from train_parser, with the values of --config
     scan: bool = False,  # look into the data, for conversations?
 ) -> 'tuple[Config, TrainConfig]':
-    "Return model and settings of a new run before its data are read; tokens are the preset's"
-    from eva.cli.train_arguments import train_settings
+    "Return model and settings before data are read; the vocabulary of a task is the preset's"
+    from eva.cli.train_arguments import DEFAULT_VOCAB_SIZE, train_settings
     from eva.cli.train_data import task_settings
     from eva.config import Config
 
@@ -333,7 +333,9 @@ def run_settings(
     if args.init is None and any(o.startswith('synthetic:') for o in sources):
         return model_config(args), task_settings(args, sources)
     if args.init is None:
-        return model_config(args), train_settings(args, 'text')
+        tokens = dict(vocab_size=args.vocab_size or DEFAULT_VOCAB_SIZE)
+        tokens |= dict(bos_token_id=0, eos_token_id=1)
+        return model_config(args, **tokens), train_settings(args, 'text')
     from eva.cli.run_folder import read_data
     from eva.cli.train_init import with_indexers
 

@@ -91,6 +91,10 @@ def prepare_trainer(
     model = start_model(cfg, {} if begun else about, tcfg.seed, device, parallel)
     if parallel is None:
         learn_sparse(model, (tcfg, train, held), {} if begun else about, say)
+        if args.recompute == 'full':
+            from eva.distributed.fsdp import blocks_of, checkpoint_activations
+
+            checkpoint_activations(blocks_of(model))
     t = Trainer(model, train, held, tcfg, out, parallel)
     if exists:
         say(t.resume())
@@ -143,9 +147,13 @@ def check_ranks_of_run(
     alone = 'TORCHELASTIC_RUN_ID' not in os.environ
     if alone and any((getattr(args, name) or 1) > 1 for name in ('ep', 'pp', 'tp', 'cp')):
         return  # `parallel_of` says how to start several ranks
+    if args.init is not None and not (args.init / 'config.json').exists():
+        return  # what reads the checkpoint says what is missing
     try:
         ranks = started_ranks()
         if args.gpus not in (None, ranks):
+            if args.gpus < 1:
+                raise ValueError(f'gpus={args.gpus}: must be a positive integer')
             raise ValueError(
                 f'gpus={args.gpus}: torchrun started {ranks} of them; start it with '
                 f'--nproc-per-node {args.gpus} on one machine, or add --gpus {ranks}'
@@ -297,7 +305,8 @@ def print_config(
 ) -> None:
     "Print the full file that a run would use, in the form of --print_config or of --config"
     is_yaml = args.config is not None and args.config.suffix in ('.yaml', '.yml')
-    form = args.print_config or ('yaml' if is_yaml else 'json')
+    form = 'yaml' if is_yaml else 'json'
+    form = form if args.print_config is True else args.print_config
     print(run_config_text(run_config(args, *run_settings(args, scan=True)), form), end='')
 
 # %% ../../nbs/15_cli/09_train.ipynb #4f473379

@@ -18,8 +18,9 @@ from eva.cli.field_options import (
     TRAIN_CONFIG_ARGUMENTS,
     add_file_options,
     add_model_and_settings,
+    add_processes,
+    add_sight,
 )
-from ..layout import RECOMPUTE, TRAINED_SCHEDULES
 
 if TYPE_CHECKING:  # for annotations only, so that `--help` does not import PyTorch
     from eva.training.config import TrainConfig
@@ -39,8 +40,8 @@ def train_parser() -> argparse.ArgumentParser:  # of eva_train
     _add_sizes(p)
     _add_rates(p)
     _add_incidents(p)
-    _add_processes(p)
-    _add_sight(p)
+    add_processes(p)
+    add_sight(p)
     add_model_and_settings(p)
     return p
 
@@ -229,83 +230,6 @@ def _add_incidents(
         '--device',
         choices=('auto', 'cpu', 'cuda'),
         help='where to train (default: cuda where there is one, else cpu)',
-    )
-
-# %% ../../nbs/15_cli/03_train_arguments.ipynb #920a727e
-def _add_processes(
-    p: argparse.ArgumentParser,  # of eva_train
-) -> None:
-    "Add the options for parallel training"
-    many = p.add_argument_group(
-        'many processes',
-        'torchrun --standalone --nproc-per-node N --max-restarts 3 --no-python eva_train …',
-    )
-    many.add_argument(
-        '--check',
-        action='store_true',
-        help='train nothing: check that all ranks see each other and --out, measure the network, '
-        'and exit with 1 for a fault',
-    )
-    for name, text in dict(
-        ep='ranks that share the experts (default: 1)',
-        pp='ranks that share the layers (default: 1)',
-        tp='ranks that share the heads and widths of attention and dense layers (default: 1)',
-        cp='ranks that share the positions of a sequence (default: 1)',
-        gpus='all ranks, for eva_plan; torchrun must have started as many (default: as many)',
-        per_node='ranks of a machine (default: as torchrun started, or 8)',
-    ).items():
-        many.add_argument(f'--{name}', type=int, metavar='N', help=text)
-    many.add_argument(
-        '--schedule', choices=TRAINED_SCHEDULES, help='of the pipeline (default: 1f1b)'
-    )
-    many.add_argument(
-        '--fsdp',
-        action=argparse.BooleanOptionalAction,
-        help='divide all other weights among ranks too (default: yes, unless there is a pipeline)',
-    )
-    many.add_argument(
-        '--recompute',
-        nargs='?',
-        const='full',
-        choices=RECOMPUTE,
-        help='keep fewer activations, and compute them again: none (default), or full where no '
-        'word follows; selective can only be planned',
-    )
-
-# %% ../../nbs/15_cli/03_train_arguments.ipynb #80b1391f
-def _add_sight(
-    p: argparse.ArgumentParser,  # of eva_train
-) -> None:
-    "Add the options for reading ahead, for other tools' metrics, and for seeing where time goes"
-    add = p.add_argument_group('input and sight').add_argument
-    add(
-        '--prefetch',
-        type=int,
-        default=2,
-        metavar='N',
-        help='steps whose batches are read ahead (default: 2; 0: none)',
-    )
-    add(
-        '--log_to',
-        nargs='*',
-        choices=('tensorboard', 'wandb', 'mlflow'),
-        help='tools whose files the metrics are also written to, without a network: '
-        'tensorboard, wandb and mlflow (default: tensorboard, if it is installed; '
-        'without a name: none)',
-    )
-    add(
-        '--profile',
-        type=int,
-        metavar='N',
-        help='trace N steps of each rank into OUT/traces, for https://ui.perfetto.dev, '
-        'and print the operators that take most time',
-    )
-    add(
-        '--peak_tflops',
-        type=float,
-        metavar='X',
-        help='peak rate of one device, for the utilisation in the metrics '
-        '(default: that of a known GPU; of a CPU, what it reaches in a matrix product)',
     )
 
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #e536e4c1

@@ -237,6 +237,7 @@ class Pipeline:
         windows = torch.empty(cfg.micro_batch, length, dtype=torch.int64)
         for size in sorted({cfg.sequences(i + 1) - cfg.sequences(i) for i in range(cfg.steps)}):
             self.schedule(windows, size // ranks // cfg.micro_batch)
+        self.made.clear()  # the model may be on the meta device yet
 
     def gradients(
         self,
