@@ -8,7 +8,7 @@ __all__ = ['AddAuxiliaryLoss', 'StepLosses', 'LookUp', 'hiding', 'losses_of_stat
 # %% ../../nbs/10_distributed/09_stage_losses.ipynb #c808e1dd
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,7 @@ def losses_of_states(
     mask_documents: bool = False,  # may tokens not look into other documents?
 ) -> list[Tensor]:  # mean over these tokens: the main loss, then one for each MTP depth
     "Return the model's losses computed from given states of its last layer"
-    embed = cast(nn.Module, model.model['embed_tokens'])  # read by MTP only
+    embed = model.model['embed_tokens']  # read by MTP only
 
     def look_up(tokens: Tensor) -> Tensor:
         return LookUp.apply(states, tokens, [embed.weight])
