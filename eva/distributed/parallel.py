@@ -54,7 +54,6 @@ from ..model.transformer import DeepSeekV3
 from ..moe.experts import MoE
 from ..moe.load_balancing import BALANCE_LOSSES
 from ..moe.router import Router
-<<<<<<< HEAD
 from eva.trainable import (
     check_packed,
     check_schedule,
@@ -62,9 +61,6 @@ from eva.trainable import (
     check_trainable,
     layout_of,
 )
-=======
-from ..trainable import check_packed, check_schedule, check_trainable, layout_of
->>>>>>> w-lay
 from ..training.config import TrainConfig
 from ..training.monitoring import Event
 from eva.training.step_times import (
