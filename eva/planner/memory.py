@@ -224,9 +224,11 @@ def stages_on(
 def gathered_bytes(
     cfg: Config,  # the model
     lay: Layout,  # checked
-    kinds: Iterable[str],  # of the blocks: dense or moe
+    pieces: Iterable[str],  # kinds of the layers of a pipeline rank
 ) -> float:  # on one GPU
-    "Return the bytes of whole weights that FSDP has at a time: a block, embedding and head"
+    """Return the bytes of whole weights that FSDP has at a time
+
+    These are a block, embedding and head; in a pipeline all layers of the rank."""
     if not lay.fsdp or lay.dp == 1:
         return 0.0
     counts = layer_counts(cfg)
@@ -235,9 +237,11 @@ def gathered_bytes(
         c = counts[kind]
         return c.get('split', 0) / lay.tp + c.get('whole', 0) + c.get('routed', 0) / lay.ep
 
-    return (max(map(whole, kinds)) + whole('embedding') + whole('head')) * (
-        4 if lay.precision == 'fp32' else 2
-    )
+    size = 4 if lay.precision == 'fp32' else 2
+    sizes = [whole(piece) for piece in pieces]
+    if lay.pp > 1:
+        return size * sum(sizes)
+    return size * (max(sizes) + whole('embedding') + whole('head'))
 
 
 def memory(
@@ -257,7 +261,8 @@ def memory(
     for rank in range(lay.pp):
         parts = [stage_memory(cfg, lay, cut[s], kept) for s, kept in stages_on(rank, lay)]
         total = {name: sum(part[name] for part in parts) for name in parts[0]}
-        gathered = gathered_bytes(cfg, lay, kinds)
+        pieces = [o for s, _ in stages_on(rank, lay) for o in cut[s]] if lay.pp > 1 else kinds
+        gathered = gathered_bytes(cfg, lay, pieces)
         out.append(total | dict(recomputed=working) | (dict(gathered=gathered) if gathered else {}))
     return out
 
@@ -335,9 +340,10 @@ def zero_traffic(
         owners = stage_to_rank(lay.schedule, lay.pp)
         of_rank = [[o for o, r in zip(states, owners) if r == rank] for rank in range(lay.pp)]
         states = [{k: sum(o[k] for o in own) for k in own[0]} for own in of_rank]
-    # FSDP gathers weights for each forward and backward pass, and sums gradients after each
+    # FSDP gathers weights for each forward and backward pass, and sums gradients after each; in a
+    # pipeline it does both once a step
     if lay.fsdp:
-        gathers, sums = 2 * lay.micro_batches, lay.micro_batches
+        gathers, sums = (1, 1) if lay.pp > 1 else (2 * lay.micro_batches, lay.micro_batches)
     else:  # copies without ZeRO-1 sum gradients on all GPUs, and gather nothing
         gathers, sums = (1, 1) if lay.zero1 else (0, 2)
     dense, expert = (
