@@ -16,7 +16,7 @@ from eva.cli.plan import eva_plan, plan_parser, planned_run
 from eva.cli.run_config import apply_run_file, run_settings
 from eva.cli.train import check_ranks_of_run, eva_train, parallel_of
 from eva.cli.train_arguments import train_parser
-from eva.layout import SCHEDULES
+from eva.layout import SCHEDULES, TRAINED_SCHEDULES
 from eva.model.initialization import meta_model
 from eva.planner.training_cost import plan
 from eva.published_families import FAMILIES
@@ -235,3 +235,24 @@ def test_every_field_is_an_option():
         if field.name not in ('bos_token_id', 'eos_token_id'):  # of the tokenizer
             assert isinstance(options.get(field.name), argparse.Action), field.name
             assert options[field.name].help, field.name
+
+
+def test_schedules_accept_the_numbers_that_pytorch_accepts(tmp_path):
+    model = TINY | dict(num_hidden_layers=4, n_group=1, topk_group=1, num_experts_per_tok=2)
+    for schedule in TRAINED_SCHEDULES:
+        for number in (1, 2, 3, 4, 5):
+            file = dict(
+                model=model,
+                training=dict(steps=1, batch_size=number, micro_batch=1, seq_len=16),
+                layout=dict(pp=2, schedule=schedule),
+            )
+            path = tmp_path / 'run.json'
+            path.write_text(json.dumps(file))
+            args = train_parser().parse_args(['--config', str(path)])
+            apply_run_file(args)
+            with ranks_of(2):
+                refused = sentence(lambda args=args: check_ranks_of_run(args))[1]
+                with pytest.MonkeyPatch.context() as patch:  # what does PyTorch say alone?
+                    patch.setattr('eva.distributed.parallel.check_trainable', lambda *o: None)
+                    by_pytorch = sentence(lambda args=args: built(args))[1]
+            assert bool(refused) == bool(by_pytorch), (schedule, number, refused, by_pytorch)
