@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
@@ -12,14 +13,14 @@ from sizes import TINY
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from eva.cli.plan import eva_plan, plan_parser, planned_run
-from eva.cli.run_config import apply_run_file, layout_of_run, run_settings
-from eva.cli.train import check_ranks_of_run, eva_train
+from eva.cli.run_config import apply_run_file, run_settings
+from eva.cli.train import check_ranks_of_run, eva_train, parallel_of
 from eva.cli.train_arguments import train_parser
-from eva.distributed.parallel import Parallel
-from eva.layout import SCHEDULES
+from eva.layout import SCHEDULES, TRAINED_SCHEDULES
 from eva.model.initialization import meta_model
 from eva.planner.training_cost import plan
 from eva.published_families import FAMILIES
+from eva.trainable import layout_of
 
 PACKED = next(name for name, family in FAMILIES.items() if family.packs_experts)
 
@@ -88,6 +89,7 @@ def ranks_of(world):
         patch.setenv('TORCHELASTIC_RUN_ID', 'test')
         patch.setenv('WORLD_SIZE', str(world))
         patch.setenv('LOCAL_WORLD_SIZE', str(world))
+        patch.setattr('eva.distributed.parallel.connect', lambda *args: None)
         dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=world)
         try:
             yield
@@ -95,12 +97,10 @@ def ranks_of(world):
             dist.destroy_process_group()
 
 
-def built(args, world):
+def built(args):
     "The ranks' strategy with a divided model, as the trainer makes it; its errors are raised"
     cfg, tcfg = run_settings(args)
-    lay = layout_of_run(args, tcfg)
-    sizes = {name: getattr(lay, name) for name in ('ep', 'pp', 'tp', 'cp', 'fsdp', 'schedule')}
-    parallel = Parallel(recompute=lay.recompute == 'full', **sizes)
+    parallel = parallel_of(args)
     parallel.wrap(meta_model(cfg), tcfg)
     return parallel
 
@@ -132,12 +132,13 @@ def test_planner_and_trainer_accept_the_same(count, tmp_path):
             packed = file['model'].get('model_type') == PACKED and world == 1
             if selective or packed:
                 continue
-            parallel, by_trainer = sentence(lambda: built(args, world))
+            parallel, by_trainer = sentence(lambda: built(args))
             assert bool(by_trainer) == bool(refused), (i, file, world, refused, by_trainer)
             if parallel is not None:
                 cfg, lay, tcfg = found
                 p = plan(cfg, lay, tcfg=tcfg)
                 assert not p['planned_only']
+                assert replace(layout_of(parallel, tcfg), per_node=lay.per_node) == lay, (i, file)
                 assert p['stages'] == planned_blocks(parallel, cfg), (i, file)
     assert said[''] > count / 4
     known = {'gpus', 'ep', 'pp', 'schedule', 'recompute', 'index_topk', 'model_type', 'batch', 'tp'}
@@ -234,3 +235,24 @@ def test_every_field_is_an_option():
         if field.name not in ('bos_token_id', 'eos_token_id'):  # of the tokenizer
             assert isinstance(options.get(field.name), argparse.Action), field.name
             assert options[field.name].help, field.name
+
+
+def test_schedules_accept_the_numbers_that_pytorch_accepts(tmp_path):
+    model = TINY | dict(num_hidden_layers=4, n_group=1, topk_group=1, num_experts_per_tok=2)
+    for schedule in TRAINED_SCHEDULES:
+        for number in (1, 2, 3, 4):
+            file = dict(
+                model=model,
+                training=dict(steps=1, batch_size=number, micro_batch=1, seq_len=16),
+                layout=dict(pp=2, schedule=schedule),
+            )
+            path = tmp_path / 'run.json'
+            path.write_text(json.dumps(file))
+            args = train_parser().parse_args(['--config', str(path)])
+            apply_run_file(args)
+            with ranks_of(2):
+                refused = sentence(lambda args=args: check_ranks_of_run(args))[1]
+                with pytest.MonkeyPatch.context() as patch:  # what does PyTorch say alone?
+                    patch.setattr('eva.distributed.parallel.check_trainable', lambda *o: None)
+                    by_pytorch = sentence(lambda args=args: built(args))[1]
+            assert bool(refused) == bool(by_pytorch), (schedule, number, refused, by_pytorch)

@@ -230,7 +230,7 @@ def test_a_layout_that_fewer_nodes_cannot_run(tmp_path):
     kill(agents[1])
     ((code, _, err),) = ended(agents[0])
     assert code == 1
-    assert err.count('ep=2, pp=1: their product must divide the 1 ranks; use ep*pp of 1') == 1
+    assert err.count('ep=2: must divide the 1 replicas of a stage') == 1
     assert 'Traceback' not in err, err
 
 
