@@ -70,6 +70,8 @@ def built(case, out):
     parallel = Parallel(**case['parallel'])
     init = case.get('source')
     about = dict(init=str(out / init), model=cfg.to_dict()) if init else {}
+    if case.get('allowance'):  # groups have threads, whose stacks count too: not before
+        limited(case['allowance'])
     model = start_model(cfg, about, SEED, parallel=parallel)
     if case.get('fault') == 'whole':
         materialize(model)
@@ -137,8 +139,6 @@ def run(out, case):
         about = resumed(case, out)
     else:
         before = measured()
-        if case.get('allowance'):
-            limited(case['allowance'])
         try:
             model = built(case, out)
         except (RuntimeError, MemoryError) as e:

@@ -91,7 +91,7 @@ def compare(out, found, cases, tolerance, of_gradients=None):
     for c in cases:
         everyone = found[c['name']]
         theirs = everyone[0]['rows']
-        assert len(theirs) == len(rows) == 20
+        assert len(theirs) == len(rows) == settings.get('steps', 20)
         for key in ('loss', 'grad_norm', 'mtp_loss', 'val_loss'):
             off = max(abs(a[key] - b[key]) for a, b in zip(rows, theirs) if key in a)
             print(f'{c["name"]:24} {dtype} {key}: {off:.1e}')
