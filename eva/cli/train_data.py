@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .common import Say, device_of
-from .run_config import model_config
+from .run_config import layout_of_run, model_config
 from .train_arguments import DEFAULT_VOCAB_SIZE, train_settings
 from .train_init import start_token
 from .train_memory import check_memory
@@ -69,7 +69,7 @@ def new_small_run(
     )
     tok = _tokenizer_of([d.text for d in to_train], args.vocab_size or DEFAULT_VOCAB_SIZE, say)
     cfg = model_config(args, vocab_size=tok.get_vocab_size(), bos_token_id=0, eos_token_id=1)
-    check_memory(cfg, tcfg, device_of(args))
+    check_memory(cfg, tcfg, device_of(args), layout_of_run(args, tcfg))
     clear_folder(args.out / 'tokens', manifest)
     add_eos_token = args.add_eos_token is not False
     eos = 1 if add_eos_token else None
@@ -162,7 +162,7 @@ def new_corpus_run(
     whole = data.sources == ['stdlib']
     cfg, tok = start or _model_of_texts(args, (d.text for d in data.documents(whole)), preset)
     end, add_eos_token = _end_token(args, cfg, fim)
-    check_memory(cfg, tcfg, device_of(args))
+    check_memory(cfg, tcfg, device_of(args), layout_of_run(args, tcfg))
     clear_folder(args.out / 'tokens', manifest)
     train, held = tokenise(
         args.out / 'tokens',
@@ -250,7 +250,7 @@ def new_answers_run(
     from eva.generation.chat_templates import ChatTemplate
 
     tcfg = train_settings(args, 'answers')
-    check_memory(cfg, tcfg, device_of(args))
+    check_memory(cfg, tcfg, device_of(args), layout_of_run(args, tcfg))
     bos = start_token(args, cfg)
     end = next(iter(cfg.eos_token_ids), bos)  # pads rows
     given = ChatTemplate.of(args.init)
@@ -320,7 +320,7 @@ def new_task_run(
     length = test.tokens.shape[1]
     tcfg = task_settings(args, data)
     cfg = model_config(args, vocab_size=test.vocab_size, bos_token_id=0, eos_token_id=1)
-    check_memory(cfg, tcfg, device_of(args))
+    check_memory(cfg, tcfg, device_of(args), layout_of_run(args, tcfg))
     windows = tcfg.sequences(tcfg.steps) + 1  # one more for shifted targets
     count = min(
         windows * tcfg.seq_len // length + 1 + cfg.num_nextn_predict_layers,
