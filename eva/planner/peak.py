@@ -106,7 +106,7 @@ def walk(
 ) -> dict[str, float]:  # part -> bytes at the peak
     "Return the bytes of a micro-batch at the fullest moment of its two passes"
     now = dict(activations=0.0, scores=0.0, gradients=0.0, logits=0.0, working=0.0)
-    most = now
+    most = dict(now)
 
     def look(**more: float) -> None:
         nonlocal most
@@ -165,7 +165,7 @@ def walk_schedule(
     "Return the most that a pipeline rank holds of its micro-batches"
     now = dict(activations=0.0, scores=0.0, logits=0.0, working=0.0, gradients=0.0)
     summed = set()  # stages that have gradients
-    most = now
+    most = dict(now)
     for kind, _, stage, number in [o for entry in order for o in operations_of(entry)]:
         one = passes[stage, number < ahead]
         split = kind == 'I' and stage > 0  # the first stage does all of it in its last pass
@@ -220,7 +220,7 @@ def pipeline_memory(
         for learns in (False, True):
             segments = stage_segments(run, cut[s], min(run.sequences, ahead) * learns)
             passes[s, learns] = stage_pass(segments, row, sizes)
-    first = -(-ahead // run.sequences)
+    first = int(-(-ahead // run.sequences))
     order = schedule_orders(lay.schedule, lay.pp, lay.micro_batches)[rank]
     out = walk_schedule(order, passes, first)
     # every micro-batch has a buffer for what is received, in each direction
