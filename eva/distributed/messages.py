@@ -122,7 +122,7 @@ def sharding_exchanges(
         nbytes = sums * size * summed.element_size()
         yield Exchange('reduce-scatter', ranks, 'gradients', sums, nbytes)
 
-
+# %% ../../nbs/10_distributed/24_messages.ipynb #f3f60e69
 def copy_exchanges(
     opt: ShardedOptimizer,  # of this rank
 ) -> Iterator[Exchange]:
@@ -177,7 +177,7 @@ def figure_exchanges(
     for ranks, what, nbytes in sums:
         yield Exchange('all-reduce', ranks, what, 1, ring_bytes(nbytes, len(ranks)))
 
-
+# %% ../../nbs/10_distributed/24_messages.ipynb #7b2e5490
 def micro_batches_of(
     parallel: Parallel,  # of this rank
     settings: TrainConfig,  # of the run

@@ -112,7 +112,7 @@ def bytes_of_state(
     masters = 0 if settings.precision == 'fp32' else gradients
     return dict(weights=weights, gradients=gradients, optimizer=masters + moments)
 
-
+# %% ../../nbs/10_distributed/25_simulation.ipynb #49b6d46e
 def plan_rank(
     model: DeepSeekV3,  # on the meta device, whole
     settings: TrainConfig,  # of the run
@@ -185,7 +185,7 @@ def check_sends(
                         f'there, but stages {stages[ranks[1]]}'
                     )
 
-
+# %% ../../nbs/10_distributed/25_simulation.ipynb #cf6ffe18
 def overlap(
     a: Box,  # of a tensor
     b: Box,  # another one of the same tensor
