@@ -13,7 +13,7 @@ from sizes import TINY
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from eva.cli.plan import eva_plan, plan_parser, planned_run
-from eva.cli.run_config import apply_run_file, run_settings
+from eva.cli.run_config import apply_run_file, layout_of_run, run_settings
 from eva.cli.train import check_ranks_of_run, eva_train, parallel_of
 from eva.cli.train_arguments import train_parser
 from eva.layout import SCHEDULES, TRAINED_SCHEDULES
@@ -256,3 +256,22 @@ def test_schedules_accept_the_numbers_that_pytorch_accepts(tmp_path):
                     patch.setattr('eva.distributed.parallel.check_trainable', lambda *o: None)
                     by_pytorch = sentence(lambda args=args: built(args))[1]
             assert bool(refused) == bool(by_pytorch), (schedule, number, refused, by_pytorch)
+
+
+def test_options_of_the_planner_win_over_the_file(tmp_path):
+    "A preset replaces the model of the file, and sizes change the defaults that depend on them"
+    for text, argv in (
+        ('model: {preset: mini, hidden_size: 96}', ['--preset', 'tiny']),
+        ('model: {preset: tiny}', ['--pp', '2']),
+        ('model: {preset: tiny}', ['--pp', '2', '--fsdp']),
+        ('model: {preset: tiny}\nlayout: {gpus: 4, ep: 2}', ['--ep', '4']),
+    ):
+        path = tmp_path / 'run.yaml'
+        path.write_text(text)
+        cfg, lay, _ = planned_run(plan_parser().parse_args(['--config', str(path), *argv]))
+        run = train_parser().parse_args(['--config', str(path), *argv])
+        apply_run_file(run)
+        wanted, tcfg = run_settings(run)
+        assert cfg == wanted
+        run.gpus = lay.gpus
+        assert lay == layout_of_run(run, tcfg, lay.gpus), (text, argv)

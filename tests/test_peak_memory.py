@@ -97,10 +97,9 @@ def test_answers_fit_and_are_accepted():
     found = layouts_that_fit(cfg, tcfg, lay, 'cpu', have)
     assert 1 <= len(found) <= 3
     for text in found:
-        pairs = (part.split('=') for part in text.split(' and '))
-        change = {
-            n: int(v) if v.isdecimal() else dict(True_=True).get(v + '_', v) for n, v in pairs
-        }
+        pairs = (part.replace('seq_len', 'seq').split('=') for part in text.split(' and '))
+        words = {'True': True, 'False': False}
+        change = {n: int(v) if v.isdecimal() else words.get(v, v) for n, v in pairs}
         other = replace(lay, **change)
         wanted = replace(
             tcfg, micro_batch=other.micro_batch, seq_len=other.seq, precision=other.precision

@@ -142,10 +142,12 @@ def planned_run(
     "Return model, layout and settings that eva_train would use, or raise its error"
     from eva.trainable import check_trainable
 
-    run = train_parser().parse_args(['--config', str(args.config)])
+    preset = [] if args.preset is None else ['--preset', args.preset]
+    run = train_parser().parse_args(['--config', str(args.config), *preset])
     apply_run_file(run)
-    if args.preset is not None:
-        run.preset = args.preset
+    for name in ('pp', 'tp', 'cp', 'ep', 'fsdp'):  # the defaults of others depend on them
+        if (given := getattr(args, name)) is not None:
+            setattr(run, name, given)
     cfg, tcfg = run_settings(run)
     sizes = [getattr(run, name) or 1 for name in ('pp', 'tp', 'cp', 'ep')]
     lay = layout_of(

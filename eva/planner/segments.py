@@ -221,7 +221,7 @@ def output_bytes(
     d, n, m = cfg.hidden_size, cfg.num_attention_heads, cfg.moe_intermediate_size
     q, c = cfg.q_lora_rank or 0, cfg.kv_lora_rank
     heads = n * (2 * cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
-    attention = 2 * q + 2 * c + cfg.qk_rope_head_dim + heads / run.lay.tp + 2 * d
+    attention = 2 * q + 2 * c + cfg.qk_rope_head_dim + heads + 2 * d
     kind = block_kinds(cfg, [piece])[0]
     width = cfg.intermediate_size if kind == 'dense' else cfg.n_shared_experts * m
     feed_forward = d + (2 * width + d if width else 0)

@@ -33,7 +33,7 @@ class Assumptions:
     fp8: float = 0.6  # of FP8 products
     bf16: float = 0.7  # of bfloat16 products
     fp32: float = 0.7  # of float32 products
-    attention: float = 0.5  # of bfloat16, in attention itself
+    attention: float = 0.5  # of the peak of bfloat16, or of float32, in attention itself
     hbm: float = 0.8  # of the memory's rate, in elementwise work
     nvlink: float = 1.0  # of NVLink's rate
     network: float = 0.8  # of the network's rate
