@@ -69,8 +69,8 @@ def together(n, out, cases):
     return {c['name']: json.loads((out / f'{c["name"]}.json').read_text()) for c in cases}
 
 
-def compare(out, found, cases, allowed):
-    "Each case with one process: what differs too much, by name"
+def compare(out, found, cases, allowed=None):
+    "Each case with one process: what differs too much, by name; None: in the last digits"
     known = {}
     wrong = {}
     for c in cases:
@@ -81,8 +81,9 @@ def compare(out, found, cases, allowed):
         everyone = found[c['name']]
         off = differences(out, c, everyone, rows, first)
         print(f'{c["name"]:44}', *(f'{k} {v:.0e}' for k, v in off.items()))
+        most = allowed or bounds('pp', 'float64', c['run']['steps'])
         wrong[c['name']] = [
-            k for k, v in off.items() if v > allowed['gradient' if k == 'gradient' else 'loss']
+            k for k, v in off.items() if v > most['gradient' if k == 'gradient' else 'loss']
         ]
         if key[0] == 'float64' and loads(rows) != loads(everyone[0]['rows']):
             wrong[c['name']].append('loads')
@@ -96,16 +97,13 @@ def loads(rows):
     return [(row['expert_load'], row.get('mtp_expert_load')) for row in rows]
 
 
-EXACT = dict(loss=1e-8, gradient=1e-10)
-
-
 @pytest.mark.slow
 def test_four_ranks(tmp_path):
     "All schedules, documents, answers, MTP, tied and untied embeddings, FSDP, recomputation"
     cases = [case(layout, k, f) for k, layout in FOUR.items() for f in ('marked', 'tied')]
     cases += [case(FOUR[k], k, 'no_mtp') for k in ('cp_fsdp', 'tp_again')]
     cases.append(case(FOUR['cp_zbv'], 'long', 'plain', steps=20))
-    wrong = compare(tmp_path, together(4, tmp_path, cases), cases, EXACT)
+    wrong = compare(tmp_path, together(4, tmp_path, cases), cases)
     assert not any(wrong.values()), wrong
 
 
@@ -114,7 +112,7 @@ def test_eight_ranks(tmp_path):
     "Both divisions of sequences, experts, and other sequences on other ranks"
     cases = [case(layout, k, 'marked') for k, layout in EIGHT.items()]
     cases += [case(EIGHT[k], k, 'tied') for k in ('cp_tp_zb', 'cp_fsdp', 'tp_ep_fsdp')]
-    wrong = compare(tmp_path, together(8, tmp_path, cases), cases, EXACT)
+    wrong = compare(tmp_path, together(8, tmp_path, cases), cases)
     assert not any(wrong.values()), wrong
 
 
@@ -144,7 +142,7 @@ def test_planted_errors_are_found(tmp_path):
         case(PARTS[layout], layout, feature) | dict(name=error, plant=error)
         for error, (layout, feature) in PLANTED.items()
     ]
-    wrong = compare(tmp_path, together(4, tmp_path, cases), cases, EXACT)
+    wrong = compare(tmp_path, together(4, tmp_path, cases), cases)
     assert all(wrong.values()), [name for name, keys in wrong.items() if not keys]
 
 

@@ -172,8 +172,22 @@ def check_collectives(
 def check_sends(
     plans: list[RankPlan],  # of all ranks
 ):
-    "Raise a ValueError for a state or gradient that is sent to a rank without the stage for it"
+    "Raise a ValueError for a boundary without its message, or a message to the wrong rank"
     stages = {plan.rank: plan.stages for plan in plans}
+    last = max(max(own) for own in stages.values())
+    for plan in plans:
+        sent = sorted(what for kind, _, what in plan.exchanges if kind == 'send')
+        wanted = [
+            f'{what} of stage {stage}'
+            for stage in plan.stages
+            for to, what in ((stage + 1, 'states'), (stage - 1, 'gradients'))
+            if 0 <= to <= last and to not in plan.stages
+        ]
+        if sent != sorted(wanted):
+            raise ValueError(
+                f'rank {plan.rank} sends {", ".join(sent) or "nothing"}: its stages {plan.stages} '
+                f'have to send {", ".join(wanted) or "nothing"}'
+            )
     for plan in plans:
         for kind, ranks, what in plan.exchanges:
             if kind == 'send':
