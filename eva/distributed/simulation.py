@@ -192,10 +192,10 @@ def check_sends(
         for kind, ranks, what in plan.exchanges:
             if kind == 'send':
                 sort, _, _, stage = what.split()
-                wanted = int(stage) + (1 if sort == 'states' else -1)
-                if ranks[0] != plan.rank or wanted not in stages[ranks[1]]:
+                target = int(stage) + (1 if sort == 'states' else -1)
+                if ranks[0] != plan.rank or target not in stages[ranks[1]]:
                     raise ValueError(
-                        f'{what} from rank {ranks[0]} to rank {ranks[1]}: stage {wanted} is not '
+                        f'{what} from rank {ranks[0]} to rank {ranks[1]}: stage {target} is not '
                         f'there, but stages {stages[ranks[1]]}'
                     )
 
