@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFUSALS', 'REFUSALS_OF_RANKS', 'check_schedule', 'check_recomputation', 'check_moments', 'check_tensor_precision',
-           'check_dense', 'check_packed', 'check_sequence_division', 'check_batches', 'check_steps', 'refusals',
-           'check_trainable', 'layout_of']
+           'check_dense', 'check_packed', 'check_sequence_division', 'batch_sizes', 'check_batches', 'check_steps',
+           'refusals', 'check_trainable', 'layout_of']
 
 # %% ../nbs/10_distributed/20_trainable.ipynb #064aeb39
 import math
@@ -71,7 +71,7 @@ def check_dense(
             f'{"it" if len(shared) == 1 else "them"} out'
         )
 
-
+# %% ../nbs/10_distributed/20_trainable.ipynb #a3fa5fdd
 def check_packed(
     cfg: Config,  # of the model
 ):
@@ -120,13 +120,20 @@ def check_sequence_division(
             )
 
 # %% ../nbs/10_distributed/20_trainable.ipynb #74220398
+def batch_sizes(
+    tcfg: Any,  # `TrainConfig` of the run
+) -> set[int]:  # sequences of a step
+    "Return the sizes of all batches of a run, which grow where `batch_size_warmup` is set"
+    return {tcfg.sequences(i + 1) - tcfg.sequences(i) for i in range(tcfg.steps)}
+
+
 def check_batches(
     tcfg: Any,  # `TrainConfig` of the run
     ranks: int,  # number of ranks with different sequences
     pp: int,  # ranks that share the layers
 ):
     "Raise a ValueError if batches cannot be divided evenly among the ranks"
-    for size in sorted({tcfg.sequences(i + 1) - tcfg.sequences(i) for i in range(tcfg.steps)}):
+    for size in sorted(batch_sizes(tcfg)):
         if size % ranks:
             everywhere = ' in every phase of the ramp' if tcfg.batch_size_warmup else ''
             raise ValueError(
@@ -149,11 +156,10 @@ def check_steps(
     if tcfg is None:
         return
     check_batches(tcfg, lay.dp, lay.pp)
-    sizes = {tcfg.sequences(i + 1) - tcfg.sequences(i) for i in range(tcfg.steps)}
-    for size in sorted(sizes - {lay.batch}):  # while the batch grows
+    for size in sorted(batch_sizes(tcfg) - {lay.batch}):  # while the batch grows
         check_batch(Layout(**vars(lay) | dict(batch=size)))
 
-
+# %% ../nbs/10_distributed/20_trainable.ipynb #d9b230b0
 # one entry for each thing that the trainer cannot do: (layout, model, settings)
 REFUSALS: tuple[Callable[[Layout, Config, Any], None], ...] = (
     lambda lay, cfg, tcfg: check_schedule(lay),
@@ -197,26 +203,26 @@ def check_trainable(
     for sentence in refusals(lay, cfg, tcfg):
         raise ValueError(sentence)
 
-
+# %% ../nbs/10_distributed/20_trainable.ipynb #5e6f0f29
 def layout_of(
     parallel: Any,  # a `Parallel`, which divides a run among ranks
     tcfg: Any,  # `TrainConfig` of the run
 ) -> Layout:  # not yet checked
     "Return the layout of a run as the planner knows it"
     return Layout(
-        parallel.world,
-        parallel.pp,
-        parallel.ep,
-        parallel.tp,
-        parallel.cp,
-        parallel.fsdp,
-        tcfg.batch_size,
-        tcfg.seq_len,
-        tcfg.micro_batch,
-        parallel.schedule,
-        'full' if parallel.recompute else 'none',
-        tcfg.precision,
-        tcfg.optimizer_state_dtype,
+        gpus=parallel.world,
+        pp=parallel.pp,
+        ep=parallel.ep,
+        tp=parallel.tp,
+        cp=parallel.cp,
+        fsdp=parallel.fsdp,
+        batch=tcfg.batch_size,
+        seq=tcfg.seq_len,
+        micro_batch=tcfg.micro_batch,
+        schedule=parallel.schedule,
+        recompute='full' if parallel.recompute else 'none',
+        precision=tcfg.precision,
+        optimizer_state_dtype=tcfg.optimizer_state_dtype,
         per_node=parallel.world,
         zero1=False,
     )

@@ -1,6 +1,7 @@
 """Every feature of training in every layout and precision: the result of one process
 
-Pairs of layout, precision and feature are generated; a few run always, all of them under `slow`.
+Pairs of layout, precision and feature are generated. Those of two ranks run always, twenty steps
+each; of four ranks a few run always, all of them under `slow`.
 """
 
 import itertools
@@ -27,6 +28,19 @@ LAYOUTS: dict[str, dict] = dict(
     zero_bubble=dict(pp=2, schedule='zero_bubble', fsdp=True),
     zbv=dict(pp=2, schedule='zbv', fsdp=True),
 )
+# The same on two ranks, and ranks that share sequences or matrices
+TWO: dict[str, dict] = dict(
+    two_fsdp={},
+    two_copies=dict(fsdp=False),
+    two_ep=dict(ep=2),
+    two_ep_copies=dict(ep=2, fsdp=False),
+    two_cp=dict(cp=2),
+    two_tp=dict(tp=2),
+    two_pp=dict(pp=2),
+    two_zero_bubble=dict(pp=2, schedule='zero_bubble'),
+    two_zbv=dict(pp=2, schedule='zbv'),
+    two_dualpipev=dict(pp=2, schedule='dualpipev'),
+)
 # Stages whose ranks share sequences; all of them are in tests/test_pipeline_parts.py
 PARTS: dict[str, dict] = dict(
     pp_cp=dict(pp=2, cp=2), pp_tp=dict(pp=2, tp=2, schedule='zero_bubble')
@@ -34,6 +48,7 @@ PARTS: dict[str, dict] = dict(
 # float64 and wide FP8 are compared to the last digits
 PRECISIONS: dict[str, dict] = dict(
     float64={},
+    float32=dict(dtype='float32', precision='fp32'),
     bf16=dict(dtype='float32', precision='bf16'),
     fp16=dict(dtype='float32', precision='fp16'),
     block_pow2=dict(precision='fp8', recipe='block_pow2'),
@@ -53,6 +68,7 @@ SPARSE = dict(
 )  # indexers learn beside the model; not in a pipeline
 EXACT = dict(loss=1e-8, gradient=1e-10)  # differences grow over twenty steps
 SHORT = dict(loss=1e-12, gradient=1e-12)  # a few steps
+SINGLE = dict(loss=1e-3, gradient=1e-3)  # float32
 ROUNDED = dict(loss=2e-2, gradient=0.06)  # 16 bits: sums in another order
 # In the first step of delayed scaling a tensor is scaled by the largest magnitude of one call, and
 # with divided experts a call has other tokens. Gradients in E5M2 have two bits of mantissa.
@@ -61,23 +77,30 @@ FIRST_STEP = dict(loss=2e-2, gradient=0.2)
 
 def bounds(layout, precision, steps=20):
     "How close to one process a case must come"
-    if precision == 'delayed' and LAYOUTS[layout].get('ep', 1) > 1:
+    if precision == 'delayed' and (LAYOUTS | PARTS | TWO)[layout].get('ep', 1) > 1:
         return FIRST_STEP
     exact = EXACT if steps > 6 else SHORT
-    return ROUNDED if precision in ('bf16', 'fp16') else exact
+    return dict(bf16=ROUNDED, fp16=ROUNDED, float32=SINGLE).get(precision, exact)
 
 
-def pairwise(*columns):
-    "Rows such that each pair of values of two columns is in one of them, greedily"
+def runs(layout, precision, feature):
+    "Can the trainer run this? FP8 multiplies by whole matrices"
+    fp8 = PRECISIONS[precision].get('precision') == 'fp8'
+    return not (fp8 and (LAYOUTS | TWO)[layout].get('tp', 1) > 1)
+
+
+def pairwise(*columns, allowed=lambda *row: True):
+    "Rows such that each pair of values of two columns that can be had is in one, greedily"
     pairs = list(itertools.combinations(range(len(columns)), 2))
-    missing = {(i, j, a, b) for i, j in pairs for a in columns[i] for b in columns[j]}
+    every = [row for row in itertools.product(*columns) if allowed(*row)]
+    missing = {(i, j, row[i], row[j]) for i, j in pairs for row in every}
     rows = []
     while missing:
 
         def covered(row):
             return {(i, j, row[i], row[j]) for i, j in pairs} & missing
 
-        best = max(itertools.product(*columns), key=lambda row: len(covered(row)))
+        best = max(every, key=lambda row: len(covered(row)))
         missing -= covered(best)
         rows.append(best)
     return rows
@@ -85,9 +108,18 @@ def pairwise(*columns):
 
 def case(layout, precision, feature, steps=20):
     "A case of tests/ranks.py"
-    parallel = (LAYOUTS | PARTS)[layout] | (dict(recompute=True) if feature == 'recompute' else {})
+    parallel = (LAYOUTS | PARTS | TWO)[layout] | (
+        dict(recompute=True) if feature == 'recompute' else {}
+    )
     run = dict(dtype='float64', micro_batch=1, steps=steps, eval_every=steps)
     run |= dict(save_every=1000) | PRECISIONS[precision] | (FEATURES | dict(sparse=SPARSE))[feature]
+    if layout in TWO:
+        # The table is long, so models are as small as can be: two stages on each rank are three
+        # layers and MTP.
+        layers = 2 if parallel.get('schedule', '1f1b') == '1f1b' else 3
+        run['model'] = dict(num_hidden_layers=layers) | run.get('model', {})
+        run['batch_size'] = 8 if feature == 'warm_up' else 4
+        run['micro_batch'] = 1 if 'pp' in parallel else 2
     return dict(
         name='-'.join((layout, precision, feature)),
         key=(layout, precision, feature),
@@ -152,7 +184,8 @@ def compare(out, found, cases):
     wrong = {}
     for c in cases:
         _, precision, feature = c['key']
-        like = precision, 'plain' if feature == 'recompute' else feature
+        same = {k: v for k, v in c['run'].items() if k != 'eval_every'}
+        like = precision, json.dumps(same)  # recomputation belongs to the layout
         if like not in known:
             known[like] = alone(out, c)
         everyone = found[c['name']]
@@ -170,6 +203,8 @@ def test_pairs_are_covered():
         columns = ('ab', 'xyz', '12')
         assert {(r[i], r[j]) for r in rows} == set(itertools.product(columns[i], columns[j]))
     assert len(rows) < 2 * 3 * 2
+    rows = pairwise('ab', 'xyz', allowed=lambda *row: row != ('a', 'x'))
+    assert set(rows) == set(itertools.product('ab', 'xyz')) - {('a', 'x')}
 
 
 PLANTED = dict(
@@ -187,6 +222,30 @@ PLANTED = dict(
 def overflowing(layout):
     "A case in which a gradient of one rank is infinite"
     return case(layout, 'fp16', 'plain', steps=2) | dict(name=f'{layout}-overflow', do='overflow')
+
+
+PLANTED_TWO = dict(
+    sum_left_out=('two_fsdp', 'float64', 'answers'),
+    loads_left_out=('two_ep', 'float64', 'plain'),
+    wrong_group=('two_pp', 'float64', 'plain'),
+    documents_seen=('two_dualpipev', 'float64', 'documents'),
+)
+
+
+def planted(table):
+    "Cases with an error in each"
+    return [case(*key, steps=4) | dict(name=error, plant=error) for error, key in table.items()]
+
+
+def test_all_pairs_on_two_ranks(tmp_path):
+    "Twenty steps of each; and what the comparison finds, in the same start of ranks"
+    rows = pairwise(list(TWO), list(PRECISIONS), list(FEATURES), allowed=runs)
+    rows += [(layout, 'float64', 'sparse') for layout in ('two_copies', 'two_ep')]
+    cases = [case(*row) for row in rows]
+    errors = planted(PLANTED_TWO)
+    wrong = compare(tmp_path, together(2, tmp_path, [*cases, *errors]), [*cases, *errors])
+    assert all(wrong[error] for error in PLANTED_TWO), wrong
+    assert not any(wrong[c['name']] for c in cases), {n: keys for n, keys in wrong.items() if keys}
 
 
 def test_features_by_layout(tmp_path):
@@ -217,6 +276,6 @@ def test_all_pairs(tmp_path):
 
 @pytest.mark.slow
 def test_planted_errors_are_found(tmp_path):
-    cases = [case(*key, steps=4) | dict(name=error, plant=error) for error, key in PLANTED.items()]
+    cases = planted(PLANTED)
     wrong = compare(tmp_path, together(4, tmp_path, cases), cases)
     assert all(wrong.values()), [name for name, keys in wrong.items() if not keys]
