@@ -5,9 +5,6 @@ evaluated, with windows of 13 tokens, which do not divide among ranks.
 """
 
 import json
-import os
-import sys
-from pathlib import Path
 
 import features
 import ranks
@@ -17,7 +14,6 @@ import torch.distributed as dist
 import eva.distributed.context_parallel as context_parallel
 import eva.distributed.pipeline as pipeline
 import eva.distributed.stage_losses as stage_losses
-from eva.distributed.expert_parallel import shutdown
 from eva.distributed.parallel import Parallel
 from eva.moe.load_balancing import BALANCE_LOSSES
 
@@ -77,11 +73,9 @@ def evaluate(out, case):
         (out / f'{case["name"]}.json').write_text(json.dumps(everyone))
 
 
+def run(out, case):
+    (evaluate if case['do'] == 'evaluate' else features.run)(out, case)
+
+
 if __name__ == '__main__':
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo')
-    for raw in sys.argv[2:]:
-        given = json.loads(raw)
-        (evaluate if given['do'] == 'evaluate' else features.run)(Path(sys.argv[1]), given)
-    shutdown()
-    os._exit(0)  # see tests/ranks.py
+    ranks.run_cases(run)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from eva.config import Config
 from eva.data.text import TokenStream, _write
 from eva.distributed.expert_parallel import shutdown
+from eva.distributed.private import forget_divisions
 from eva.model.transformer import DeepSeekV3
 from eva.training.config import TrainConfig
 from eva.training.trainer import Trainer
@@ -168,12 +169,24 @@ def run(out, case):
         (out / f'{case["name"]}.json').write_text(json.dumps(everyone))
 
 
-if __name__ == '__main__':
+def run_cases(run_one):
+    """Run the cases of the command line, each with a process group of its own
+
+    A run makes about ten groups, each with threads that wake up again and again.
+    """
     torch.set_num_threads(1)
-    dist.init_process_group('gloo')
-    for raw in sys.argv[2:]:
-        run(Path(sys.argv[1]), json.loads(raw))
-    shutdown()
+    out, *cases = sys.argv[1:]
+    store, rank, world = next(dist.rendezvous('env://'))
+    for number, raw in enumerate(cases):
+        own = dist.PrefixStore(f'case {number}', store)
+        dist.init_process_group('gloo', store=own, rank=rank, world_size=world)
+        run_one(Path(out), json.loads(raw))
+        shutdown()
+        forget_divisions()
     # a rank has been seen to die after its work was done, while process and interpreter were taken
     # down
     os._exit(0)
+
+
+if __name__ == '__main__':
+    run_cases(run)

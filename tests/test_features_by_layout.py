@@ -118,7 +118,9 @@ def case(layout, precision, feature, steps=20):
         # layers and MTP.
         layers = 2 if parallel.get('schedule', '1f1b') == '1f1b' else 3
         run['model'] = dict(num_hidden_layers=layers) | run.get('model', {})
-        run['batch_size'] = 8 if feature == 'warm_up' else 4
+        # dualpipev needs four sequences, also in the first steps
+        growing = 16 if parallel.get('schedule') == 'dualpipev' else 8
+        run['batch_size'] = growing if feature == 'warm_up' else 4
         run['micro_batch'] = 1 if 'pp' in parallel else 2
     return dict(
         name='-'.join((layout, precision, feature)),
