@@ -223,9 +223,7 @@ def health_table(
 def run_check(
     out: Path,  # folder of the run that will follow
     device: str,  # cpu or cuda
-    say: Callable[
-        [str], object
-    ] = print,  # prints lines; each rank says its own environment's faults
+    say: Callable[[str], object] = print,  # prints lines
     seconds: float = SEEN_WITHIN,  # until a file of another node must be visible
 ) -> int:  # exit code: 1 for a fault
     "Check ranks, network and storage, and print a table with one sentence for each fault"

@@ -50,7 +50,7 @@ class Ranks:
             dist.all_gather_object(found, x)
         return found
 
-
+# %% ../../nbs/10_distributed/22_measurements.ipynb #fc23efeb
 def clock_offset(
     ranks: Ranks,  # all of them take part
     times: int = 5,  # exchanges with each rank
