@@ -5,6 +5,8 @@ check, and a job of Slurm.
 """
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import signal
@@ -18,6 +20,8 @@ import pytest
 from safetensors.torch import load_file
 from test_distributed import ENV, HERE
 
+from eva.distributed import measurements
+from eva.distributed.health import run_check
 from eva.distributed.launch import launch
 from eva.training.checkpointing import read_metrics
 
@@ -284,6 +288,67 @@ def test_check(tmp_path):
     assert [code for code, _, _ in told] == [1, 1], told
     shown = ''.join(out for _, out, _ in told)
     assert shown.count('fault: ') == 1 and 'does not see what rank 0 writes' in shown, shown
+
+
+def test_the_patience_of_a_check_is_that_of_all_its_parts(tmp_path, monkeypatch):
+    "Both checks that wait for other nodes wait as long as `run_check` is told"
+    waited = []
+
+    def see(folder, ranks, seconds):
+        waited.append(('visible', seconds))
+        return 0.0, []
+
+    def replace(folder, ranks, sees, seconds=-1.0):
+        waited.append(('replaced', seconds))
+        return []
+
+    monkeypatch.setattr(measurements, 'check_visible', see)
+    monkeypatch.setattr(measurements, 'check_replacement', replace)
+    said = []
+    assert run_check(tmp_path / 'run', 'cpu', said.append, seconds=0.25) == 0, said
+    assert waited == [('visible', 0.25), ('replaced', 0.25)]
+
+
+def test_a_storage_that_cannot_lock_is_one_sentence(tmp_path, monkeypatch):
+    "As on Lustre without its mount option, where the system refuses each lock"
+
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, 'flock', refuse)
+    said = []
+    assert run_check(tmp_path / 'run', 'cpu', said.append) == 1
+    assert re.fullmatch(
+        rf'fault: rank 0 on \S+: cannot lock {tmp_path}/run \(Function not implemented\): '
+        'mount it with shared locks',
+        said[-1],
+    ), said
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_a_node_that_mounts_the_folder_for_reading_only(tmp_path):
+    "Its rank is named, and the other one does not wait for it"
+    (tmp_path / 'shared').mkdir()
+    mount = 'mount --bind shared shared && mount -o remount,bind,ro shared && exec "$@"'
+    within = ['unshare', '--mount', 'sh', '-c', mount, 'sh']
+    tried = subprocess.run([*within, 'touch', 'shared/x'], cwd=tmp_path, capture_output=True)
+    if b'Read-only file system' not in tried.stderr:
+        pytest.skip('mount namespaces need root')
+    port = prepared(tmp_path)
+    options = arguments(check=True, out='shared/run')
+    first = agent(tmp_path, port, 2, '2', *options, restarts=0)
+    second = agent(tmp_path, port, 3, '2', *options, restarts=0, within=within)
+    told = ended(first, second)
+    assert [code for code, _, _ in told] == [1, 1], told
+    shown = ''.join(out for _, out, _ in told)
+    faults = re.findall(r'^fault: (.*)', shown, flags=re.M)
+    assert len(faults) == 1, told
+    assert re.fullmatch(
+        r'rank 1 on \S+: cannot write in shared/run \(Read-only file system\): mount it for '
+        'writing on every node',
+        faults[0],
+    ), faults
 
 
 def network(*words):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEN_WITHIN', 'PART', 'Ranks', 'clock_offset', 'NetworkRate', 'sent_share', 'seconds_of_collective', 'network_rates',
-           'planned_rate', 'wait_for_file', 'write_durably', 'check_visible', 'check_shared_file', 'check_replacement',
-           'check_lock', 'check_storage']
+           'planned_rate', 'wait_for_file', 'write_durably', 'try_to_write', 'write_faults', 'check_visible',
+           'check_shared_file', 'check_replacement', 'lock_fault', 'check_lock', 'check_storage']
 
 # %% ../../nbs/10_distributed/22_measurements.ipynb #dfef6a3d
 import os
@@ -50,7 +50,7 @@ class Ranks:
             dist.all_gather_object(found, x)
         return found
 
-
+# %% ../../nbs/10_distributed/22_measurements.ipynb #fc23efeb
 def clock_offset(
     ranks: Ranks,  # all of them take part
     times: int = 5,  # exchanges with each rank
@@ -91,7 +91,7 @@ def sent_share(
     once = (ranks - 1) / ranks
     return 2 * once if name == 'all_reduce' else once
 
-
+# %% ../../nbs/10_distributed/22_measurements.ipynb #1a0f772c
 def seconds_of_collective(
     name: str,  # all_reduce or all_to_all
     numbers: int,  # float32 values on each rank
@@ -116,7 +116,7 @@ def seconds_of_collective(
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return slowest.item()
 
-
+# %% ../../nbs/10_distributed/22_measurements.ipynb #13ce2112
 def network_rates(
     ranks: Ranks,  # all of them take part
     device: str,  # cpu or cuda
@@ -168,7 +168,7 @@ def wait_for_file(
             return None
         time.sleep(0.002)
 
-
+# %% ../../nbs/10_distributed/22_measurements.ipynb #05f626d2
 def write_durably(
     path: Path,  # of a file
     content: bytes,  # all of it
@@ -184,6 +184,34 @@ def write_durably(
         os.close(file)
 
 
+def try_to_write(
+    path: Path,  # of a file
+    content: bytes,  # all of it
+    at: int | None = None,  # as for `write_durably`
+) -> str:  # reason of the system; empty for success
+    "Write durably, and return why this failed"
+    try:
+        write_durably(path, content, at)
+    except OSError as e:
+        return e.strerror or str(e)
+    return ''
+
+
+def write_faults(
+    folder: Path,  # of the check
+    ranks: Ranks,  # all of them take part
+    reason: str,  # why this rank could not write; empty for success
+) -> list[str]:  # one sentence for each rank that could not, on rank 0
+    "Tell rank 0 which ranks could not write"
+    found = ranks.gather((reason, socket.gethostname()))
+    return [
+        f'rank {rank} on {host}: cannot write in {folder.parent} ({why}): '
+        'mount it for writing on every node'
+        for rank, (why, host) in enumerate(found)
+        if why and ranks.rank == 0
+    ]
+
+# %% ../../nbs/10_distributed/22_measurements.ipynb #281a2aa0
 def check_visible(
     folder: Path,  # of the check, made by rank 0
     ranks: Ranks,  # all of them take part
@@ -195,11 +223,11 @@ def check_visible(
     ranks.barrier()
     delay = wait_for_file(folder / 'from-first', b'first', seconds)
     mine = f'from {ranks.rank}'.encode()
-    if delay is not None:
-        write_durably(folder / f'from-{ranks.rank}', mine)
+    reason = '' if delay is None else try_to_write(folder / f'from-{ranks.rank}', mine)
+    faults = write_faults(folder, ranks, reason)
     delays = ranks.gather(delay)
+    wrote = ranks.gather(not reason)
     hosts = ranks.gather(socket.gethostname())
-    faults = []
     if ranks.rank == 0:
         for other, seen in enumerate(delays):
             where = f'rank {other} on {hosts[other]}'
@@ -209,9 +237,9 @@ def check_visible(
                     f'{where}: does not see what rank 0 writes to {folder.parent}: give --out '
                     'a folder of a storage that all nodes mount under the same name'
                 )
-            elif wait_for_file(path, f'from {other}'.encode(), seconds) is None:
+            elif wrote[other] and wait_for_file(path, f'from {other}'.encode(), seconds) is None:
                 faults.append(f'{where}: its file in {folder.parent} is not seen by rank 0')
-    return delay, faults
+    return None if reason else delay, faults
 
 # %% ../../nbs/10_distributed/22_measurements.ipynb #ebe1e1d6
 PART = 1000  # bytes of a rank in the shared file: no multiple of a page
@@ -221,35 +249,38 @@ def check_shared_file(
     folder: Path,  # of the check
     ranks: Ranks,  # all of them take part
     sees: bool,  # does this rank see the folder?
-) -> list[str]:  # faults
+) -> tuple[bool, list[str]]:  # does it see the folder and write there?, and faults
     "All ranks write into one file at once, and rank 0 reads it"
     path = folder / 'shared'
     if ranks.rank == 0:
         write_durably(path, bytes(PART * ranks.world))
     ranks.barrier()
-    if sees:
-        write_durably(path, bytes([1 + ranks.rank % 255]) * PART, at=PART * ranks.rank)
+    mine = bytes([1 + ranks.rank % 255]) * PART
+    reason = try_to_write(path, mine, at=PART * ranks.rank) if sees else ''
+    faults = write_faults(folder, ranks, reason)
+    sees = sees and not reason
     seen = ranks.gather(sees)
     if ranks.rank:
-        return []
+        return sees, []
     raw = path.read_bytes()
     lost = [
         r
         for r in range(ranks.world)
         if seen[r] and raw[PART * r : PART * (r + 1)] != bytes([1 + r % 255]) * PART
     ]
-    if not lost:
-        return []
-    return [
-        f'{folder.parent}: what rank {lost[0]} wrote into a file of all ranks is not in it: '
-        'use a storage that joins the writes of several nodes, such as NFS 4 or Lustre'
-    ]
+    if lost:
+        faults.append(
+            f'{folder.parent}: what rank {lost[0]} wrote into a file of all ranks is not in it: '
+            'use a storage that joins the writes of several nodes, such as NFS 4 or Lustre'
+        )
+    return sees, faults
 
-
+# %% ../../nbs/10_distributed/22_measurements.ipynb #7ebd8fb2
 def check_replacement(
     folder: Path,  # of the check
     ranks: Ranks,  # all of them take part
     sees: bool,  # does this rank see the folder?
+    seconds: float = SEEN_WITHIN,  # after which to look no more
     times: int = 50,  # replacements
 ) -> list[str]:  # faults
     "Rank 0 replaces a file many times; the others must always find a complete one"
@@ -264,7 +295,7 @@ def check_replacement(
             os.replace(folder / 'new', path)
         write_durably(folder / 'last', b'')
         return []
-    end = time.perf_counter() + SEEN_WITHIN
+    end = time.perf_counter() + seconds
     while sees and not (folder / 'last').exists() and time.perf_counter() < end:
         try:
             found = path.read_bytes()
@@ -278,6 +309,17 @@ def check_replacement(
             ]
     return []
 
+# %% ../../nbs/10_distributed/22_measurements.ipynb #c0c6c6a5
+def lock_fault(
+    where: str,  # the rank and its host
+    folder: Path,  # of the check
+    e: OSError,  # from `FolderLock`
+) -> str:
+    "Return the sentence about a storage that does not lock"
+    cause = e.__context__ if isinstance(e.__context__, OSError) else e  # the error of the system
+    reason = cause.strerror or str(cause)
+    return f'{where}: cannot lock {folder.parent} ({reason}): mount it with shared locks'
+
 
 def check_lock(
     folder: Path,  # of the check
@@ -286,20 +328,27 @@ def check_lock(
 ) -> list[str]:  # faults
     "Rank 0 locks the folder; no other rank may get the lock"
     lock = FolderLock(folder)
+    where = f'rank {ranks.rank} on {socket.gethostname()}'
     faults = []
     if ranks.rank == 0:
-        lock.acquire()
-    ranks.barrier()
+        try:
+            lock.acquire()
+        except OSError as e:
+            faults = [lock_fault(where, folder, e)]
+    if ranks.gather(bool(faults))[0]:
+        return faults
     if ranks.rank and sees:
         try:
             lock.acquire()
             lock.release()
             faults = [
-                f'rank {ranks.rank} on {socket.gethostname()}: may lock {folder.parent} while '
-                'rank 0 holds the lock: two jobs could write there; mount it with shared locks'
+                f'{where}: may lock {folder.parent} while rank 0 holds the lock: two jobs could '
+                'write there; mount it with shared locks'
             ]
         except ValueError:
             pass  # as it must be
+        except OSError as e:
+            faults = [lock_fault(where, folder, e)]
     ranks.barrier()
     lock.release()
     return faults
@@ -324,8 +373,9 @@ def check_storage(
     try:
         delay, faults = check_visible(folder, ranks, seconds)
         sees = delay is not None
-        for check in (check_shared_file, check_replacement, check_lock):
-            faults += check(folder, ranks, sees)
+        sees, found = check_shared_file(folder, ranks, sees)
+        faults += found + check_replacement(folder, ranks, sees, seconds)
+        faults += check_lock(folder, ranks, sees)
         ranks.barrier()
         free = shutil.disk_usage(folder).free if sees else 0
         ranks.barrier()

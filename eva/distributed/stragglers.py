@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -73,11 +74,12 @@ def others_busy(
 def slow_ranks(
     paces: list[Pace],  # reports of all ranks
     history: dict[int, list[float]],  # earlier ratios of each rank; extended by this one
+    judged: Collection[int] = (),  # ranks without a new report, with which others are compared only
 ) -> dict[int, float]:  # rank -> how many times as busy as expected
     "Return the ranks that are busier than ranks with the same work, or than in their own past"
     slow = {}
     for pace in paces:
-        if pace.samples < LEAST:
+        if pace.samples < LEAST or pace.rank in judged:
             continue
         reference, has_peers = others_busy(pace, paces)
         ratio = pace.busy / reference
@@ -109,6 +111,7 @@ class StragglerMonitor:
         self.active = False  # is the thread that trains within a step?
         self.pace = Pace(rank, socket.gethostname(), stage, 0, 0, 0)
         self.history: dict[int, list[float]] = {}
+        self.judged: dict[int, int] = {}  # rank -> the report that was judged last
         self.suspects: set[int] = set()  # slow in the last report
         self.named: set[int] = set()  # reported, and not over
         self.heard: dict[int, tuple[int, float]] = {}  # rank -> last report, and when it came
@@ -149,7 +152,9 @@ class StragglerMonitor:
         there = [str(r) for r in range(self.world) if self.store.check([str(r)])]
         paces = [Pace(**json.loads(raw)) for raw in self.store.multi_get(there)]
         silent = self._silent(paces, now)
-        slow = slow_ranks(paces, self.history)
+        old = {p.rank for p in paces if self.judged.get(p.rank) == p.report}
+        self.judged |= {p.rank: p.report for p in paces}
+        slow = slow_ranks(paces, self.history, old)
         for pace in paces:
             r = pace.rank
             where = f'rank {r} on {pace.host}'
@@ -162,14 +167,14 @@ class StragglerMonitor:
                     'see its clock rate, its disk, and what else runs there'
                 )
                 self._name(now, r, text)
-        self.suspects = set(slow)
-        self.named &= slow.keys() | silent.keys()
+        self.suspects = set(slow) | (self.suspects & old)
+        self.named &= slow.keys() | silent.keys() | old
         for when, event in self.found:
             if 1.5 * self.seconds <= now - when < 2.5 * self.seconds:  # no step has ended since
                 print(f'eva: {event.message}', file=sys.stderr, flush=True)
 
     def _silent(self, paces: list[Pace], now: float) -> dict[int, float]:
-        "Return the ranks without a new report in three intervals, and for how many seconds"
+        "Return the ranks without a new report for 2.5 intervals, and for how many seconds"
         for pace in paces:
             if self.heard.get(pace.rank, (0, 0.0))[0] != pace.report:
                 self.heard[pace.rank] = pace.report, now
