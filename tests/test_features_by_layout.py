@@ -71,14 +71,17 @@ SHORT = dict(loss=1e-12, gradient=1e-12)  # a few steps
 SINGLE = dict(loss=1e-3, gradient=1e-3)  # float32
 ROUNDED = dict(loss=2e-2, gradient=0.06)  # 16 bits: sums in another order
 # In the first step of delayed scaling a tensor is scaled by the largest magnitude of one call, and
-# with divided experts a call has other tokens. Gradients in E5M2 have two bits of mantissa.
+# a call has other tokens where experts or positions are divided. E5M2 has two bits of mantissa.
 FIRST_STEP = dict(loss=2e-2, gradient=0.2)
 
 
 def bounds(layout, precision, steps=20):
     "How close to one process a case must come"
-    if precision == 'delayed' and (LAYOUTS | PARTS | TWO)[layout].get('ep', 1) > 1:
+    parallel = (LAYOUTS | PARTS | TWO)[layout]
+    if precision == 'delayed' and max(parallel.get('ep', 1), parallel.get('cp', 1)) > 1:
         return FIRST_STEP
+    if PRECISIONS[precision].get('precision') == 'fp8' and parallel.get('cp', 1) > 1:
+        return ROUNDED  # blocks of activations have other tokens
     exact = EXACT if steps > 6 else SHORT
     return dict(bf16=ROUNDED, fp16=ROUNDED, float32=SINGLE).get(precision, exact)
 
@@ -121,7 +124,8 @@ def case(layout, precision, feature, steps=20):
         # dualpipev needs four sequences, also in the first steps
         growing = 16 if parallel.get('schedule') == 'dualpipev' else 8
         run['batch_size'] = growing if feature == 'warm_up' else 4
-        run['micro_batch'] = 1 if 'pp' in parallel else 2
+        # blocks of FP8 have the tokens of a micro-batch
+        run['micro_batch'] = 1 if 'pp' in parallel or run.get('precision') == 'fp8' else 2
     return dict(
         name='-'.join((layout, precision, feature)),
         key=(layout, precision, feature),

@@ -134,7 +134,7 @@ class IndexLoss:
         self.layers = sparse_layers(model)
         self.dense = dense
         self.measure = measure
-        self.losses: list[Tensor] = []
+        self.losses: list[tuple[Tensor, int]] = []  # with the number of sequences
         self.shown: list[float] = []  # losses that were taken, nats
         self.overlaps: list[float] = []
         self.handles: list[Any] = []
@@ -161,16 +161,22 @@ class IndexLoss:
         chosen = select_topk(scores.detach(), visible, attention.cfg.index_topk or 1)
         seen = visible if self.dense else chosen
         target = mean_attention(attention, h, rope, seen)
-        self.losses.append(index_loss(scores, target, seen))
+        self.losses.append((index_loss(scores, target, seen), len(h)))
         if self.measure:
             everything = target if self.dense else mean_attention(attention, h, rope, visible)
             self.overlaps.append(overlap_with_best(everything, chosen, visible))
 
-    def take(self) -> Tensor:  # nats, a scalar
-        "Return the sum of the losses since the last call"
+    def take(
+        self,
+        sequences: int | None = None,  # that were passed; None: each layer weighs the same
+    ) -> Tensor:  # nats, a scalar
+        "Return the sum of the losses since the last call; sequences weigh the same in all layers"
         losses, self.losses = self.losses, []
-        self.shown += [loss.item() for loss in losses]
-        return sum(losses, torch.zeros(()))
+        self.shown += [loss.item() for loss, _ in losses]
+        total = torch.zeros(())
+        for loss, count in losses:
+            total = total + loss * (count / sequences if sequences else 1)
+        return total
 
     def figures(self) -> dict[str, float]:  # empty for dense attention
         "Return the means since the last call: index_loss in nats, and the overlap if measured"

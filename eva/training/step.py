@@ -217,7 +217,7 @@ class GradientAccumulator:
             loss, parts = shares.total(losses, part, mtp_weight)
             total[: len(parts)] += parts
             further = self.cfg.balance_weight * self.balance(len(part.tokens))
-            loss = loss + part.share * (further + self.index_loss.take())
+            loss = loss + part.share * (further + self.index_loss.take(len(part.tokens)))
             self.mixed.scale(loss).backward()
             optimizer.accumulate_grads()
         return total
