@@ -229,8 +229,9 @@ def pipeline_memory(
     if lay.fsdp and lay.dp > 1:
         whole = sum(passes[s, False].gradients for s in mine)
         out['gathered'] = whole
-        # after the last micro-batch gradients are copied to be sent
-        end = dict(gradients=whole, gathered=2 * whole)
+        # at the end float32 rows of all gradients are padded, joined, sent and received
+        sent = 4 * whole / run.b * (2 + (run.machine.device == 'cpu') + 1 / lay.dp)
+        end = dict(gradients=4 * whole / run.b, gathered=whole, working=sent)
         out = max(out, end, key=lambda parts: sum(parts.values()))
     # every micro-batch has a buffer for what is received, in each direction
     ends = sum((s > 0) + (s < len(cut) - 1) for s in mine)
