@@ -135,6 +135,7 @@ class StagePass:
     outputs: float  # gradients that wait for the pass over weights
     working: float  # beyond the activations, in a whole backward pass
     splitting: float  # the same in a backward pass for the stage's input alone
+    late: float  # the same in the pass over weights that follows
     gradients: float  # of weights, summed over micro-batches
 
 
@@ -144,17 +145,19 @@ def stage_pass(
     gradients: float,  # bytes of those of all weights of the stage
 ) -> StagePass:
     "Return the bytes of a micro-batch in a stage"
-    later = outputs = working = splitting = 0.0
+    later = outputs = working = splitting = late = 0.0
     for part in reversed(segments):
         working = max(working, part.working - later)
-        outputs += part.outputs + part.recomputed
-        splitting = max(splitting, part.working + outputs - part.recomputed)
+        # each weight's gradient computes the activations again, and they stay until the last one
+        late = max(late, part.weights * part.recomputed - outputs)
+        outputs += part.outputs + part.kept
+        splitting = max(splitting, part.working + outputs - part.kept)
         later += part.saved + part.scores
     is_last = any(o.name == 'head' for o in segments)
     saved = sum(o.saved for o in segments) + (0 if is_last else row)
     scores = sum(o.scores for o in segments)
     logits = max(o.logits for o in segments)
-    return StagePass(saved, scores, logits, outputs, working, splitting, gradients)
+    return StagePass(saved, scores, logits, outputs, working, splitting, late, gradients)
 
 # %% ../../nbs/11_planner/09_peak.ipynb #6bfb9aab
 def walk_schedule(
@@ -170,14 +173,14 @@ def walk_schedule(
         one = passes[stage, number < ahead]
         split = kind == 'I' and stage > 0  # the first stage does all of it in its last pass
         ends = kind in 'BW'
+        late = kind == 'W' and stage > 0  # nothing is freed before
         if kind == 'F':
             now['activations'] += one.activations
             now['scores'] += one.scores
         temporary = dict(
             logits=one.logits if kind == 'F' else 0.0,
-            working=one.splitting if split else one.working * (ends and (kind == 'B' or not stage)),
+            working=one.splitting if split else (one.late if late else one.working * ends),
         )
-        late = kind == 'W' and stage > 0  # nothing is freed before
         first = ends and stage not in summed
         now['gradients'] += one.gradients * (first and late)
         most = max(most, now | temporary, key=lambda parts: sum(parts.values()))
@@ -223,11 +226,16 @@ def pipeline_memory(
     first = int(-(-ahead // run.sequences))
     order = schedule_orders(lay.schedule, lay.pp, lay.micro_batches)[rank]
     out = walk_schedule(order, passes, first)
+    if lay.fsdp and lay.dp > 1:
+        whole = sum(passes[s, False].gradients for s in mine)
+        out['gathered'] = whole
+        # at the end float32 rows of all gradients are padded, joined, sent and received
+        sent = 4 * whole / run.b * (2 + (run.machine.device == 'cpu') + 1 / lay.dp)
+        end = dict(gradients=4 * whole / run.b, gathered=whole, working=sent)
+        out = max(out, end, key=lambda parts: sum(parts.values()))
     # every micro-batch has a buffer for what is received, in each direction
     ends = sum((s > 0) + (s < len(cut) - 1) for s in mine)
     out['buffers'] = lay.micro_batches * row * ends
-    if lay.fsdp and lay.dp > 1:
-        out['gathered'] = 2 * sum(passes[s, False].gradients for s in mine)
     return out
 
 # %% ../../nbs/11_planner/09_peak.ipynb #8b88c1dd

@@ -38,9 +38,10 @@ def local_counts(
     "Count the parameters of a layer on a rank, by part"
     counts = layer_counts(cfg)
     whole = counts[piece]
+    if piece in ('embedding', 'head'):  # the trainer leaves them whole
+        both = whole['split'] + whole.get('whole', 0)
+        return dict(attention=0.0, feed_forward=0.0, other=float(both))
     size = whole.get('split', 0) / lay.tp + whole.get('whole', 0) + whole.get('routed', 0) / lay.ep
-    if piece in ('embedding', 'head'):
-        return dict(attention=0.0, feed_forward=0.0, other=size)
     kind = block_kinds(cfg, [piece])[0]
     attention = attention_counts(cfg)
     first = attention['split'] / lay.tp + attention['whole']
