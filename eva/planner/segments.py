@@ -335,10 +335,10 @@ def logit_bytes(
     run: Pass,  # a micro-batch
 ) -> float:  # temporary
     "Return the bytes of the logits that exist at a time, with their gradients"
-    from eva.kernels.linear_cross_entropy import MAX_LOGITS
+    from eva.kernels.linear_cross_entropy import tokens_of_slice
 
     cfg, T = run.cfg, run.tokens
-    chunk = max(64, min(512, MAX_LOGITS // cfg.vocab_size // 64 * 64))
+    chunk = tokens_of_slice(cfg.vocab_size)
     now = min(T, chunk) * cfg.vocab_size
     then = min(max(T - chunk, 0), chunk) * cfg.vocab_size  # next to those of the chunk before
     weight = 4 * cfg.vocab_size * cfg.hidden_size if run.widens else 0
