@@ -1,7 +1,7 @@
 """Checkpoints that are written beside the training: the same bytes, and never half of one
 
 A run is killed at random moments and between any two calls that change the disk, with writes in
-their thread, and ends as one that was not.
+their thread, and ends as one that was not. Where a write fails on one of two ranks, both say so.
 """
 
 import errno
@@ -22,13 +22,16 @@ from test_survival import (
     weights,
 )
 
-from eva.training.checkpointing import checkpoints, latest_checkpoint
+from eva.distributed.expert_parallel import torchrun
+from eva.training.checkpointing import checkpoints, latest_checkpoint, load_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='signals and limits of POSIX')
+reads_proc = pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='reads /proc')
+straight_trainer = test_survival.trainer  # which waits for its writes, unless it is told otherwise
 
 
 def trainer(streams, out, **kw):  # noqa: F811
-    return test_survival.trainer(streams, out, **dict(async_save=True) | kw)
+    return straight_trainer(streams, out, **dict(async_save=True) | kw)
 
 
 def contents(out):
@@ -79,7 +82,7 @@ def test_either_way_goes_on_with_the_other(streams, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 def test_killed_several_times(streams, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(test_survival, 'trainer', with_thread(test_survival.trainer))
+    monkeypatch.setattr(test_survival, 'trainer', trainer)
     kills, _ = straight_and_killed(streams, tmp_path, 24, 4)
     assert kills >= 2
 
@@ -87,14 +90,9 @@ def test_killed_several_times(streams, tmp_path, monkeypatch):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize('precision', ['fp32', 'fp8'])
 def test_killed_a_hundred_times(streams, tmp_path, monkeypatch, precision):  # noqa: F811
-    monkeypatch.setattr(test_survival, 'trainer', with_thread(test_survival.trainer))
+    monkeypatch.setattr(test_survival, 'trainer', trainer)
     kills, mid_save = straight_and_killed(streams, tmp_path, 900, 130, precision=precision)
     assert kills >= 100 and mid_save >= 5
-
-
-def with_thread(make):
-    "A maker of trainers that write beside the training"
-    return lambda *args, **kw: make(*args, **dict(async_save=True) | kw)
 
 
 def killed_between_calls(streams, tmp_path, first, every):  # noqa: F811
@@ -129,7 +127,7 @@ def killed_between_calls(streams, tmp_path, first, every):  # noqa: F811
         out = tmp_path / f'{i}'
         assert finishes(lambda: work(out, i)) == -signal.SIGKILL, i
         for path in checkpoints(out / 'checkpoints'):  # what has its name is whole
-            assert latest_checkpoint(path.parent)[3] == ''
+            load_checkpoint(path)
         assert finishes(lambda: work(out)) == 0, i
         t = trainer(streams, out, steps=6)
         assert t.resume().startswith('finished'), i
@@ -158,8 +156,9 @@ def slow_disk(monkeypatch, seconds):
     monkeypatch.setattr(os, 'fsync', slowly)
 
 
+@reads_proc
 def test_the_training_does_not_wait_for_the_disk(streams, tmp_path, monkeypatch):  # noqa: F811
-    "With a disk that takes a second, steps are taken while the write goes on"
+    "With a disk whose flushes take 0.4 s, steps are taken while the write goes on"
     slow_disk(monkeypatch, 0.4)
     t = trainer(streams, tmp_path, steps=8, save_every=4)
     while_writing = []
@@ -172,6 +171,7 @@ def test_the_training_does_not_wait_for_the_disk(streams, tmp_path, monkeypatch)
     assert any(while_writing[4:]) and len(checkpoints(tmp_path / 'checkpoints')) == 2
 
 
+@reads_proc
 @pytest.mark.parametrize('how', ['signal', 'end', 'error'])
 def test_the_end_waits_for_the_write(streams, tmp_path, monkeypatch, how):  # noqa: F811
     slow_disk(monkeypatch, 0.4)
@@ -194,9 +194,11 @@ def test_the_end_waits_for_the_write(streams, tmp_path, monkeypatch, how):  # no
     assert latest_checkpoint(tmp_path / 'checkpoints')[3] == ''
 
 
-@pytest.mark.parametrize('step', [2, 4])
+@reads_proc
+@pytest.mark.parametrize('step', [4, 8])
 def test_a_full_disk_is_said_at_the_next_step(streams, tmp_path, monkeypatch, step):  # noqa: F811
-    t = trainer(streams, tmp_path, steps=40)
+    "And not only by the next save, which waits for the write"
+    t = trainer(streams, tmp_path, steps=40, save_every=4)
     fsync = os.fsync
 
     def full(descriptor):
@@ -204,23 +206,128 @@ def test_a_full_disk_is_said_at_the_next_step(streams, tmp_path, monkeypatch, st
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
+    def watch(row):
+        if row['step'] < step:
+            t.background.wait()
+        elif row['step'] == step + 1:
+            t.background._thread.join()  # it has failed, and nobody was told
+
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match='could not be written.*No space left.*then resume'):
-        t.fit(lambda row: t.background.wait() if row['step'] < step else time.sleep(0.05))
-    assert t.step <= step + 3
+        t.fit(watch)
+    assert t.step <= step + 2
     monkeypatch.setattr(os, 'fsync', fsync)
     saved = [p.name for p in checkpoints(tmp_path / 'checkpoints')]
-    assert saved == [f'step-{s:06d}' for s in range(2, step, 2)]
-    again = trainer(streams, tmp_path, steps=40)
+    assert saved == [f'step-{s:06d}' for s in range(4, step, 4)]
+    again = trainer(streams, tmp_path, steps=40, save_every=4)
     assert 'damaged' not in again.resume()
 
 
+TWO = """
+import errno, json, os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+import eva.distributed.mesh as mesh
+import eva.distributed.together as together
+import eva.training.async_save as async_save
+from sizes import TINY
+from eva.config import Config
+from eva.data.text import TokenStream
+from eva.distributed.expert_parallel import shutdown
+from eva.distributed.checkpoint import SafetensorsStorageWriter
+from eva.distributed.parallel import Parallel
+from eva.model.transformer import DeepSeekV3
+from eva.training.config import TrainConfig
+from eva.training.trainer import Trainer
+
+root, out, vocab = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+mesh.connect()
+rank = dist.get_rank()
+train, held = (TokenStream(root / f'{name}.npy') for name in ('train', 'held'))
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# What fails, and on which rank
+PLACES = dict(
+    part=(SafetensorsStorageWriter, 'write_data', 1),
+    first=(SafetensorsStorageWriter, 'prepare_global_plan', 0),
+    begin=(mesh, 'owned_write', 0),
+    sums=(together, 'write_manifest', 0),
+    rename=(mesh.ExitStack, 'close', 0),
+    old=(async_save, 'prune', 0),
+)
+
+
+def run(case):
+    owner, name, bad = PLACES[case]
+    right, said = getattr(owner, name), together.write_error
+    torch.manual_seed(0)
+    cfg = TrainConfig(steps=40, batch_size=2, micro_batch=1, seq_len=16, save_every=4,
+                      eval_every=40, mtp_batch_ratio=1.0, async_save=True)
+    model = DeepSeekV3(Config.from_preset('mini', vocab_size=vocab, **TINY))
+    t = Trainer(model, train, held, cfg, out / case, Parallel(ep=2))
+
+    def late(*args):  # the second rank knows later
+        time.sleep(rank)
+        return said(*args)
+
+    def watch(row):
+        if row['step'] == 7:
+            t.background.wait()  # the first checkpoint is whole
+            together.write_error = late
+            if rank == bad:
+                setattr(owner, name, full)
+        if row['step'] == 9 and rank == 0:
+            t.background._thread.join()
+
+    try:
+        t.fit(watch)
+        told = None
+    except OSError as e:
+        told = str(e)
+    finally:
+        setattr(owner, name, right)
+        together.write_error = said
+    everyone = [None] * 2
+    dist.all_gather_object(everyone, [told, t.step])
+    return everyone
+
+
+found = {case: run(case) for case in PLACES}
+if rank == 0:
+    print(json.dumps(found))
+shutdown()
+"""
+
+
+def test_two_ranks_end_together_where_a_write_fails_on_one(streams, tmp_path):  # noqa: F811
+    "All say why after the same step, nothing hangs, and the checkpoint before is whole"
+    root, vocab = streams
+    here = dict(PYTHONPATH=os.path.dirname(__file__))
+    found = torchrun(TWO, root, tmp_path, vocab, ranks=2, timeout=180, env=here)
+    assert len(found) == 6
+    for case, ranks in found.items():
+        for rank, (said, step) in enumerate(ranks):
+            assert step == 9, (case, rank, said)
+            words = 'could not be written by another rank' if case == 'old' else 'No space left'
+            assert (words if rank else 'No space left') in said, (case, rank)
+        folder = tmp_path / case / 'checkpoints'
+        assert not any(folder.glob('.step-*')), case
+        whole = ['step-000004'] + ['step-000008'] * (case == 'old')
+        assert [p.name for p in checkpoints(folder)] == whole, case
+        for path in checkpoints(folder):
+            load_checkpoint(path)
+
+
+@reads_proc
 def test_rewinding_waits_for_the_write(streams, tmp_path, monkeypatch):  # noqa: F811
     slow_disk(monkeypatch, 0.3)
     t = trainer(streams, tmp_path, steps=40, save_every=100)
     t.fit(lambda row: setattr(t, 'stop', 'SIGINT') if row['step'] == 2 else None)
     t.train_step()
-    t.step, t.tokens = 3, t.tokens
     t.save()
     assert t.background._thread is not None
     said = t.rewind()

@@ -238,6 +238,10 @@ class SafetensorsFolder:
             self.files[file] = open_safetensors(file, self.path)
         return self.files[file]
 
+    def close(self):
+        "Close the files; they are opened again when something is read"
+        self.files.clear()
+
     def __contains__(self, name) -> bool:
         return name in self.where
 

@@ -55,7 +55,7 @@ def load_weights(
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if name in whole:
             fill_part(folder, name, whole[name], part_of(t))
-            folder.files.files.clear()  # close the files
+            folder.files.close()
 
 
 def fill_part(

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['T', 'JOINED_DIMENSIONS', 'check_division', 'check_one_process', 'make_mesh', 'data_mesh', 'joined_groups',
            'first_process', 'attempt', 'connect', 'is_lost', 'is_first_caller', 'from_first_rank', 'agree_to_stop',
-           'write_together_to', 'ignore', 'NullLogger']
+           'fail_together', 'write_together_to', 'ignore', 'NullLogger']
 
 # %% ../../nbs/10_distributed/06_mesh.ipynb #193ad1e1
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -188,11 +188,33 @@ def from_first_rank(
 def agree_to_stop(
     name: str | None,  # signal that this rank received
     device,  # of the collective operation
-) -> str | None:  # signal that some rank received
-    "Return the signal to stop that any rank received, the same on all ranks"
-    number = torch.tensor([int(getattr(signal, name or '', 0))], device=device)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return signal.Signals(int(number.item())).name if number else name
+    failed: bool = False,  # has the write of a checkpoint failed on this rank?
+) -> tuple[str | None, bool]:  # signal that some rank received; has a write failed on some rank?
+    "Return the signal and the failure of any rank, the same on all ranks, in one message"
+    numbers = torch.tensor([int(getattr(signal, name or '', 0)), int(failed)], device=device)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    number, failures = numbers.tolist()
+    return signal.Signals(number).name if number else name, failures > 0
+
+# %% ../../nbs/10_distributed/06_mesh.ipynb #cdaaf7cb
+@contextmanager
+def fail_together(
+    group: dist.ProcessGroup | None = None,  # of all ranks; None: the default group
+) -> Iterator[None]:
+    "Where the body fails on one rank, raise an error on all ranks at its end"
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        if is_lost(e):  # then no rank gets an answer
+            raise
+        error = e
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, error and (isinstance(error, OSError), str(error)), group)
+    for rank, message in enumerate(said):
+        if message is not None:
+            kind = OSError if message[0] else ValueError
+            raise error if error and kind is ValueError else kind(f'{message[1]} on rank {rank}')
 
 
 @contextmanager
@@ -204,10 +226,13 @@ def write_together_to(
 ) -> Iterator[Path]:  # temporary name to write to
     "Write from all ranks under a temporary name, which becomes the final one when all are done"
     elsewhere = nullcontext(path.with_name(f'.{path.name}.tmp{first}'))
-    with owned_write(path) if rank == 0 else elsewhere as temporary:
-        yield temporary
-        dist.barrier(group)
-    dist.barrier(group)
+    with ExitStack() as stack:
+        with fail_together(group):
+            temporary = stack.enter_context(owned_write(path) if rank == 0 else elsewhere)
+        with fail_together(group):
+            yield temporary
+        with fail_together(group):
+            stack.close()
 
 # %% ../../nbs/10_distributed/06_mesh.ipynb #da8ad4a7
 def ignore(*args):

@@ -23,6 +23,7 @@ from eva.distributed.mesh import (
     NullLogger,
     agree_to_stop,
     attempt,
+    fail_together,
     first_process,
     from_first_rank,
     is_first_caller,
@@ -53,8 +54,9 @@ def save_together(
         parts[name] = t if whole is None else dtensor_like(t, whole)
     try:
         with write_together_to(path, rank, first, group) as temporary:
-            if rank == 0:
-                temporary.mkdir(parents=True)
+            with fail_together(group):
+                if rank == 0:
+                    temporary.mkdir(parents=True)
             save_safetensors(temporary / 'tensors.safetensors', parts, copies, group)
             if rank == 0:
                 write_manifest(temporary, state)
@@ -156,10 +158,13 @@ class Together:
 
     def should_stop(
         self,
-        trainer: Trainer,  # may have received a signal
+        trainer: Trainer,  # may have received a signal, or failed to write a checkpoint
     ) -> str | None:  # name of the signal
-        "Return the signal that any rank received, so that all ranks stop after the same step"
-        trainer.stop = agree_to_stop(trainer.stop, trainer.device)
+        "Return the signal that any rank received, or raise the error of a write, after one step"
+        failed = trainer.background.failed
+        trainer.stop, failed = agree_to_stop(trainer.stop, trainer.device, failed)
+        if failed:
+            trainer.background.raise_error()
         return trainer.stop
 
     @property

@@ -79,7 +79,7 @@ def row_numbers(
         rows = (rows[:, None] * size + np.arange(first, first + count)).ravel()
     return rows
 
-
+# %% ../../nbs/05_model/06_initialization.ipynb #f71d36d2
 @torch.no_grad()
 def fill_normal(
     part: Part,  # of a parameter, filled in place

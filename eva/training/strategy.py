@@ -149,7 +149,7 @@ class Strategy(Protocol):
         self,
         trainer: Any,  # the `eva.training.trainer.Trainer` that may have been asked to stop
     ) -> str | None:  # name of the signal that any process received; None: continue
-        "Return whether the processes should stop, the same in each process"
+        "Return whether to stop, or raise the error of a failed write, the same in each process"
         ...
 
     def timed(
@@ -284,7 +284,8 @@ class SingleProcess:
         return summed_loss(model, rows, mask_documents, on)
 
     def should_stop(self, trainer: Any) -> str | None:
-        "Return the signal that this process received"
+        "Return the signal that this process received, or raise the error of a write beside it"
+        trainer.background.check()
         return trainer.stop
 
     def timed(self, clock: StepClock) -> AbstractContextManager:

@@ -19,7 +19,7 @@ from ..data.text import TokenStream
 from ..kernels.memory import freed_memory_kept
 from ..model.transformer import DeepSeekV3
 from ..moe.load_balancing import ExpertLoadTracker
-from .async_save import BackgroundSave
+from .async_save import BackgroundSave, remove_old
 from .checkpointing import checkpoints, cut_metrics, prune
 from .config import DTYPES, TrainConfig, check_choice
 from .evaluation import quick_estimate
@@ -232,8 +232,9 @@ class Trainer:
             return self.parallel.evaluate_batch(self.model, rows, self.cfg.mask_documents, learned)
 
         at_a_time = self.cfg.micro_batch * self.parallel.ranks
-        text = self.held_out, self.cfg.seq_len
-        return quick_estimate(evaluate_batch, *text, at_a_time, self.device)
+        return quick_estimate(
+            evaluate_batch, self.held_out, self.cfg.seq_len, at_a_time, self.device
+        )
 
     def save(self):
         """Write a checkpoint of this step and remove the oldest beyond `keep_checkpoints`
@@ -242,16 +243,12 @@ class Trainer:
         path = self.out / 'checkpoints' / f'step-{self.step:06d}'
         tensors, state = checkpoint_contents(self)
         self.rewinds = 0
-
-        def remove_old():
-            if self.parallel.rank == 0:
-                prune(path.parent, self.cfg.keep_checkpoints)
-
+        then = partial(remove_old, self.parallel, path.parent, self.cfg.keep_checkpoints)
         if self.cfg.async_save:
-            self.background.save(self.parallel, path, tensors, state, remove_old)
+            self.background.save(self.parallel, path, tensors, state, then)
         else:
             self.parallel.save(path, tensors, state)
-            remove_old()
+            then()
 
     def restore(
         self,
@@ -363,7 +360,6 @@ class Trainer:
                 self.save()  # a checkpoint to rewind to
             while self.step < cfg.steps and not self.parallel.should_stop(self):
                 row = self.train_step()
-                self.background.check()
                 if self.step % cfg.eval_every == 0 or self.step == cfg.steps:
                     row |= self.quick_eval()
                 log.write(row)
