@@ -90,11 +90,13 @@ def random_states(out):
     return {name: t for name, t in tensors.items() if name.startswith('random.')}
 
 
-def same_runs(one, two):
+def same_runs(one, two, states=True):
     "Compare weights, losses and random states of two runs"
     losses = [[r['loss'] for r in read_metrics(Path(o) / 'metrics.jsonl')] for o in (one, two)]
     assert losses[0] == losses[1]
     assert weights(one) == weights(two)
+    if not states:
+        return
     first, second = random_states(one), random_states(two)
     assert first.keys() == second.keys() and first
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -102,9 +104,7 @@ def same_runs(one, two):
 
 # ---- a trial changes nothing
 
-GRID = [
-    (precision, recompute) for precision in ('fp32', 'bf16', 'fp16', 'fp8') for recompute in (0, 1)
-]
+GRID = [('fp32', 0), ('fp32', 1), ('bf16', 0), ('fp16', 1), ('fp8', 0), ('fp8', 1)]
 
 
 @pytest.mark.parametrize('precision, recompute', GRID)
@@ -157,7 +157,7 @@ def test_the_trial_is_gone_before_the_model_is_built(folder, monkeypatch):
     right = train_time.build_trainer
 
     def models():
-        return sum(isinstance(o, DeepSeekV3) for o in gc.get_objects())
+        return sum(type(o) is DeepSeekV3 for o in gc.get_objects())
 
     def build(*args):
         there.append(models())
@@ -190,15 +190,15 @@ KINDS = dict(
     text=('--data', 'text'),
     streamed=('--data', 'lines.jsonl', '--fim', 0.5),
     task=('--data', 'synthetic:copy'),
-    answers=('--data', 'talks.jsonl', '--init', 'first'),
+    answers=('--data', 'talks.jsonl', '--init', 'first', '--seq_len', 96),
     sparse=('--data', 'text', '--init', 'first', '--sparse', 'k=8', 'warmup=2', 'heads=2', 'dim=8'),
 )
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_chosen_steps_repeat(folder, slow, kind):
-    sizes = SMALL[:6] if kind != 'text' and kind != 'streamed' else SMALL
-    argv = (*KINDS[kind], *sizes, '--precision', 'fp32', '--batch_size_warmup', 0.5)
+    sizes = SMALL if kind in ('text', 'streamed') else SMALL[:6]
+    argv = (*sizes, *KINDS[kind], '--precision', 'fp32', '--batch_size_warmup', 0.5)
     if '--init' in argv:
         assert command('--data', 'text', *SMALL, '--steps', 2, '--out', 'first')[0] == 0
     code, out, err = command(*argv, '--minutes', 39, '--out', 'timed')
@@ -236,7 +236,7 @@ def test_minutes_in_a_file(folder, slow):
     assert command('--config', 'run.yaml', '--steps', 1, '--out', 'counted')[0] == 0
     assert command('--config', 'timed/run_config.json', '--minutes', 19, '--out', 'file')[0] == 0
     assert read_metrics('file/metrics.jsonl')[-1]['step'] == 1
-    code, out, err = command('--config', 'run.yaml', '--print_config')
+    code, out, err = command('--config', 'run.yaml', '--print_config', 'json')
     assert code == 0 and '"minutes": 39' in out and '"steps": null' in out, err
     Path('printed.json').write_text(out)
     assert command('--config', 'printed.json', '--out', 'printed')[0] == 0
@@ -321,7 +321,7 @@ def test_the_rest_of_a_run(folder, slow, monkeypatch):
     assert code == 0 and 'going on from step 2 of 5' in out, err
     assert 'about 30 minutes more on this machine: 3 steps of 600 s, measured' in out
     assert command('--data', 'text', *SMALL, '--steps', 5, '--out', 'whole')[0] == 0
-    same_runs('run', 'whole')
+    same_runs('run', 'whole', states=False)  # what a start measures draws numbers
 
 
 # ---- two ranks
@@ -373,7 +373,8 @@ def two_ranks(tmp_path_factory):
     "Each layout with --minutes, and with the number of steps that fits"
     folder = tmp_path_factory.mktemp('two')
     (folder / 'text.txt').write_text('def f(x):\n    return x + 1\n' * 400)
-    sizes = '--seq_len 32 --batch_size 8 --micro_batch 1 --vocab_size 270 --device cpu'.split()
+    sizes = ['--seq_len', '32', '--batch_size', '8', '--micro_batch', '1']
+    sizes += ['--vocab_size', '270', '--device', 'cpu']
     runs = {}
     for name, argv in LAYOUTS.items():
         shared = ['--data', str(folder / 'text.txt'), *sizes, *map(str, argv)]
