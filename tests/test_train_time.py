@@ -356,15 +356,11 @@ if dist.get_rank() == 0:
 dist.barrier()
 """
 LAYOUTS = dict(
-    fsdp=('--precision', 'fp32'),
-    copies=('--precision', 'bf16', '--no-fsdp'),
-    experts=('--precision', 'bf16', '--ep', 2),
-    stages=('--precision', 'fp32', '--pp', 2),
-    stages_grow=('--precision', 'bf16', '--pp', 2, '--batch_size_warmup', 0.7),
-    heads=('--precision', 'fp32', '--tp', 2),
-    positions=('--precision', 'bf16', '--cp', 2),
     recompute=('--precision', 'fp32', '--recompute'),
-    eight_bits=('--precision', 'fp8', '--ep', 2),
+    stages=('--precision', 'bf16', '--pp', 2, '--batch_size_warmup', 0.7),
+    heads=('--precision', 'fp32', '--tp', 2),
+    positions=('--precision', 'bf16', '--cp', 2, '--no-fsdp'),
+    experts=('--precision', 'fp8', '--ep', 2),
 )
 
 
