@@ -148,6 +148,7 @@ MAY_CHANGE = {
     'log_to',
     'profile',
     'peak_tflops',
+    'minutes',
 }  # where, on how many processes, and what is seen of it
 STARTED = dict(
     preset='mini',

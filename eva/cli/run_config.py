@@ -55,6 +55,7 @@ SECTIONS: dict[str, dict[str, Key]] = dict(
 OUTSIDE = dict(
     init=Key('init', 'str'),
     sparse=Key('sparse', 'list'),
+    minutes=Key('minutes', 'float'),
     device=Key('device', 'str'),
     out=Key('out', 'str'),
 )  # keys beside the sections
@@ -195,8 +196,11 @@ def apply_run_file(
         if not other:
             args.model = path
         return
+    # either of them on the command line replaces both of the file
+    length = [] if (args.steps, args.minutes) == (None, None) else ['steps', 'minutes']
     for section, option, value in run_file_options(path, found):
-        if getattr(args, option) is None and not (section == 'model' and other):
+        unwanted = (section == 'model' and other) or option in length
+        if getattr(args, option) is None and not unwanted:
             setattr(args, option, value)
     if args.schedule is not None:
         from eva.trainable import check_schedule
@@ -289,7 +293,7 @@ def run_config(
     fields = {o.name: model[o.name] for o in MODEL_FIELDS}
     return dict(
         model={} if args.init is not None else dict(preset=preset) | fields,
-        training=asdict(tcfg),
+        training=asdict(tcfg) | ({} if args.minutes is None else dict(steps=None)),
         data=dict(
             sources=sources,
             text_column=args.text_column or 'text',
@@ -301,6 +305,7 @@ def run_config(
         layout={name: layout[name] for name in SECTIONS['layout']},
         init=None if args.init is None else str(Path(args.init).resolve()),
         sparse=args.sparse,
+        minutes=args.minutes,
         device=device_of(args),
         out=None,
     )

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FP8_RECIPES', 'DEFAULT_VOCAB_SIZE', 'DEFAULTS_OF', 'MAY_CHANGE', 'train_parser', 'train_config_kwargs',
-           'train_settings', 'given_arguments', 'model_field', 'started_with', 'same_argument', 'check_arguments_again']
+           'train_settings', 'check_minutes', 'given_arguments', 'model_field', 'started_with', 'same_argument',
+           'check_arguments_again']
 
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #747fc10c
 import argparse
@@ -114,6 +115,13 @@ def _add_sizes(
         '--steps',
         type=int,
         help='optimizer steps (default: 320, about 20 minutes for mini on two cores)',
+    )
+    add(
+        '--minutes',
+        type=float,
+        metavar='N',
+        help='in place of --steps: as many as fit into N minutes on this machine, '
+        'counted from the start of the command and with all evaluations',
     )
     add(
         '--precision',
@@ -277,11 +285,27 @@ def train_settings(
 
     return TrainConfig(**DEFAULTS_OF[kind] | more | train_config_kwargs(args))
 
+# %% ../../nbs/15_cli/03_train_arguments.ipynb #ccd5056a
+def check_minutes(
+    args: argparse.Namespace,  # from train_parser, with the values of --config
+) -> None:
+    "Raise an error for a value of --minutes that cannot be meant"
+    if args.minutes is None:
+        return
+    if not 0 < args.minutes < float('inf'):
+        raise ValueError(f'--minutes {args.minutes}: must be positive and finite')
+    if args.steps is not None:
+        raise ValueError(
+            f'--minutes {args.minutes}, --steps {args.steps}: both set the length of a run; '
+            'leave one of them out'
+        )
+
 # %% ../../nbs/15_cli/03_train_arguments.ipynb #a3f60887
 # Options for the place of a run and for its processes; with other values it is the same run.
 MAY_CHANGE = ['config', 'print_config', 'out', 'resume', 'device', 'gpus', 'per_node']
 MAY_CHANGE += ['ep', 'pp', 'tp', 'cp', 'schedule', 'fsdp', 'recompute']
 MAY_CHANGE += ['check', 'prefetch', 'log_to', 'profile', 'peak_tflops']
+MAY_CHANGE += ['minutes']  # a run that is resumed keeps its steps
 
 
 def given_arguments(
