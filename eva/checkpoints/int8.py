@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['INT8_WEIGHTS', 'FLOATS', 'WEIGHTS', 'FORMAT', 'quantize_int8', 'dequantize_int8', 'int8_outputs', 'int8_tensors',
            'int8_settings', 'is_int8', 'check_settings', 'join_scales', 'check_pair', 'check_values', 'unpack_weight',
-           'packed_shape', 'int8_product', 'Int8Linear', 'Int8Experts', 'place_int8_layers', 'refuse_int8']
+           'packed_shape', 'int8_product', 'Int8Linear', 'Int8Experts', 'place_int8_layers', 'quantize_model',
+           'refuse_int8']
 
 # %% ../../nbs/09_checkpoints/12_int8.ipynb #d8e7f9a4
 import re
@@ -353,6 +354,23 @@ def place_int8_layers(
             model.set_submodule(name, Int8Experts(next(pairs), next(pairs), layer.act))
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (Int8Linear, Int8Experts))]
     return {f'{n}.{key}': tensor for n, layer in layers for key, tensor in layer.named_buffers()}
+
+
+def quantize_model(
+    model: nn.Module,  # changed in place
+) -> nn.Module:  # the model itself
+    "Round the linear layers and experts of a model to INT8, as `eva_convert --to int8` does"
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Linear) and INT8_WEIGHTS.search(f'{name}.weight'):
+            q, scale = quantize_int8(layer.weight.detach())
+            bias = None if layer.bias is None else layer.bias.detach()
+            model.set_submodule(name, Int8Linear(q, scale, bias))
+        elif type(layer) is Experts:
+            stacks = layer.gate_up_proj.detach(), layer.down_proj.detach()
+            (q1, s1), (q2, s2) = map(quantize_int8, stacks)
+            scales = s1[..., 0].contiguous(), s2[..., 0].contiguous()
+            model.set_submodule(name, Int8Experts((q1, q2), scales, layer.act))
+    return model
 
 
 def refuse_int8(
