@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -150,7 +150,8 @@ def bench_weight_types(
     cfg = small_config(num_hidden_layers=2) if quick else attention_model(256).cfg
     wide = DeepSeekV3(cfg).eval()
     half = copy.deepcopy(wide).bfloat16()
-    eight = quantize_model(copy.deepcopy(half))
+    eight = cast(DeepSeekV3, quantize_model(copy.deepcopy(half)))
+    models: dict[str, tuple[DeepSeekV3, int]]
     models = dict(float32=(wide, 4), bfloat16=(half, 2), INT8=(eight, 1))
     token = torch.tensor([[7]])
     steps = {}
@@ -171,8 +172,8 @@ def bench_weight_types(
         work = dict(eva=steps[name], without_kernels=partial(without_kernels, steps[name]))
         if name == 'INT8':
             work['bfloat16'] = steps['bfloat16']
-        work = {k: consecutive_steps(f, 2 if quick else 5, device) for k, f in work.items()}
-        times = interleaved_timing(work | probes, 2 if quick else 9, device)
+        timed = {k: consecutive_steps(f, 2 if quick else 5, device) for k, f in work.items()}
+        times = interleaved_timing(timed | probes, 2 if quick else 9, device)
         bound = roofline_seconds(times, about, *step_cost(cfg, 128, size))
         goals = dict(bfloat16=1.8) if name == 'INT8' else {}
         results.append(compare_times(f'weights in {name}', times, bound, goals=goals))

@@ -125,7 +125,7 @@ def check_settings(
             f'{file}: config_groups={groups!r:.120}: Eva reads one group of settings, whose '
             f'weights are all INT8; convert to bf16 with the software that wrote the folder'
         )
-    wanted: list[tuple[dict[str, Any], str, Any]]
+    wanted: list[tuple[Any, str, Any]]
     wanted = [(weights, name, value) for name, value in WEIGHTS.items()]
     wanted += [(group, name, None) for name in ('input_activations', 'output_activations')]
     wanted += [(found, 'kv_cache_scheme', None)]
