@@ -16,6 +16,7 @@ from .kv_cache import LatentCache
 from .masks import check_mask
 from .rope import apply_rotary_emb, rotary_layout, softmax_scale
 from ..config import Config
+from ..kernels.absorbed import decode_attention
 from ..kernels.causal_attention import causal_attention, project_heads
 from ..kernels.linear import Linear, bmm_nt, linear_operands
 
@@ -236,6 +237,11 @@ class MLA(nn.Module):
         if W is not self.kv_b_proj.weight:  # a layer that rounds both
             rows = torch.cat((c_KV.to(rows.dtype), rows[..., cfg.kv_lora_rank :]), -1)
             W = W.to(q_C.dtype)
+        if q_C.shape[1] == 1:  # one new position: a kernel of its own, where there is one
+            seen = mask if mask is None else mask[:, 0, 0]
+            out = decode_attention(q_C[:, 0], q_R[:, 0], rows, W, self.scale, seen)
+            if out is not None:
+                return out[:, None]
         W = W.unflatten(0, (cfg.num_attention_heads, -1))
         W_UK, W_UV = W.split((cfg.qk_nope_head_dim, cfg.v_head_dim), 1)
         return absorbed_attention(q_C, q_R, rows, W_UK, W_UV, self.scale, mask)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import int4
+from . import int4, int8
 from .safetensors import DTYPES_BY_NAME, INDEX_NAME, open_safetensors
 from ..fileio.reading import read_json
 from ..fp8.formats import quantize, scale_shape
@@ -229,8 +229,10 @@ class SafetensorsFolder:
                     f'characters; a tensor name has at most {MAX_NAME_LENGTH}'
                 )
         found, self.left_out = int4.text_tensors(found)
-        self.where, self.packed = int4.join_packed(found)  # packed: names of INT4 weights
-        self.group_size = int4.folder_group_size(self.path, self.packed) if self.packed else 0
+        found, self.eight = int8.join_scales(found)  # names of INT8 weights
+        self.where, four = int4.join_packed(found)
+        self.packed = four | self.eight  # stored as several tensors each
+        self.group_size = int4.folder_group_size(self.path, four) if four else 0
 
     def open(self, file: Path) -> Any:
         "Open a file, or return it where it is open already"
@@ -248,7 +250,10 @@ class SafetensorsFolder:
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)
 
-    def _parts(self, name: str) -> list[Tensor]:
+    def stored_parts(
+        self,
+        name: str,  # published
+    ) -> list[Tensor]:  # one; several where it is divided among files, or of INT4 and INT8
         "Read what is stored for a tensor: in one place, in several, or packed"
         where = self.where[name]
         return [_get(self.open(file).get_tensor, file, stored, name) for file, stored in where]
@@ -279,16 +284,16 @@ class SafetensorsFolder:
     def read(
         self,
         name: str,  # published
-    ) -> Tensor:  # as stored; INT4 unpacked, in float32
+    ) -> Tensor:  # as stored; INT4 and INT8 in float32
         "Read a tensor, concatenated where it is divided among files"
         if name not in self.where:
             raise ValueError(
                 f'{name}: missing; the folder {self.path} does not hold it, fetch the files again'
             )
         places = self.where[name]
-        parts = self._parts(name)
+        parts = self.stored_parts(name)
         if name in self.packed:
-            return int4.unpack_weight(parts, self.group_size, name, places[0][0].name)
+            return int8.unpack_weight(parts, self.group_size, name, places[0][0].name)
         dim = _split_dim(places[-1][1])
         if len(parts) == 1 or dim is None:
             return parts[0]
@@ -304,7 +309,7 @@ class SafetensorsFolder:
         if name in self.packed:
             file, stored = places[-1]  # two numbers, the only ones that are read here
             parts[-1] = _get(self.open(file).get_tensor, file, stored, name)
-            shape = int4.packed_shape(parts, self.group_size, name, places[0][0].name)
+            shape = int8.packed_shape(parts, self.group_size, name, places[0][0].name)
             return torch.float32, shape
         size = list(parts[0].shape)
         dim = _split_dim(places[0][1])
@@ -403,7 +408,7 @@ def weight_block_size(
     if found is None:  # DeepSeek's inference code says it in one word
         return (128, 128) if 'dim' in config and config.get('dtype') == 'fp8' else None
     if int4.is_int4(found):
-        int4.int4_group_size(found, file)  # or refused
+        int8.check_settings(found, file)  # or refused
         return None
     wanted = dict(quant_method='fp8', fmt='e4m3')
     known = isinstance(found, dict) and 'quant_method' in found

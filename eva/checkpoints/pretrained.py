@@ -24,6 +24,7 @@ from eva.checkpoints.files import (
     weight_block_size,
 )
 from .int4 import left_out_notice
+from .int8 import place_int8_layers, refuse_int8
 from .model_files import TOKENIZER_FILES, save_config_and_tokenizer
 from .safetensors import parse_size, replace_weights, weight_files
 from ..config import Config
@@ -86,6 +87,7 @@ def save_pretrained(
 ):
     "Write a folder that `load_pretrained` and other software open"
     path = Path(path)
+    refuse_int8(model)
     max_bytes = parse_size(max_shard_size)
     dtype = model.dtype
     _warn_of_own_classes(model, path)
@@ -217,14 +219,19 @@ def load_pretrained(
     # a folder with config.json and safetensors, or a model on the Hub: 'owner/name', or
     # 'owner/name@revision', where no such folder is there
     path: str | Path,
-    dtype: torch.dtype | None = None,  # of the weights; None: as stored, FP8 and INT4 as the others
+    # of the weights; None: as stored, but FP8 and INT4 as the others, and INT8 for inference only
+    dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,  # each tensor is moved there as it is read; None: CPU
 ) -> DeepSeekV3:  # in eval mode
     "Build a model from a folder that `save_pretrained` or other software wrote"
     folder = PretrainedFolder(path, dtype)
     model = folder.model
-    state = {n: folder.read(n, want, device) for n, want in model.state_dict().items()}
     folder.refuse_others()
+    state = place_int8_layers(folder) if folder.files.eight and dtype is None else {}
+    state = {name: tensor.to(device) for name, tensor in state.items()}
+    for name, want in model.state_dict().items():
+        if name not in state:
+            state[name] = folder.read(name, want, device)
     model.load_state_dict(state, assign=True)
     if folder.cfg.tie_word_embeddings:
         model.lm_head.weight = cast(nn.Embedding, model.model['embed_tokens']).weight

@@ -43,11 +43,13 @@ def convert_parser() -> argparse.ArgumentParser:  # of eva_convert
     )
     p.add_argument(
         '--to',
-        choices=('bf16', 'fp32', 'fp8', 'gguf'),
+        choices=('bf16', 'fp32', 'fp8', 'int8', 'gguf'),
         default='bf16',
         help='bf16 and fp32 convert every tensor but the routing biases, which stay float32; '
         'fp8 rounds the weights that are published in FP8 to '
-        'blocks of 128x128 and leaves the rest; gguf writes one file for llama.cpp (default: bf16)',
+        'blocks of 128x128 and leaves the rest; int8 rounds those of linear layers and experts to '
+        'a byte and a scale for each row, for faster generation; '
+        'gguf writes one file for llama.cpp (default: bf16)',
     )
     p.add_argument(
         '--pow2',

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
+from ..kernels.few_tokens import few_token_experts
 from ..kernels.grouped_linear import grouped_linear, row_multiple
 from ..kernels.linear import Linear
 from ..kernels.permutation import layout, permute, permute_weights, unpermute_sum
@@ -112,6 +113,9 @@ class Experts(nn.Module):
     ) -> Tensor:  # weighted sum over each token's experts (tokens, hidden_size)
         "Run every chosen expert on every token that chose it; none is dropped"
         self._check(x, weights, indices)
+        y = few_token_experts(x, weights, indices, self.gate_up_proj, self.down_proj, self.act)
+        if y is not None:
+            return y
         run = decode_experts if is_decode_step(x, indices) else grouped_experts
         return run(x, weights, indices, self.gate_up_proj, self.down_proj, self.act)
 
