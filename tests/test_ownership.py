@@ -23,7 +23,7 @@ from sizes import TINY
 from eva.benchmarks.harness import BenchResult
 from eva.benchmarks.harness import run as bench
 from eva.checkpoints.pretrained import save_pretrained
-from eva.cli import run_folder, train
+from eva.cli import run_folder, train_time
 from eva.cli.bench import eva_bench
 from eva.cli.convert import eva_convert
 from eva.cli.generate import eva_generate
@@ -182,7 +182,11 @@ def no_work(monkeypatch):
         raise AssertionError('the command began to work')
 
     # each in the module that looks it up
-    for module, name in ((run_folder, 'new_run'), (run_folder, 'old_run'), (train, 'start_model')):
+    for module, name in (
+        (run_folder, 'new_run'),
+        (run_folder, 'old_run'),
+        (train_time, 'start_model'),
+    ):
         monkeypatch.setattr(module, name, work)
 
 

@@ -180,7 +180,7 @@ def test_a_resumed_run_removes_what_a_killed_one_could_not(streams, tmp_path, mo
             if len(checkpoints(folder)) > keep:
                 os._exit(7)
 
-        monkeypatch.setattr('eva.training.trainer.prune', die_instead)
+        monkeypatch.setattr('eva.training.async_save.prune', die_instead)
         trainer(streams, out, steps=6).fit()
 
     assert finishes(killed_before_the_removal) == 7

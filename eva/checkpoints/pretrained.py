@@ -226,12 +226,16 @@ def load_pretrained(
     "Build a model from a folder that `save_pretrained` or other software wrote"
     folder = PretrainedFolder(path, dtype)
     model = folder.model
-    folder.refuse_others()
-    state = place_int8_layers(folder) if folder.files.eight and dtype is None else {}
-    state = {name: tensor.to(device) for name, tensor in state.items()}
+    integers = folder.files.eight and dtype is None
+    state = {}
+    if integers:
+        folder.refuse_others()  # while the model has the places of a folder's names
+        state = {name: tensor.to(device) for name, tensor in place_int8_layers(folder).items()}
     for name, want in model.state_dict().items():
         if name not in state:
             state[name] = folder.read(name, want, device)
+    if not integers:
+        folder.refuse_others()  # what is missing is said first
     model.load_state_dict(state, assign=True)
     if folder.cfg.tie_word_embeddings:
         model.lm_head.weight = cast(nn.Embedding, model.model['embed_tokens']).weight
