@@ -49,7 +49,11 @@ def set_wide(wide):
 
 def overflow(out, case):
     "Train with an infinite gradient on the second rank in the second step; what each rank saw"
-    t = ranks.trainer(out / case['name'], parallel=Parallel(**case['parallel']), **case['run'])
+    t = ranks.trainer(
+        out / case['name'],
+        parallel=Parallel(device=ranks.DEVICE, **case['parallel']),
+        **case['run'],
+    )
     accumulate = t.opt.accumulate_grads
 
     def spoilt():

@@ -16,11 +16,13 @@ import torch.distributed as dist
 from eva.config import Config
 from eva.data.text import TokenStream, _write
 from eva.distributed.expert_parallel import shutdown
+from eva.distributed.mesh import local_gpu
 from eva.distributed.private import forget_divisions
 from eva.model.transformer import DeepSeekV3
 from eva.training.config import TrainConfig
 from eva.training.trainer import Trainer
 
+DEVICE = os.environ.get('EVA_TEST_DEVICE', 'cpu')
 SIZES = dict(
     vocab_size=67,
     hidden_size=24,
@@ -78,9 +80,8 @@ def trainer(
     out, dtype='float64', steps=20, parallel=None, model=None, loss_mask=False, spoil=False, **kw
 ):
     torch.manual_seed(0)
-    net = DeepSeekV3(Config.from_preset('mini', **(SIZES | (model or {})))).to(
-        getattr(torch, dtype)
-    )
+    net = DeepSeekV3(Config.from_preset('mini', **(SIZES | (model or {}))))
+    net.to(DEVICE, getattr(torch, dtype))
     train = stream(out.parent / 'train.npy')
     held = stream(out.parent / 'held.npy')
     if spoil:
@@ -123,7 +124,7 @@ def run(out, case):
 
     t = trainer(
         out / case.get('folder', case['name']),
-        parallel=Parallel(**case['parallel']),
+        parallel=Parallel(device=DEVICE, **case['parallel']),
         **case.get('run', {}),
     )
     about = {}
@@ -176,10 +177,14 @@ def run_cases(run_one):
     """
     torch.set_num_threads(1)
     out, *cases = sys.argv[1:]
+    backend = 'gloo'
+    if DEVICE == 'cuda':
+        torch.cuda.set_device(local_gpu(torch.cuda.device_count()))
+        backend = 'cpu:gloo,cuda:nccl'
     store, rank, world = next(dist.rendezvous('env://'))
     for number, raw in enumerate(cases):
         own = dist.PrefixStore(f'case {number}', store)
-        dist.init_process_group('gloo', store=own, rank=rank, world_size=world)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world)
         run_one(Path(out), json.loads(raw))
         shutdown()
         forget_divisions()

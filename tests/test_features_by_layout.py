@@ -167,8 +167,8 @@ def differences(out, case, everyone, rows, first):
         off[key] = max(apart, default=0.0)  # there may be no MTP
     grads = load_file(out / f'{case["name"]}.safetensors')
     assert grads.keys() == first.keys()
-    total = torch.stack([g.double().norm() for g in first.values()]).norm()
-    apart = torch.stack([(grads[n].double() - g.double()).norm() for n, g in first.items()])
+    total = torch.stack([g.cpu().double().norm() for g in first.values()]).norm()
+    apart = torch.stack([(grads[n].double() - g.cpu().double()).norm() for n, g in first.items()])
     return off | dict(gradient=(apart.norm() / total).item())
 
 

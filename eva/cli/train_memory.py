@@ -21,13 +21,15 @@ if TYPE_CHECKING:  # for annotations only, so that `--help` does not import PyTo
 def memory_of(
     device: str = 'cpu',  # or cuda
 ) -> int:  # bytes
-    "Return the memory of the GPU, or of the machine or container of this process"
+    "Return this rank's share of a GPU's memory, or that of the machine or container"
     import os
 
     if device == 'cuda':
         import torch
 
-        return torch.cuda.get_device_properties(0).total_memory
+        ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        sharing = -(-ranks // max(1, torch.cuda.device_count()))
+        return torch.cuda.get_device_properties(0).total_memory // sharing
     have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     limit = Path('/sys/fs/cgroup/memory.max')
     if limit.is_file():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'JOINED_DIMENSIONS', 'check_division', 'check_one_process', 'make_mesh', 'data_mesh', 'joined_groups',
-           'first_process', 'attempt', 'connect', 'is_lost', 'is_first_caller', 'from_first_rank', 'agree_to_stop',
-           'fail_together', 'write_together_to', 'ignore', 'NullLogger']
+           'first_process', 'attempt', 'local_gpu', 'connect', 'is_lost', 'is_first_caller', 'from_first_rank',
+           'agree_to_stop', 'fail_together', 'write_together_to', 'ignore', 'NullLogger']
 
 # %% ../../nbs/10_distributed/06_mesh.ipynb #193ad1e1
 import os
@@ -115,6 +115,21 @@ def attempt() -> int:  # 0 for the first
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
 
 
+def local_gpu(
+    count: int,  # GPUs of this machine
+) -> int:  # number of this rank's GPU
+    "Return the GPU of this rank, which it shares with others only where NCCL may do so"
+    rank = int(os.environ.get('LOCAL_RANK', 0))
+    if rank >= count and os.environ.get('NCCL_MULTI_RANK_GPU_ENABLE') != '1':
+        ranks = os.environ.get('LOCAL_WORLD_SIZE', rank + 1)
+        raise ValueError(
+            f'{ranks} ranks on a machine with {count} GPU{"s" * (count != 1)}: each rank needs '
+            f'one; start {count} (--nproc_per_node), or set NCCL_MULTI_RANK_GPU_ENABLE=1 to let '
+            'ranks share a GPU (NCCL 2.30 or newer)'
+        )
+    return rank % max(count, 1)
+
+
 def connect(
     device: str = 'cpu',  # cpu or cuda
     minutes: float = 10.0,  # timeout, after which a rank that does not answer counts as lost
@@ -129,7 +144,7 @@ def connect(
     if environ.get('RANK', '0') != '0' or environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         reach(environ['MASTER_ADDR'], int(environ['MASTER_PORT']))
     if device == 'cuda':
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(local_gpu(torch.cuda.device_count()))
     patience = timedelta(minutes=minutes)
     store, rank, world = next(dist.rendezvous('env://', timeout=patience))
     name, restarts = agree_on_start(store, rank, world, attempt(), patience.total_seconds())

@@ -141,7 +141,8 @@ def make_stage(
     shape = len(windows), count_here, cfg.hidden_size
     states = torch.empty(shape, dtype=like.dtype, device='meta')
     is_last = index == count - 1
-    output = states.new_empty(()) if is_last else states.clone()
+    wide = torch.promote_types(like.dtype, torch.float32)  # of the loss
+    output = states.new_empty((), dtype=wide) if is_last else states.clone()
     return PipelineStage(
         stage,
         index,

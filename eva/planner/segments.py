@@ -161,7 +161,7 @@ def latent_bytes(
     out = T * own + T * b * (queries + rows)
     if lay.precision == 'fp8':  # each product stores its own factors, rounded
         out += T * b * (d - lay.cp * cfg.qk_rope_head_dim)
-        out += b * local_counts(cfg, lay, piece)['attention']
+        out += b * local_counts(cfg, lay, piece)['attention'] * run.machine.emulates_fp8
     if run.stores_copies:
         latents = 4 * cfg.kv_lora_rank - b * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)
         out += T * (n * v * (4 - b) + lay.tp * ((rank or d) * (4 - b) + lay.cp * latents))
@@ -261,8 +261,9 @@ def gathered_inputs(
     lay = run.lay
     row = run.tokens * run.cfg.hidden_size * run.b
     kind = block_kinds(run.cfg, [piece])[0]
-    if lay.precision == 'fp8':  # one for each product, and rounded weights
-        return row + run.b * local_counts(run.cfg, lay, piece)['feed_forward']
+    if lay.precision == 'fp8':  # one for each product, and rounded weights where it is emulated
+        weights = local_counts(run.cfg, lay, piece)['feed_forward']
+        return row + run.b * weights * run.machine.emulates_fp8
     if lay.tp == 1:
         return 0.0
     if run.stores_copies:
@@ -338,7 +339,7 @@ def logit_bytes(
     from eva.kernels.linear_cross_entropy import tokens_of_slice
 
     cfg, T = run.cfg, run.tokens
-    chunk = tokens_of_slice(cfg.vocab_size)
+    chunk = tokens_of_slice(cfg.vocab_size, run.machine.device)
     now = min(T, chunk) * cfg.vocab_size
     then = min(max(T - chunk, 0), chunk) * cfg.vocab_size  # next to those of the chunk before
     weight = 4 * cfg.vocab_size * cfg.hidden_size if run.widens else 0

@@ -123,6 +123,7 @@ class Machine:
     device: str = 'cpu'  # or cuda
     fast_bf16: bool = True  # else products in bf16 are computed in float32
     onednn: bool = False  # attention in float32 runs in blocks for sequences of any length
+    emulates_fp8: bool = True  # products in FP8 are computed from rounded copies
 
     @classmethod
     def here(
@@ -130,10 +131,13 @@ class Machine:
         device: str = 'cpu',  # or cuda
     ) -> 'Machine':
         "Return what this machine has"
-        from eva.kernels.linear import bf16_is_fast, onednn_is_faster  # which import PyTorch
+        from eva.fp8.backends import unsupported_reason
+        from eva.kernels.linear import bf16_is_fast, onednn_is_faster
 
         on_cpu = device == 'cpu'
-        return cls(device, not on_cpu or bf16_is_fast(), on_cpu and onednn_is_faster())
+        emulates = on_cpu or bool(unsupported_reason('native', device, 'block'))
+        fast = not on_cpu or bf16_is_fast()
+        return cls(device, fast, on_cpu and onednn_is_faster(), emulates)
 
 # %% ../../nbs/11_planner/07_states.ipynb #a2ca6be8
 def orthogonal_bytes(
