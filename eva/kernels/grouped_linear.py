@@ -169,6 +169,8 @@ def grouped_linear(
     if not is_eager(x) and (not fits or x.dtype != torch.bfloat16 or is_slow_bf16(x)):
         # Under tracing `F.grouped_mm` accepts bfloat16 only (PyTorch 2.13).
         return grouped_linear_op(x, W, ends)
+    if is_slow_bf16(x) and not torch.is_grad_enabled():
+        return grouped_linear_op(x, W, ends)  # `product` widens no whole stack of weights
     if fits and is_slow_bf16(x):
         # No instructions for bfloat16: a product in float32, rounded once, is faster.
         return Float32GroupedLinear.apply(x, W, ends)

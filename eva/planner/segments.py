@@ -342,12 +342,9 @@ def logit_bytes(
     chunk = tokens_of_slice(cfg.vocab_size, run.machine.device)
     now = min(T, chunk) * cfg.vocab_size
     then = min(max(T - chunk, 0), chunk) * cfg.vocab_size  # next to those of the chunk before
-    weight = 4 * cfg.vocab_size * cfg.hidden_size if run.widens else 0
     if run.b == 4:
         return 4 * (now + then)
-    if not then:
-        return max(6 * now, (10 if run.widens else 8) * now + weight)
-    return 6 * now + 6 * then + weight
+    return max((10 if run.widens else 8) * now, 6 * (now + then))
 
 
 def head_segment(

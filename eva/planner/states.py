@@ -131,11 +131,15 @@ class Machine:
         device: str = 'cpu',  # or cuda
     ) -> 'Machine':
         "Return what this machine has"
+        import torch
+
         from eva.fp8.backends import unsupported_reason
         from eva.kernels.linear import bf16_is_fast, onednn_is_faster
 
         on_cpu = device == 'cpu'
-        emulates = on_cpu or bool(unsupported_reason('native', device, 'block'))
+        emulates = on_cpu
+        if torch.cuda.is_available() and not on_cpu:  # elsewhere a GPU is planned that can
+            emulates = bool(unsupported_reason('native', device, 'block'))
         fast = not on_cpu or bf16_is_fast()
         return cls(device, fast, on_cpu and onednn_is_faster(), emulates)
 
