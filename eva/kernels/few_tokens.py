@@ -113,6 +113,7 @@ int eva_experts(team parallel, int64_t threads, const void *x, int kind, const f
         for (int64_t j = i; j < pairs; j++) if (experts[j] == experts[i]) order[used++] = j;
     }
     start[groups] = used;
+    if (INTEGERS && type == INT8 && kind == BF16) type = ROUNDED;
     arrange(x, kind, tokens, size, type, wide);
     experts_job job = {wide, factors, gate_up_scale, down_scale, gate_up, down, experts, order,
                        start, wide + tokens * size, out, tokens, choices, groups, width, size, 0,
