@@ -423,7 +423,11 @@ for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
 exit $code
 """
 SCONTROL = """#!/usr/bin/env bash
-[ "$1 $2 $3" = 'show hostnames 127.0.0.[2-3]' ] && printf '127.0.0.2\\n127.0.0.3\\n'
+[ "$1 $2 $3" = 'show hostnames 127.0.0.[2-3]' ] || exit 1
+# as one that writes many names: the pipe of a reader of one line breaks
+echo 127.0.0.2
+sleep 0.2
+for n in {3..2000}; do echo 127.0.0.$n; done
 """
 
 

@@ -20,7 +20,8 @@ fail() { echo "node.sh: $1" >&2; exit 1; }
 [ $# -gt 0 ] || fail 'no command: give the command of a rank, such as eva_train --data DIR --out DIR --resume'
 if [ -z "${EVA_ENDPOINT:-}" ]; then
     [ -n "${SLURM_JOB_NODELIST:-}" ] || fail 'EVA_ENDPOINT: not set, and this is no Slurm job: set it to host:port of the first node'
-    EVA_ENDPOINT="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):${EVA_PORT:-29500}"
+    hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+    EVA_ENDPOINT="${hosts%%$'\n'*}:${EVA_PORT:-29500}" # the first line
 fi
 job="${EVA_JOB:-${SLURM_JOB_ID:-}}"
 [ -n "$job" ] || fail 'EVA_JOB: not set, and this is no Slurm job: set it to one name on all nodes'
