@@ -127,7 +127,7 @@ INLINE void dots(const float *const *x, int rows, const char *w, int outs, int64
 }
 """
 
-# %% ../../nbs/12_kernels/11_few_rows.ipynb #d2eb8c56
+# %% ../../nbs/12_kernels/11_few_rows.ipynb #a8ebf824
 INTEGERS_C = r"""
 #if defined(__AVX2__)
 #include <immintrin.h>
