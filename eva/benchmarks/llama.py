@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -32,6 +32,7 @@ from ..checkpoints.pretrained import save_pretrained
 from ..config import Config
 from ..data.tokenizer import train_tokenizer
 from ..generation.generate import stream
+from ..kernels.linear import bf16_is_fast
 from ..model.transformer import DeepSeekV3
 
 # %% ../../nbs/13_benchmarks/09_llama.ipynb #636366d2
@@ -218,11 +219,12 @@ def llama_files(
 def bench_llama(
     quick: bool = False,  # True for a narrow model and a short prompt
     device: str | torch.device = 'cpu',  # where to compute; on a GPU nothing is compared
+    lengths: Sequence[int] = (128, 1024, 4096),  # of the prompts, in tokens
 ) -> list[BenchResult]:  # a prompt and a token, by type of the weights and length
     "Measure Eva, llama.cpp and transformers with the same weights, in bf16 and in 8 bits"
     if torch.device(device).type != 'cpu':
         return []
-    lengths = (32,) if quick else (128, 1024, 4096)
+    lengths = (32,) if quick else lengths
     model = lite_model(quick)
     new = 5 if quick else 17
     results = []
@@ -237,7 +239,7 @@ def bench_llama(
                 runs[f'llama.cpp {quant}'] = partial(llama_seconds, server, new)
             if kind == 'INT8':
                 runs['bf16'] = partial(eva_seconds, model, new)
-            elif (peer := transformers_model(model)) is not None:
+            elif (quick or bf16_is_fast()) and (peer := transformers_model(model)) is not None:
                 runs['transformers'] = partial(transformers_seconds, peer, new)
             for n in lengths:
                 rounds = 1 if quick else (5 if n < 1000 else 2)
