@@ -164,7 +164,7 @@ def run(
     **kwargs,  # for cases with such an argument: dir, of a trained model
 ) -> list[BenchResult]:  # Eva, each peer and the limit, measured in turn
     "Run benchmarks, print each result and write all of them to a folder"
-    names = names or [name for name in CASES if name != 'llama']  # it needs 5 GB on disk
+    names = names or [name for name in CASES if name != 'llama']  # it needs 7 GB on disk
     if unknown := [n for n in names if n not in CASES]:
         raise ValueError(f'{", ".join(unknown)}: no such case; there are {", ".join(CASES)}')
     if out is not None:

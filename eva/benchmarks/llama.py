@@ -62,9 +62,14 @@ def lite_model(
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # a copy in float32 would need twice the memory
     try:
-        return DeepSeekV3(cfg).eval()
+        model = DeepSeekV3(cfg).eval()
     finally:
         torch.set_default_dtype(before)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if 'mlp' in name:
+                weight.mul_(3)
+    return model
 
 # %% ../../nbs/13_benchmarks/09_llama.ipynb #128ab766
 class LlamaServer:

@@ -29,7 +29,7 @@ def bench_parser() -> argparse.ArgumentParser:  # of eva_bench
             'cases to measure: attention, moe, experts, loss, cache, '
             'train, prefill, decode, generate, drafts, quantize, convert, '
             'tokenize, load, start (default: these, a quarter of an hour), and llama, '
-            'which needs xllamacpp and 5 GB on disk'
+            'which needs xllamacpp and 7 GB on disk'
         ),
     )
     p.add_argument(

@@ -27,9 +27,11 @@ def memory_of(
     if device == 'cuda':
         import torch
 
-        ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        sharing = -(-ranks // max(1, torch.cuda.device_count()))
-        return torch.cuda.get_device_properties(0).total_memory // sharing
+        have = torch.cuda.get_device_properties(0).total_memory
+        if os.environ.get('NCCL_MULTI_RANK_GPU_ENABLE') == '1':  # ranks may share a GPU
+            ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+            have //= -(-ranks // max(1, torch.cuda.device_count()))
+        return have
     have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     limit = Path('/sys/fs/cgroup/memory.max')
     if limit.is_file():
