@@ -138,22 +138,28 @@ class StagePass:
     splitting: float  # the same in a backward pass for the stage's input alone
     late: float  # the same in the pass over weights that follows
     gradients: float  # of weights, summed over micro-batches
+    first: float = 0.0  # as `late`, with gradients that appear in it: in the first pass
+    states: float = 0.0  # sent to the next rank, and kept until the step ends
+    returned: float = 0.0  # sent to the rank before: gradients of states, kept as long
 
 
 def weight_pass(
-    part: Segment,  # whose weights get their gradients now
-    held: float,  # bytes of attention that blocks behind it computed again
-    outputs: float,  # bytes that those blocks have given back
-) -> float:
-    """Return the bytes of a part in the pass over weights
+    segments: list[Segment],  # of a stage, in the order of their weights
+) -> tuple[float, float]:  # where gradients are added to others; where they are the first
+    """Return the most bytes of the pass over weights, beyond what there is before it
 
-    Each weight's gradient computes the activations again, and they stay until the last one. Those
-    of attention stay until the pass ends."""
-    copies = part.weights * part.recomputed
-    if not held:
-        return copies - outputs
-    given_back = (part.outputs + part.kept) * (part.weights - 1) / max(1, part.weights)
-    return held + copies - outputs - given_back
+    Each weight of attention computes its activations again, and all of them stay until the pass
+    ends, except inputs of products. Of a feed-forward part there are two at a time. What weights
+    put out is given back part by part, and so is what the head stored."""
+    held = made = late = first = 0.0
+    for part in sorted(segments, key=lambda o: o.name.startswith('input')):
+        is_attention = part.name.startswith('attention')
+        now = held + part.recomputed * (part.weights if is_attention else 2)
+        made += part.gradients
+        late, first = max(late, now), max(first, now + made)
+        held -= part.outputs + part.saved * (part.name == 'head')
+        held += part.weights * (part.recomputed - part.inputs) * is_attention
+    return late, first
 
 
 def stage_pass(
@@ -162,19 +168,18 @@ def stage_pass(
     gradients: float,  # bytes of those of all weights of the stage
 ) -> StagePass:
     "Return the bytes of a micro-batch in a stage"
-    later = outputs = working = splitting = late = held = 0.0
+    later = outputs = working = splitting = 0.0
     for part in reversed(segments):
         working = max(working, part.working - later)
-        late = max(late, weight_pass(part, held, outputs))
-        held += part.weights * part.recomputed * part.name.startswith('attention')
-        outputs += part.outputs + part.kept
-        splitting = max(splitting, part.working + outputs - part.kept)
+        splitting = max(splitting, part.working + outputs)
+        outputs += part.outputs
         later += part.saved + part.scores
+    late, first = weight_pass(segments)
     is_last = any(o.name == 'head' for o in segments)
     saved = sum(o.saved for o in segments) + (0 if is_last else row)
     scores = sum(o.scores for o in segments)
     logits = max(o.logits for o in segments)
-    return StagePass(saved, scores, logits, outputs, working, splitting, late, gradients)
+    return StagePass(saved, scores, logits, outputs, working, splitting, late, gradients, first)
 
 # %% ../../nbs/11_planner/09_peak.ipynb #6bfb9aab
 def walk_schedule(
@@ -183,7 +188,7 @@ def walk_schedule(
     ahead: int,  # micro-batches that MTP learns from: the first ones
 ) -> dict[str, float]:  # part -> bytes at the fullest moment
     "Return the most that a pipeline rank holds of its micro-batches"
-    now = dict(activations=0.0, scores=0.0, logits=0.0, working=0.0, gradients=0.0)
+    now = dict(activations=0.0, scores=0.0, logits=0.0, working=0.0, gradients=0.0, sent=0.0)
     summed = set()  # stages that have gradients
     most = dict(now)
     for kind, _, stage, number in [o for entry in order for o in operations_of(entry)]:
@@ -194,20 +199,23 @@ def walk_schedule(
         if kind == 'F':
             now['activations'] += one.activations
             now['scores'] += one.scores
+        first = ends and stage not in summed
+        second = one.first if first else one.late
         temporary = dict(
             logits=one.logits if kind == 'F' else 0.0,
-            working=one.splitting if split else (one.late if late else one.working * ends),
+            working=one.splitting if split else (second if late else one.working * ends),
         )
-        first = ends and stage not in summed
-        now['gradients'] += one.gradients * (first and late)
         most = max(most, now | temporary, key=lambda parts: sum(parts.values()))
         if split:
             now['activations'] += one.outputs
+        if split or (ends and not late):
+            now['sent'] += one.returned
         if ends:
             summed.add(stage)
             now['activations'] -= one.activations + one.outputs * late
             now['scores'] -= one.scores
-            now['gradients'] += one.gradients * (first and not late)
+            now['gradients'] += one.gradients * first
+            now['sent'] += one.states
     return most
 
 # %% ../../nbs/11_planner/09_peak.ipynb #eba890d4
@@ -230,7 +238,9 @@ def pipeline_memory(
     lay, cut = run.lay, stages(run.cfg, run.lay.stages, run.lay.seq)
     row = run.b * run.tokens * run.cfg.hidden_size
     ahead = mtp_sequences(lay, tcfg)
-    mine = [s for s, owner in enumerate(stage_to_rank(lay.schedule, lay.pp)) if owner == rank]
+    owners = stage_to_rank(lay.schedule, lay.pp)
+    mine = [s for s, owner in enumerate(owners) if owner == rank]
+    kept = row * (lay.schedule != '1f1b')  # 1F1B gives a message back when it has arrived
     passes = {}
     for s in mine:
         weights = [o for o in cut[s] if o != 'embedding' or len(mine) == 1]
@@ -239,7 +249,9 @@ def pipeline_memory(
         sizes = run.b * sum(sum(local_counts(run.cfg, lay, o).values()) for o in weights)
         for learns in (False, True):
             segments = stage_segments(run, cut[s], min(run.sequences, ahead) * learns)
-            passes[s, learns] = stage_pass(segments, row, sizes)
+            one = passes[s, learns] = stage_pass(segments, row, sizes)
+            one.states = kept * (s + 1 < len(cut) and s + 1 not in mine)
+            one.returned = kept * (s > 0 and s - 1 not in mine)
     first = int(-(-ahead // run.sequences))
     order = schedule_orders(lay.schedule, lay.pp, lay.micro_batches)[rank]
     out = walk_schedule(order, passes, first)

@@ -78,8 +78,8 @@ class Segment:
     gradients: float = 0.0  # of weights, that stay after the backward pass
     outputs: float = 0.0  # of its weights, whose gradients a split backward pass keeps
     recomputed: float = 0.0  # activations, which are temporary
-    kept: float = 0.0  # of these: read by the second pass only, where the pass is split
-    weights: int = 0  # that it has, each with its own recomputation in the second pass
+    inputs: float = 0.0  # of these: inputs of products
+    weights: int = 0  # of attention: each has its own recomputation in a split backward pass
 
 # %% ../../nbs/11_planner/08_segments.ipynb #2aed3aa3
 def attention_parts(
@@ -189,8 +189,7 @@ def attention_segment(
     if run.lay.recompute == 'full':
         rank = cfg.q_lora_rank or 0
         out.recomputed = stored + scores
-        # inputs of products; where factors are widened, the first pass reads them too
-        out.kept = 0.0 if run.widens else T * b * (rank + cfg.kv_lora_rank + n * v)
+        out.inputs = T * b * (rank + cfg.kv_lora_rank + n * v)
         out.weights = 7 if rank else 5
         out.working += out.recomputed
     else:
@@ -306,8 +305,6 @@ def feed_forward_segment(
     out.working = working
     if run.lay.recompute == 'full':
         out.recomputed = inner
-        out.kept = 0.0 if run.widens else b * (T * width + rows * (d + m))
-        out.weights = 3 * bool(width) + 3 * (kind == 'moe')
         out.working += inner
     else:
         out.saved += inner
