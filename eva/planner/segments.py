@@ -88,14 +88,17 @@ def attention_parts(
     """Return the queries that attend to their own positions, and those that attend to all
 
     Ranks of context parallelism have both, the first rank those that look the furthest."""
-    from eva.kernels.causal_attention import SAVE_PROBS_MAX_SEQ
+    from eva.kernels.causal_attention import AMX_BLOCKS_MAX_SEQ, SAVE_PROBS_MAX_SEQ
 
     lay = run.lay
     first, rest = lay.seq, 0
     if lay.cp > 1:
         first = rest = lay.seq // (2 * lay.cp)
-    chosen = lay.precision in ('bf16', 'fp8') or run.machine.onednn
-    blocked = run.machine.device == 'cpu' and (first <= SAVE_PROBS_MAX_SEQ or chosen)
+    if lay.precision in ('bf16', 'fp8'):
+        blocked = not run.machine.amx or first <= AMX_BLOCKS_MAX_SEQ
+    else:
+        blocked = first <= SAVE_PROBS_MAX_SEQ or run.machine.onednn
+    blocked = blocked and run.machine.device == 'cpu'
     return blocked, first, rest
 
 

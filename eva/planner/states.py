@@ -124,6 +124,7 @@ class Machine:
     fast_bf16: bool = True  # else products in bf16 are computed in float32
     onednn: bool = False  # attention in float32 runs in blocks for sequences of any length
     emulates_fp8: bool = True  # products in FP8 are computed from rounded copies
+    amx: bool = False  # long attention in bf16 is PyTorch's operator
 
     @classmethod
     def here(
@@ -134,6 +135,7 @@ class Machine:
         import torch
 
         from eva.fp8.backends import unsupported_reason
+        from eva.kernels.causal_attention import has_amx
         from eva.kernels.linear import bf16_is_fast, onednn_is_faster
 
         on_cpu = device == 'cpu'
@@ -141,7 +143,7 @@ class Machine:
         if torch.cuda.is_available() and not on_cpu:  # elsewhere a GPU is planned that can
             emulates = bool(unsupported_reason('native', device, 'block'))
         fast = not on_cpu or bf16_is_fast()
-        return cls(device, fast, on_cpu and onednn_is_faster(), emulates)
+        return cls(device, fast, on_cpu and onednn_is_faster(), emulates, on_cpu and has_amx())
 
 # %% ../../nbs/11_planner/07_states.ipynb #a2ca6be8
 def orthogonal_bytes(
