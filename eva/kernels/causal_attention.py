@@ -204,8 +204,7 @@ def causal_attention(
     # Up to 1024 positions blocks are 0.9 to 1.6 times as fast as PyTorch's operator in float32 and
     # 2.0 to 2.6 times in bfloat16 (table in 12_kernels/07_memory). Beyond, where probabilities are
     # computed twice, it was 1.4 to 1.7 times in bfloat16, and 1.3 to 1.4 in float32 with oneDNN.
-    # With AMX the operator is 1.6 to 2.0 times as fast as blocks in bfloat16, and with a backward
-    # pass 0.8 to 0.9 times up to 512 positions and 1.1 to 1.3 times beyond.
+    # With AMX the operator is faster than blocks in bfloat16 (table below).
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if whole and blocks_are_faster(seq, q.dtype, trains):
         return BlockCausalAttention.apply(q, k, v, scale)

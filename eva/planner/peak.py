@@ -149,16 +149,19 @@ def weight_pass(
     """Return the most bytes of the pass over weights, beyond what there is before it
 
     Each weight of attention computes its activations again, and all of them stay until the pass
-    ends, except inputs of products. Of a feed-forward part there are two at a time. What weights
-    put out is given back part by part, and so is what the head stored."""
+    ends. The factors of a product go with its weight, and so does what the weight put out. Of a
+    feed-forward part there is about one copy at a time. The head gives back what it stored."""
     held = made = late = first = 0.0
     for part in sorted(segments, key=lambda o: o.name.startswith('input')):
-        is_attention = part.name.startswith('attention')
-        now = held + part.recomputed * (part.weights if is_attention else 2)
+        if part.weights:
+            copies = part.weights * part.recomputed
+            now = held + copies - (part.weights - 1) * (part.inputs - part.last)
+            held += copies - part.weights * part.inputs
+        else:
+            now = held + part.working * (part.recomputed > 0)
         made += part.gradients
         late, first = max(late, now), max(first, now + made)
         held -= part.outputs + part.saved * (part.name == 'head')
-        held += part.weights * (part.recomputed - part.inputs) * is_attention
     return late, first
 
 

@@ -52,6 +52,11 @@ class Pass:
         return self.machine.device == 'cuda'
 
     @property
+    def normed(self) -> int:
+        "Bytes of a number that a norm multiplies with its weight"
+        return self.b if self.fused else 4
+
+    @property
     def norm(self) -> float:
         "Bytes per token of a norm of the hidden states and of its output"
         d = self.cfg.hidden_size
@@ -78,7 +83,8 @@ class Segment:
     gradients: float = 0.0  # of weights, that stay after the backward pass
     outputs: float = 0.0  # of its weights, whose gradients a split backward pass keeps
     recomputed: float = 0.0  # activations, which are temporary
-    inputs: float = 0.0  # of these: inputs of products
+    inputs: float = 0.0  # of these: factors of products
+    last: float = 0.0  # of these: factors of the last product
     weights: int = 0  # of attention: each has its own recomputation in a split backward pass
 
 # %% ../../nbs/11_planner/08_segments.ipynb #2aed3aa3
@@ -192,7 +198,13 @@ def attention_segment(
     if run.lay.recompute == 'full':
         rank = cfg.q_lora_rank or 0
         out.recomputed = stored + scores
-        out.inputs = T * b * (rank + cfg.kv_lora_rank + n * v)
+        out.last = T * b * n * v
+        out.inputs = T * b * (rank + cfg.kv_lora_rank) + out.last
+        if run.lay.precision == 'fp8':  # each product has rounded factors of its own
+            rounded = b * run.machine.emulates_fp8
+            out.last += rounded * n * v * cfg.hidden_size
+            out.inputs += T * b * (cfg.hidden_size - run.lay.cp * cfg.qk_rope_head_dim)
+            out.inputs += rounded * local_counts(cfg, run.lay, piece)['attention']
         out.weights = 7 if rank else 5
         out.working += out.recomputed
     else:
@@ -323,13 +335,14 @@ def output_bytes(
     d, n, m = cfg.hidden_size, cfg.num_attention_heads, cfg.moe_intermediate_size
     q, c = cfg.q_lora_rank or 0, cfg.kv_lora_rank
     heads = n * (2 * cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
-    attention = 2 * q + 2 * c + cfg.qk_rope_head_dim + heads + 2 * d
+    attention = q + c + cfg.qk_rope_head_dim + heads + d
     kind = block_kinds(cfg, [piece])[0]
     width = cfg.intermediate_size if kind == 'dense' else cfg.n_shared_experts * m
-    feed_forward = d + (2 * width + d if width else 0)
+    feed_forward = 2 * width + d if width else 0
     if kind == 'moe':
         feed_forward += cfg.n_routed_experts + cfg.num_experts_per_tok * (d + 2 * m)
-    return run.b * T * attention, run.b * T * feed_forward
+    norms = run.normed * T
+    return norms * (q + c + d) + run.b * T * attention, norms * d + run.b * T * feed_forward
 
 # %% ../../nbs/11_planner/08_segments.ipynb #f3a0c80b
 def logit_bytes(
@@ -363,6 +376,7 @@ def head_segment(
         logits=logit_bytes(run),
         working=4.0 * weight if splits else 2.0 * weight * (run.b == 2),
         gradients=run.b * weight if is_last else 0.0,
+        outputs=run.normed * run.tokens * d,
     )
 
 
@@ -374,4 +388,10 @@ def join_segment(
     d, b, T = run.cfg.hidden_size, run.b, run.tokens
     stored = T * 2 * run.norm
     embedding = b * run.cfg.vocab_size * d  # its gradient has the size of the whole table
-    return Segment('input of mtp', stored, working=4 * T * d * b, gradients=b * other + embedding)
+    return Segment(
+        'input of mtp',
+        stored,
+        working=4 * T * d * b,
+        gradients=b * other + embedding,
+        outputs=T * d * (2 * run.normed + b),
+    )
