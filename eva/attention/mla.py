@@ -19,6 +19,7 @@ from ..config import Config
 from ..kernels.absorbed import decode_attention
 from ..kernels.causal_attention import causal_attention, project_heads
 from ..kernels.linear import Linear, bmm_nt, linear_operands
+from ..kernels.rms_norm import RMSNorm
 
 # %% ../../nbs/02_attention/03_mla.ipynb #501e4b16
 def queries_of_heads(
@@ -145,7 +146,7 @@ class MLA(nn.Module):
         kv_features = heads * (cfg.qk_nope_head_dim + cfg.v_head_dim)
         linear = partial(Linear, bias=False)
         biased = partial(Linear, bias=cfg.attention_bias)  # to and from the residual stream
-        norm = partial(nn.RMSNorm, eps=1e-6)  # the inner norms keep 1e-6 in every model
+        norm = partial(RMSNorm, eps=1e-6)  # the inner norms keep 1e-6 in every model
         if cfg.q_lora_rank is None:
             self.q_proj = linear(cfg.hidden_size, q_features)
         else:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .fused_swiglu import fused_gated, fused_gated_gradients
 from .linear import product
 from .tracing import is_eager
 
@@ -35,18 +36,22 @@ class GatedActivation(torch.autograd.Function):
         ctx.save_for_backward(gate_up, factor)
         ctx.act = act
         gate, up = gate_up.chunk(2, -1)
-        return act(gate).mul_(up).mul_(factor)
+        hidden = fused_gated(gate, up, factor, act)
+        return act(gate).mul_(up).mul_(factor) if hidden is None else hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         gate_up, factor = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, -1)
+        d_factor = torch.empty_like(factor)
+        if fused_gated_gradients(gate, up, factor, ctx.act, grad, (d_gate, d_up, d_factor)):
+            return d_gate_up, d_factor, None
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             activated = ctx.act(leaf)
-        d_gate_up = torch.empty_like(gate_up)
-        d_gate, d_up = d_gate_up.chunk(2, -1)
         d_factor = (grad * up).mul_(activated.detach()).sum(-1, keepdim=True)
         scaled = grad * factor
         torch.mul(scaled, activated.detach(), out=d_up)

@@ -14,6 +14,7 @@ from ..attention.kv_cache import LatentCache
 from ..attention.mla import MLA
 from ..attention.sparse import Choices, SparseMLA
 from ..config import Config
+from ..kernels.rms_norm import RMSNorm
 from ..moe.experts import MLP, MoE
 
 # %% ../../nbs/05_model/03_block.ipynb #a5ec520c
@@ -33,7 +34,7 @@ class TransformerBlock(nn.Module):
             self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_act)
         else:
             self.mlp = MoE(cfg)
-        norm = partial(nn.RMSNorm, cfg.hidden_size, eps=cfg.rms_norm_eps)
+        norm = partial(RMSNorm, cfg.hidden_size, eps=cfg.rms_norm_eps)
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
         has_third = cfg.post_mlp_layernorm and isinstance(self.mlp, MoE)

@@ -18,6 +18,7 @@ from ..attention.kv_cache import LatentCache
 from ..config import Config
 from ..kernels.linear import Linear
 from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..kernels.rms_norm import RMSNorm
 from .block import TransformerBlock
 
 # %% ../../nbs/05_model/02_mtp.ipynb #b9094345
@@ -117,10 +118,10 @@ class MTPModule(TransformerBlock):
         layer: int,  # its place after the main layers
     ):
         super().__init__(cfg, layer)
-        self.enorm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
-        self.hnorm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        self.enorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        self.hnorm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
         self.eh_proj = Linear(2 * cfg.hidden_size, cfg.hidden_size, bias=False)
-        head_norm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        head_norm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
         self.shared_head = nn.ModuleDict(dict(norm=head_norm))
 
     def look_ahead(

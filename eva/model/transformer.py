@@ -19,6 +19,7 @@ from ..attention.rope import rope_cos_sin
 from ..attention.sparse import Choices
 from ..config import Config
 from ..kernels.linear import Linear
+from ..kernels.rms_norm import RMSNorm
 from ..kernels.tracing import has_readable_values
 from .block import TransformerBlock
 from .generation_config import GenerationConfig
@@ -41,7 +42,7 @@ def make_layers(
     embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
     layers = nn.ModuleList(TransformerBlock(cfg, i) for i in range(main))
     layers.extend(MTPModule(cfg, main + i) for i in range(cfg.num_nextn_predict_layers))
-    norm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+    norm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
     return nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=norm))
 
 

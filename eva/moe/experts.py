@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..kernels.few_tokens import few_token_experts
-from ..kernels.grouped_linear import grouped_linear, row_multiple
+from eva.kernels.grouped_linear import (
+    MAX_EVEN_ROWS,
+    grouped_linear,
+    prefers_even_groups,
+    row_multiple,
+)
 from ..kernels.linear import Linear
 from ..kernels.permutation import layout, permute, permute_weights, unpermute_sum
 from ..kernels.swiglu import decode_experts, gated_activation, is_decode_step
@@ -52,7 +57,8 @@ def grouped_experts(
 ) -> Tensor:  # weighted sum over each token's experts (tokens, hidden_size)
     "Sort tokens by expert, run all experts in two products, and fetch the results back"
     multiple = row_multiple(x, gate_up_proj, copies=indices.shape[1])
-    token_index, inverse_permutation, offsets = layout(indices, len(down_proj), multiple)
+    even = MAX_EVEN_ROWS * prefers_even_groups(x)
+    token_index, inverse_permutation, offsets = layout(indices, len(down_proj), multiple, even)
     rows = permute(x, token_index, inverse_permutation)
     gate_up = grouped_linear(rows, gate_up_proj, offsets)
     factor = permute_weights(weights, inverse_permutation, len(token_index)).to(gate_up.dtype)
