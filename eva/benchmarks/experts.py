@@ -16,6 +16,7 @@ from .layers import small_config, step_of
 from .roofline import peak_bytes, roofline_probes, roofline_seconds
 from .timing import exponent, interleaved_timing, median, paired_ratio
 from ..config import Config
+from ..kernels.memory import freed_memory_kept
 from ..moe.experts import MLP, MoE
 
 # %% ../../nbs/13_benchmarks/05_experts.ipynb #c335d6cb
@@ -127,6 +128,7 @@ def moe_case(
     )
 
 # %% ../../nbs/13_benchmarks/05_experts.ipynb #5a866072
+@freed_memory_kept()
 def bench_moe(
     quick: bool = False,  # True for few tokens and one type
     device='cpu',  # where to compute

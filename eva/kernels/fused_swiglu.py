@@ -20,7 +20,6 @@ from eva.kernels.compiled import (
     thread_team,
 )
 from .few_rows import INT, KINDS, LONG, NUMBERS_C, POINTER, TEAM_C, address
-from .private import in_dispatch_mode
 from .tracing import is_eager
 
 # %% ../../nbs/12_kernels/14_fused_swiglu.ipynb #d9096a35
@@ -140,7 +139,7 @@ def fits_fused(
     # Rows that follow each other, or the halves of a matrix
     if gate.stride() != up.stride() or not (gate.is_contiguous() or gate.dim() == 2):
         return False
-    if gate.stride(-1) != 1 or in_dispatch_mode() or not is_eager(gate):
+    if gate.stride(-1) != 1 or not is_eager(gate):
         return False
     return pays_to_fuse(2 * gate.numel())
 

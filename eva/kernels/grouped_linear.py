@@ -211,7 +211,7 @@ def grouped_linear(
         # No instructions for bfloat16: a product in float32, rounded once, is faster.
         return Float32GroupedLinear.apply(x, W, ends)
     if prefers_even_groups(x) and are_even(ends, len(x)):
-        # A loop over groups divides each product between the threads (table below).
+        # A loop over groups divides each product between the threads (table above).
         return BatchedGroupedLinear.apply(x, W)
     if use_onednn(x, W, GROUPED_ONEDNN_MIN):
         # `F.grouped_mm` is a loop over MKL here, and oneDNN is faster.

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Pass', 'Segment', 'attention_parts', 'score_bytes', 'attention_inputs', 'latent_bytes', 'attention_segment',
-           'row_multiple', 'expert_rows', 'expert_working', 'gathered_inputs', 'feed_forward_segment', 'output_bytes',
-           'logit_bytes', 'head_segment', 'join_segment']
+           'row_multiple', 'even_rows', 'expert_rows', 'expert_working', 'gathered_inputs', 'feed_forward_segment',
+           'output_bytes', 'logit_bytes', 'head_segment', 'join_segment']
 
 # %% ../../nbs/11_planner/08_segments.ipynb #6bb3aebd
+import math
 from dataclasses import dataclass
 
 from ..config import Config
@@ -49,7 +50,12 @@ class Pass:
     @property
     def fused(self) -> bool:
         "Are norms one kernel?"
-        return self.machine.device == 'cuda'
+        from eva.kernels.rms_norm import NORM_MIN_ROWS
+
+        if self.machine.device == 'cuda':
+            return True
+        compiled = self.machine.compiles and self.lay.precision != 'fp16'
+        return compiled and self.tokens >= NORM_MIN_ROWS
 
     @property
     def normed(self) -> int:
@@ -232,6 +238,22 @@ def row_multiple(
     return kernel.MANY_ROWS if many else kernel.FEW_ROWS
 
 
+def even_rows(
+    run: Pass,  # a micro-batch, with all experts on a rank
+) -> float:  # 0: the groups have different sizes
+    "Return the rows of all experts where each has as many as the fullest, for random routing"
+    from eva.kernels import grouped_linear as kernel
+
+    if run.machine.device != 'cpu' or run.lay.precision != 'bf16' or run.widens:
+        return 0.0
+    experts, k = run.cfg.n_routed_experts, run.cfg.num_experts_per_tok
+    chance = k / experts
+    deviation = math.sqrt(run.tokens * chance * (1 - chance))
+    fullest = run.tokens * chance + deviation * math.sqrt(2 * math.log(experts))
+    rows = experts * kernel.FEW_ROWS * math.ceil(fullest / kernel.FEW_ROWS)
+    return rows if rows <= kernel.MAX_EVEN_ROWS * run.tokens * k else 0.0
+
+
 def expert_rows(
     run: Pass,  # a micro-batch
 ) -> tuple[float, float]:  # rows that the experts multiply; tokens received from all ranks
@@ -246,7 +268,7 @@ def expert_rows(
             experts = cfg.n_routed_experts
             elsewhere *= max(0.0, experts - experts / lay.ep - i) / (experts - i)
         return rows, T * lay.ep * (1 - elsewhere)
-    return rows + cfg.n_routed_experts * (row_multiple(run) - 1) / 2, 0.0
+    return even_rows(run) or rows + cfg.n_routed_experts * (row_multiple(run) - 1) / 2, 0.0
 
 
 def expert_working(

@@ -125,6 +125,7 @@ class Machine:
     onednn: bool = False  # attention in float32 runs in blocks for sequences of any length
     emulates_fp8: bool = True  # products in FP8 are computed from rounded copies
     amx: bool = False  # long attention in bf16 is PyTorch's operator
+    compiles: bool = False  # a C compiler is at hand: norms of many rows are one kernel
 
     @classmethod
     def here(
@@ -136,6 +137,7 @@ class Machine:
 
         from eva.fp8.backends import unsupported_reason
         from eva.kernels.causal_attention import has_amx
+        from eva.kernels.compiled import find_compiler, may_use_kernels
         from eva.kernels.linear import bf16_is_fast, onednn_is_faster
 
         on_cpu = device == 'cpu'
@@ -143,7 +145,14 @@ class Machine:
         if torch.cuda.is_available() and not on_cpu:  # elsewhere a GPU is planned that can
             emulates = bool(unsupported_reason('native', device, 'block'))
         fast = not on_cpu or bf16_is_fast()
-        return cls(device, fast, on_cpu and onednn_is_faster(), emulates, on_cpu and has_amx())
+        return cls(
+            device,
+            fast,
+            onednn=on_cpu and onednn_is_faster(),
+            emulates_fp8=emulates,
+            amx=on_cpu and has_amx(),
+            compiles=on_cpu and may_use_kernels() and find_compiler() is not None,
+        )
 
 # %% ../../nbs/11_planner/07_states.ipynb #a2ca6be8
 def orthogonal_bytes(
