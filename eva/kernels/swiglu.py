@@ -36,8 +36,11 @@ class GatedActivation(torch.autograd.Function):
         ctx.save_for_backward(gate_up, factor)
         ctx.act = act
         gate, up = gate_up.chunk(2, -1)
-        hidden = fused_gated(gate, up, factor, act)
-        return act(gate).mul_(up).mul_(factor) if hidden is None else hidden
+        if any(ctx.needs_input_grad):
+            hidden = fused_gated(gate, up, factor, act)
+            if hidden is not None:
+                return hidden
+        return act(gate).mul_(up).mul_(factor)
 
     @staticmethod
     @once_differentiable
