@@ -102,6 +102,7 @@ static void gated_part(void *given) {
 int eva_gated(team parallel, int64_t threads, const void *gate, const void *up, const void *factor,
               const void *grad, void *hidden, void *d_gate, void *d_up, void *d_factor,
               int64_t rows, int64_t width, int64_t stride, int kind) {
+    if (rows && (!gate || !up || (grad ? !d_gate || !d_up : !hidden))) return 1;
     gated_job job = {gate, up, factor, grad, hidden, d_gate, d_up, d_factor,
                      rows, width, stride, 0, kind};
     together(parallel, gated_part, &job, threads, (rows + 15) / 16);
@@ -169,7 +170,7 @@ def fused_gated_gradients(
     gradients: tuple[Tensor, Tensor, Tensor | None],
 ) -> bool:  # False where this kernel cannot compute them
     "Write the gradients of `fused_gated`, in one pass"
-    fits = grad.dtype == gate.dtype and fits_fused(gate, up, act)
+    fits = grad.dtype == gate.dtype and type(grad) is Tensor and fits_fused(gate, up, act)
     library = GATED.get(COMPILE_MIN_WEIGHTS) if fits else None
     if library is None:
         return False
@@ -191,4 +192,5 @@ def run_gated(
     given = (address(t) for t in (gate, up, factor, grad, *results))
     threads = torch.get_num_threads()
     sizes = rows, width, gate.stride(-2)
-    library.eva_gated(thread_team(), threads, *given, *sizes, KINDS[gate.dtype])
+    if library.eva_gated(thread_team(), threads, *given, *sizes, KINDS[gate.dtype]):
+        raise RuntimeError('a gated activation was given a tensor without storage')

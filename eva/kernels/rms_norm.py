@@ -84,6 +84,7 @@ static void norm_part(void *given) {
 int eva_norm(team parallel, int64_t threads, const void *x, const void *w, const void *grad,
              void *out, float *root, float *sums, int64_t rows, int64_t width, int64_t parts,
              float eps, int kind) {
+    if (!x || !w || !out || !root || (sums && !grad)) return 1;
     norm_job job = {x, w, grad, out, root, sums, rows, width, parts, 0, eps, kind};
     together(parallel, norm_part, &job, threads, rows * width < 1 << 14 ? 1 : parts);
     return 0;
@@ -115,7 +116,8 @@ def run_norm(
     threads = torch.get_num_threads()
     given = (address(t) for t in (x, weight, grad, out, root, None if grad is None else sums))
     sizes = len(root), len(weight), parts, eps
-    library.eva_norm(thread_team(), threads, *given, *sizes, KINDS[x.dtype])
+    if library.eva_norm(thread_team(), threads, *given, *sizes, KINDS[x.dtype]):
+        raise RuntimeError('a norm was given a tensor without storage')
     return out, sums.sum(0)
 
 
@@ -137,6 +139,8 @@ class FusedRMSNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # for second derivatives
             y = F.rms_norm(x, weight.shape, weight, eps)
             return *torch.autograd.grad(y, (x, weight), grad, create_graph=True), None, None
+        if type(grad) is not Tensor:  # such as a message between ranks that is still under way
+            grad = torch.empty_like(x).copy_(grad)
         dx, dw = run_norm(library, x, weight, eps, root, grad.contiguous())
         return dx, dw.to(weight.dtype), None, None
 
