@@ -130,7 +130,7 @@ def training_results(
     bound = roofline_seconds(times, about, 4 * 16 * cfg.num_params()[0], flops)
     case = f'training step, {batch}x{seq}, {str(dtype)[6:]}'
     held = {n: peak_bytes(f, device) for n, f in work.items()}
-    goal = 1.25 if seq < 2048 else 3.0
+    goal = 1.6 if seq < 2048 else 3.0
     return [
         compare_times(case, times, bound, goals=dict(transformers=goal)),
         compare_memory(case, held, dict(transformers=1 / 0.7)),

@@ -371,15 +371,15 @@ def logit_bytes(
     run: Pass,  # a micro-batch
 ) -> float:  # temporary
     "Return the bytes of the logits that exist at a time, with their gradients"
-    from eva.kernels.linear_cross_entropy import tokens_of_slice
+    from eva.kernels.linear_cross_entropy import CACHED_LOGITS, tokens_of_slice
 
-    cfg, T = run.cfg, run.tokens
-    chunk = tokens_of_slice(cfg.vocab_size, run.machine.device)
-    now = min(T, chunk) * cfg.vocab_size
-    then = min(max(T - chunk, 0), chunk) * cfg.vocab_size  # next to those of the chunk before
+    device = run.machine.device
+    logits = min(run.tokens, tokens_of_slice(run.cfg.vocab_size, device)) * run.cfg.vocab_size
     if run.b == 4:
-        return 4 * (now + then)
-    return max((10 if run.widens else 8) * now, 6 * (now + then))
+        return 4 * logits
+    # their softmax is in float32, on a CPU of a few rows at a time
+    wide = logits if run.widens or device == 'cuda' else min(logits, CACHED_LOGITS)
+    return 2 * logits + 4 * wide
 
 
 def head_segment(
