@@ -35,7 +35,10 @@ pytestmark = pytest.mark.skipif(find_compiler() is None, reason='needs a C compi
 def calls(monkeypatch):
     "How often each kernel computes"
     found = dict(run_norm=0, run_gated=0)
-    for module, name in ((eva.kernels.rms_norm, 'run_norm'), (eva.kernels.fused_swiglu, 'run_gated')):
+    for module, name in (
+        (eva.kernels.rms_norm, 'run_norm'),
+        (eva.kernels.fused_swiglu, 'run_gated'),
+    ):
         real = getattr(module, name)
 
         def counted(*args, real=real, name=name):
