@@ -27,10 +27,14 @@ from eva.training.trainer import Trainer
 CHAPTER = Path(__file__).parents[1] / 'nbs' / '11_planner' / '09_peak.ipynb'
 INPUTS = dict(batch_size=2, micro_batch=2, seq_len=160, mtp_batch_ratio=1.0)
 STATES = dict(batch_size=2, micro_batch=1, seq_len=32)
+LOGITS = dict(vocab_size=60_000, hidden_size=32, num_hidden_layers=1, num_nextn_predict_layers=0)
 ALONE = [
     ({}, STATES),
     (dict(vocab_size=512), INPUTS),
     (dict(vocab_size=512), INPUTS | dict(precision='bf16', optimizer_state_dtype='bf16')),
+    # logits of several slices: the largest part of a step
+    (LOGITS, INPUTS | dict(seq_len=700)),
+    (LOGITS, INPUTS | dict(seq_len=700, precision='bf16')),
 ]
 MORE = [
     ({}, STATES | dict(muon_lr=0.0, optimizer_state_dtype='bf16')),
@@ -79,10 +83,12 @@ def test_one_process(tmp_path, model, train):
         (states, 'moment_bytes', ALONE[0]),
         (peak, 'update_bytes', ALONE[0]),
         (segments, 'score_bytes', (dict(vocab_size=512), INPUTS | dict(seq_len=400))),
+        (segments, 'logit_bytes', ALONE[-2]),
+        (segments, 'logit_bytes', ALONE[-1]),
     ],
 )
 def test_a_part_left_out_is_found(tmp_path, monkeypatch, module, name, case):
-    "Without moments, the update or attention's probabilities the formula is wrong by more"
+    "Without moments, the update, attention's probabilities or logits the formula is wrong by more"
     found = measured(tmp_path, *case)
     assert abs(formula(*case) / found - 1) < 0.05
     nothing = (0.0, 0.0) if name == 'score_bytes' else 0.0
